@@ -1,0 +1,313 @@
+"""The latent cache: one store for latents in memory and on disk.
+
+A file on disk is believed only if its fingerprint says that it was made from this image file as it is now, by this
+VAE, for this bucket, scale and crop. It lies beside the image: ``<stem>.npz`` in the reference's format, or, if
+that name belongs to something else that is valid, ``<stem>_<W>x<H>_<tag>.npz``. So two data sets over one folder
+and images of equal stem do not clash. Latents are kept as the VAE gives them: one sample of the posterior, not
+multiplied by the family's scale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from library.data import cache_files
+from library.data.cache_files import ArchiveFacts, BrokenArchive, latent_shape
+from library.data.images import RESIZE_VERSION, UnreadableImage, center_crop_left_top
+from library.data.records import Fit, ImageRecord, Size
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LatentTarget:
+    """One image in one geometry: what one cache entry holds.
+
+    ``size`` is the image's own; ``npz_path`` an archive that a metadata file names for it.
+    """
+
+    path: str
+    size: Size
+    fit: Fit
+    npz_path: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What tells that a file was changed."""
+
+    size_bytes: int
+    mtime_ns: int
+
+    @staticmethod
+    def of(path: str) -> FileState:
+        """State of a file now. Raises `UnreadableImage`."""
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise UnreadableImage(path, f"cannot be read ({error.strerror or error})") from error
+        return FileState(status.st_size, status.st_mtime_ns)
+
+
+def target_of(record: ImageRecord, fit: Fit) -> LatentTarget:
+    """The cache entry that serves a record of a data set."""
+    return LatentTarget(record.path, record.size, fit, record.npz_path)
+
+
+@dataclass
+class StoreNotes:
+    """What was noticed while looking for archives; lists hold file names.
+
+    ``foreign``: used although they carry no fingerprint (written by another program). ``broken``: unreadable.
+    ``stale``: made for the same purpose from an older state of the image, or without the mirrored latents.
+    """
+
+    foreign: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    stale: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    latents_CHW: torch.Tensor
+    flipped_CHW: torch.Tensor | None
+
+
+class LatentStore:
+    """Latents by `LatentTarget`, in memory or in archives beside the images.
+
+    ``family`` names the latent space ("sd", "sdxl"), ``vae`` is a hash of the VAE's weights: both are in the
+    fingerprint. ``memory_dtype`` is the type of latents kept in memory.
+    """
+
+    def __init__(
+        self, family: str, vae: str, *, to_disk: bool = False, memory_dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.to_disk = to_disk
+        self.notes = StoreNotes()
+        self._maker = {"family": family, "vae": vae, "resize": RESIZE_VERSION}
+        self._memory_dtype = memory_dtype
+        self._entries: dict[LatentTarget, _Entry | Path] = {}
+        self._write_paths: dict[LatentTarget, Path] = {}
+
+    def __contains__(self, target: LatentTarget) -> bool:
+        return target in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def in_memory(self, target: LatentTarget) -> bool:
+        """True if the target's latents are kept in memory."""
+        return isinstance(self._entries.get(target), _Entry)
+
+    @property
+    def on_disk(self) -> bool:
+        """True if some latents are read from archives at each visit."""
+        return any(isinstance(entry, Path) for entry in self._entries.values())
+
+    def load(self, target: LatentTarget, flipped: bool) -> torch.Tensor:
+        """Latents CHW of a target in the store; float32 from disk. Raises `UnreadableImage` for a broken archive."""
+        entry = self._entries[target]
+        if isinstance(entry, _Entry):
+            latents = entry.flipped_CHW if flipped else entry.latents_CHW
+            if latents is None:
+                raise KeyError(f"{target.path}: no mirrored latents were made")
+            return latents
+        try:
+            array = cache_files.read_array(entry, cache_files.LATENTS_FLIPPED if flipped else cache_files.LATENTS)
+        except BrokenArchive as error:
+            if error.is_damaged:
+                entry.unlink(missing_ok=True)  # its directory looked right: the next start would believe it again
+            raise UnreadableImage(str(entry), "this latent cache is damaged; start again, it is made anew") from error
+        if array.shape != latent_shape(target.fit.bucket):
+            raise UnreadableImage(str(entry), "this latent cache was changed by another program; start again")
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+
+    def find(self, targets: Sequence[LatentTarget], flips: Sequence[bool]) -> list[int]:
+        """Bind the valid archives of targets and return the positions of those that have none.
+
+        For a store on disk it also fixes where each missing one will be written, the same in every process that
+        asks before anything was written.
+        """
+        missing: list[int] = []
+        claimed: set[Path] = set()
+        for position, (target, flipped) in enumerate(zip(targets, flips, strict=True)):
+            if target in self._entries:
+                continue
+            path = self._find_one(target, flipped)
+            if path is None:
+                missing.append(position)
+            else:
+                self._entries[target] = path
+                claimed.add(path)
+        if self.to_disk:
+            for position in missing:
+                path = self._choose_path(targets[position], claimed)
+                claimed.add(path)
+                self._write_paths[targets[position]] = path
+        return missing
+
+    def put(
+        self, target: LatentTarget, state: FileState, latents_CHW: torch.Tensor, flipped_CHW: torch.Tensor | None
+    ) -> None:
+        """Keep new latents: in memory, or in the archive that `find` chose. Raises ``WriteError``.
+
+        ``state`` is the image file's from before it was decoded, so that an image edited meanwhile is noticed next
+        time.
+        """
+        if not self.to_disk:
+            kept = [None if one is None else self._compact(one) for one in (latents_CHW, flipped_CHW)]
+            assert kept[0] is not None
+            self._entries[target] = _Entry(kept[0], kept[1])
+            return
+        path = self._write_paths[target]
+        arrays: dict[str, Any] = {
+            cache_files.LATENTS: latents_CHW.float().numpy(),
+            cache_files.ORIGINAL_SIZE: np.array(target.size),
+            cache_files.CROP_LTRB: np.array(target.fit.crop_ltrb, dtype=np.float64),
+        }
+        if flipped_CHW is not None:
+            arrays[cache_files.LATENTS_FLIPPED] = flipped_CHW.float().numpy()
+        cache_files.write_archive(path, arrays, self._fingerprint(target, state))
+        self._entries[target] = path
+
+    def fetch(self, target: LatentTarget, flipped: bool) -> bool:
+        """Bind an archive that another process has written meanwhile; False if there is none."""
+        path = self._find_one(target, flipped)
+        if path is not None:
+            self._entries[target] = path
+        return path is not None
+
+    def bytes_to_write(self, missing: Sequence[LatentTarget], flips: Sequence[bool]) -> int:
+        """Disk space that archives of these targets take, in bytes."""
+        overhead = 2048  # zip and array headers, small members
+        sizes = (4 * int(np.prod(latent_shape(target.fit.bucket))) for target in missing)
+        return sum(size * (1 + flipped) + overhead for size, flipped in zip(sizes, flips, strict=True))
+
+    def _compact(self, latents: torch.Tensor) -> torch.Tensor:
+        return (
+            latents.detach().to(self._memory_dtype).clone(memory_format=torch.contiguous_format)
+        )  # not a view of a batch
+
+    # ---- which archive is valid, which name is free
+
+    def _purpose(self, target: LatentTarget) -> dict[str, Any]:
+        """What an archive is for: all of the fingerprint that is not the state of the image file."""
+        return {
+            **self._maker,
+            "format": _FORMAT,
+            "bucket": list(target.fit.bucket),
+            "resized": list(target.fit.resized),
+            "crop": list(center_crop_left_top(target.fit)),
+            "image": Path(target.path).name,
+        }
+
+    def _fingerprint(self, target: LatentTarget, state: FileState) -> dict[str, Any]:
+        return {**self._purpose(target), "image_bytes": state.size_bytes, "image_mtime_ns": state.mtime_ns}
+
+    def _paths(self, target: LatentTarget) -> tuple[Path, Path]:
+        """The primary archive beside the image, and the one used when that name is taken."""
+        image = Path(target.path)
+        purpose = self._purpose(target)
+        purpose["image"] = image.suffix
+        tag = hashlib.blake2b(json.dumps(purpose, sort_keys=True).encode(), digest_size=4).hexdigest()
+        width, height = target.fit.bucket
+        return image.with_suffix(".npz"), image.with_name(f"{image.stem}_{width}x{height}_{tag}.npz")
+
+    def _find_one(self, target: LatentTarget, flipped: bool) -> Path | None:
+        if target.npz_path is not None and self._is_prepared(Path(target.npz_path), target, flipped):
+            return Path(target.npz_path)
+        if not self.to_disk:
+            return None
+        for path in self._paths(target):
+            facts = self._facts(path)
+            if facts is not None and self._is_valid(path, facts, target, flipped):
+                return path
+        return None
+
+    def _facts(self, path: Path) -> ArchiveFacts | None:
+        try:
+            return cache_files.read_facts(path)
+        except BrokenArchive:
+            if str(path) not in self.notes.broken:
+                self.notes.broken.append(str(path))
+            return None
+
+    def _is_prepared(self, path: Path, target: LatentTarget, flipped: bool) -> bool:
+        """True for an archive that the metadata names, if it fits; the image itself may be absent."""
+        facts = self._facts(path)
+        if facts is None:
+            return False
+        if not os.path.exists(target.path) or target.path == str(path):
+            return facts.fits(target.fit.bucket, flipped) or self._is_own(facts, target, flipped)
+        return self._is_valid(path, facts, target, flipped)
+
+    def _is_valid(self, path: Path, facts: ArchiveFacts, target: LatentTarget, flipped: bool) -> bool:
+        try:
+            state = FileState.of(target.path)
+        except UnreadableImage:
+            return False
+        if facts.fingerprint is not None:
+            return facts.is_complete(flipped) and facts.fingerprint == self._fingerprint(target, state)
+        if not facts.fits(target.fit.bucket, flipped):
+            return False
+        if facts.original_size != target.size or FileState.of(str(path)).mtime_ns < state.mtime_ns:
+            return False
+        self.notes.foreign.append(str(path))
+        return True
+
+    def _is_own(self, facts: ArchiveFacts, target: LatentTarget, flipped: bool) -> bool:
+        """True if the archive was made by us for this purpose, whatever the image's state was."""
+        if facts.fingerprint is None or not facts.is_complete(flipped):
+            return False
+        return all(facts.fingerprint.get(name) == value for name, value in self._purpose(target).items())
+
+    def _choose_path(self, target: LatentTarget, claimed: set[Path]) -> Path:
+        primary, alternative = self._paths(target)
+        return primary if primary not in claimed and self._may_overwrite(primary, target) else alternative
+
+    def _may_overwrite(self, path: Path, target: LatentTarget) -> bool:
+        """True if nothing of use is lost: no file is there, it is broken, or it is an older one of this purpose."""
+        try:
+            facts = cache_files.read_facts(path)
+        except BrokenArchive:
+            return True
+        if facts is None:
+            return True
+        if facts.fingerprint is not None:
+            same = self._is_own(facts, target, flipped=False)
+        else:
+            same = facts.fits(target.fit.bucket, flipped=False) and facts.original_size in (target.size, None)
+        if same:
+            self.notes.stale.append(str(path))
+        return same
+
+
+def describe_notes(notes: StoreNotes) -> list[str]:
+    """One line for each kind of thing that the user should know about the archives found."""
+    lines: list[str] = []
+    counts = Counter(notes.foreign)
+    if counts:
+        lines.append(
+            f"{len(counts)} latent archives without a fingerprint were used (written by another program, first: "
+            f"{next(iter(counts))}); delete them if they were made with another VAE"
+        )
+    if notes.broken:
+        lines.append(
+            f"{len(notes.broken)} latent archives were unreadable and are made again (first: {notes.broken[0]})"
+        )
+    if notes.stale:
+        lines.append(
+            f"{len(notes.stale)} latent archives were out of date and are made again (first: {notes.stale[0]})"
+        )
+    return lines

@@ -1,0 +1,208 @@
+"""Batches: from a place in the epoch's plan to tensors and captions.
+
+B samples, C channels, H W pixel height and width (of latents: an eighth). What a sample becomes is a function of
+the run's seed, the epoch, the image and the repeat alone; `load` may be called from any thread, in any order.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from library.data.cache import LatentStore, target_of
+from library.data.captions import render
+from library.data.images import (
+    UnreadableImage,
+    center_crop_left_top,
+    face_box,
+    fit_pixels,
+    read_image,
+    to_model_range,
+)
+from library.data.records import (
+    Batch,
+    CaptionClock,
+    Fit,
+    ImageRecord,
+    MicroBatch,
+    ResolvedDataset,
+    Sample,
+    Size,
+    SubsetSpec,
+)
+from library.log import UserError
+from library.rng import seed_of, stream
+
+logger = logging.getLogger(__name__)
+
+OnBadImage = Literal["error", "skip"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """One sample's image side. ``data``: uint8 HWC pixels or latents CHW."""
+
+    data: torch.Tensor
+    original_size: Size
+    crop_left_top: tuple[int, int]
+    flipped: bool
+
+
+class TrainImages:
+    """The images of a run, given out as batches.
+
+    ``store``: latents made before; a data set all of whose images are in it gives latents, any other gives pixels.
+    ``on_bad_image``: an image that cannot be decoded stops the run ("error"), or its place is taken by another
+    image of the same batch that does not count ("skip"); ``bad_images`` then maps its path to the reason.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[ResolvedDataset],
+        store: LatentStore | None,
+        seed: int,
+        on_bad_image: OnBadImage = "error",
+    ) -> None:
+        self.datasets = tuple(datasets)
+        self.bad_images: dict[str, str] = {}
+        self._store = store
+        self._seed = seed
+        self._on_bad_image: OnBadImage = on_bad_image
+        self._lock = threading.Lock()
+        self._gives_latents = tuple(
+            store is not None
+            and all(target_of(record, fit) in store for record, fit in zip(dataset.records, dataset.fits, strict=True))
+            for dataset in self.datasets
+        )
+
+    def gives_latents(self, dataset: int) -> bool:
+        """True if batches of this data set hold latents, False if pixels."""
+        return self._gives_latents[dataset]
+
+    def in_memory(self, dataset: int) -> bool:
+        """True if batches of this data set are made without reading any file."""
+        resolved, store = self.datasets[dataset], self._store
+        if store is None or not self._gives_latents[dataset]:
+            return False
+        pairs = zip(resolved.records, resolved.fits, strict=True)
+        return all(store.in_memory(target_of(record, fit)) for record, fit in pairs)
+
+    def reads_files(self) -> bool:
+        """True if a batch may need files: pixels, or latents kept on the disk."""
+        return self._store is None or self._store.on_disk or not all(self._gives_latents)
+
+    def sample_seed(self, record: ImageRecord, epoch: int, repeat: int) -> int:
+        """The seed that all draws of one visit of an image come from."""
+        return seed_of(self._seed, "sample", epoch, record.key, repeat)
+
+    def load(self, micro: MicroBatch, rank: int, processes: int, clock: CaptionClock) -> Batch:
+        """This process's share of a micro batch. Raises UserError for an image that cannot be used (see the class)."""
+        dataset = self.datasets[micro.dataset]
+        samples, counts = micro.share(rank, processes)
+        loaded: list[tuple[Sample, _Picture] | None] = [
+            self._load_or_none(micro.dataset, sample, clock.epoch) for sample in samples
+        ]
+        weights = [
+            self._weight(dataset, sample) if counts and one else 0.0
+            for sample, one in zip(samples, loaded, strict=True)
+        ]
+        if None in loaded:
+            filler = next((one for one in loaded if one), None) or self._any_of(micro, clock.epoch)
+            loaded = [one or filler for one in loaded]
+        return self._assemble(micro.dataset, [one for one in loaded if one], weights, clock)
+
+    def _load_or_none(self, dataset: int, sample: Sample, epoch: int) -> tuple[Sample, _Picture] | None:
+        """The sample with its picture; None if the image is bad and may be skipped."""
+        try:
+            return sample, self._picture(dataset, sample, epoch)
+        except UnreadableImage as error:
+            if self._on_bad_image == "error":
+                raise UserError(
+                    f"{error.path}: {error.reason}; mend or remove the file, or give --on_bad_image skip"
+                ) from error
+            with self._lock:
+                is_new = error.path not in self.bad_images
+                self.bad_images[error.path] = error.reason
+            if is_new:
+                logger.warning("%s: %s; it is left out", error.path, error.reason)
+            return None
+
+    def _any_of(self, micro: MicroBatch, epoch: int) -> tuple[Sample, _Picture]:
+        """A sample that can be loaded, from the other processes' share or else from the whole bucket."""
+        dataset = self.datasets[micro.dataset]
+        bucket = dataset.fits[micro.samples[0].record].bucket
+        rest = (Sample(index, 0) for index, fit in enumerate(dataset.fits) if fit.bucket == bucket)
+        for sample in (*micro.samples, *rest):
+            one = self._load_or_none(micro.dataset, sample, epoch)
+            if one is not None:
+                return one
+        width, height = bucket
+        raise UserError(
+            f"{dataset.records[micro.samples[0].record].path}: no image of bucket {width}x{height} can be decoded"
+        )
+
+    def _weight(self, dataset: ResolvedDataset, sample: Sample) -> float:
+        return dataset.spec.prior_loss_weight if dataset.records[sample.record].is_reg else 1.0
+
+    def _picture(self, dataset: int, sample: Sample, epoch: int) -> _Picture:
+        resolved = self.datasets[dataset]
+        record, fit = resolved.records[sample.record], resolved.fits[sample.record]
+        subset = resolved.subset_of(record)
+        seed = self.sample_seed(record, epoch, sample.repeat)
+        if self._gives_latents[dataset]:
+            return self._latents(record, fit, subset, seed)
+        image_HWC = read_image(record.path)
+        if (image_HWC.shape[1], image_HWC.shape[0]) != record.size:
+            raise UnreadableImage(record.path, "its size changed while the program ran")
+        rules = subset.augmentation
+        face = face_box(record.path) if rules.face_crop_aug_range is not None else None
+        fitted = fit_pixels(image_HWC, fit, rules, seed, face)
+        return _Picture(torch.from_numpy(fitted.pixels_HWC), fitted.original_size, fitted.crop_left_top, fitted.flipped)
+
+    def _latents(self, record: ImageRecord, fit: Fit, subset: SubsetSpec, seed: int) -> _Picture:
+        assert self._store is not None
+        flipped = subset.augmentation.flip_aug and stream(seed, "flip").random() < 0.5
+        left, top = center_crop_left_top(fit)
+        if flipped:
+            left = fit.resized[0] - fit.bucket[0] - left
+        return _Picture(self._store.load(target_of(record, fit), flipped), record.size, (left, top), flipped)
+
+    def _assemble(
+        self, dataset: int, loaded: Sequence[tuple[Sample, _Picture]], weights: Sequence[float], clock: CaptionClock
+    ) -> Batch:
+        resolved = self.datasets[dataset]
+        records = [resolved.records[sample.record] for sample, _ in loaded]
+        pictures = [picture for _, picture in loaded]
+        seeds = [
+            self.sample_seed(record, clock.epoch, sample.repeat)
+            for record, (sample, _) in zip(records, loaded, strict=True)
+        ]
+        captions = [
+            render(record.caption, resolved.subset_of(record).captions, clock, stream(seed, "caption"))
+            for record, seed in zip(records, seeds, strict=True)
+        ]
+        data = torch.stack([picture.data for picture in pictures])
+        latents = self._gives_latents[dataset]
+        width, height = resolved.fits[loaded[0][0].record].bucket
+        return Batch(
+            keys=tuple(record.key for record in records),
+            seeds=tuple(seeds),
+            captions=tuple(captions),
+            loss_weights_B=torch.tensor(weights, dtype=torch.float32),
+            original_sizes_hw_B2=torch.tensor(
+                [[picture.original_size[1], picture.original_size[0]] for picture in pictures]
+            ),
+            crop_top_lefts_B2=torch.tensor(
+                [[picture.crop_left_top[1], picture.crop_left_top[0]] for picture in pictures]
+            ),
+            target_sizes_hw_B2=torch.tensor([[height, width]] * len(pictures)),
+            flipped=tuple(picture.flipped for picture in pictures),
+            images_BCHW=None if latents else to_model_range(data),
+            latents_BCHW=data if latents else None,
+            network_multiplier=resolved.spec.network_multiplier,
+        )

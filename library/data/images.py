@@ -1,0 +1,290 @@
+"""Pixels of one image: decode, resize, crop, augment, to a tensor.
+
+Pictures are uint8 arrays HWC in RGB (H, W pixel height and width, C = 3). Sizes are ``(width, height)``. No files
+are found here and no bucket is chosen: see `index` and `buckets`. Every random draw comes from the sample's own
+seed.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from library.data.records import Augmentation, Fit, Size
+from library.data.sources import face_in_name
+from library.rng import stream
+
+if TYPE_CHECKING:
+    import random
+
+Pixels = NDArray[np.uint8]
+
+RESIZE_VERSION = 1  # part of the latent caches' fingerprint: raise it when the same file would give other pixels
+_COLOR_CHANCE = 0.33
+_HUE_REACH = 8.0  # on OpenCV's scale of 0..179
+_GAMMA_RANGE = (0.95, 1.05)
+_ASK_PIL = (b"eXIf", b"EXIF")  # PNG and WebP with an orientation: OpenCV ignores it whenever it keeps the alpha channel
+
+
+class UnreadableImage(Exception):
+    """A picture file that cannot be used. ``path`` names it, ``reason`` says why in a few words."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class FaceBox:
+    """Centre and size of a face in pixels of the original image, as file names give them (``..._cx_cy_w_h``)."""
+
+    center: tuple[int, int]
+    size: Size
+
+
+@dataclass(frozen=True, slots=True)
+class FittedPixels:
+    """A picture that fills its bucket, and what was really done to it.
+
+    ``crop_left_top`` is the corner of the cut in the resized picture, counted in the mirrored picture if ``flipped``.
+    """
+
+    pixels_HWC: Pixels
+    original_size: Size
+    crop_left_top: tuple[int, int]
+    flipped: bool = False
+
+
+def read_image(path: str) -> Pixels:
+    """Decode a file to RGB, turned as its EXIF orientation says, alpha laid over white, 16 bit reduced to 8.
+
+    Raises `UnreadableImage` naming the file if it is missing, truncated or no picture.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UnreadableImage(path, f"cannot be read ({error.strerror or error})") from error
+    if not data:
+        raise UnreadableImage(path, "the file is empty")
+    pixels = _decode_opencv(data) if _suits_opencv(data) else None
+    return pixels if pixels is not None else _decode_pil(path, data)
+
+
+def _suits_opencv(data: bytes) -> bool:
+    """True for whole JPEG, PNG and WebP files.
+
+    OpenCV is faster, but some versions return a half-grey picture for a truncated file, so the end of the file is
+    looked at first. Marker bytes cannot occur inside JPEG image data, and thumbnails end before the last
+    start-of-scan.
+    """
+    if data[:3] == b"\xff\xd8\xff":
+        return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+    if any(mark in data for mark in _ASK_PIL):
+        return False
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return b"IEND" in data[-64:]
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return int.from_bytes(data[4:8], "little") + 8 <= len(data)
+    return False
+
+
+def _decode_opencv(data: bytes) -> Pixels | None:
+    jpeg = data[:2] == b"\xff\xd8"
+    try:
+        # IMREAD_COLOR turns a JPEG as EXIF says; IMREAD_UNCHANGED keeps alpha and 16 bit
+        raw = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR if jpeg else cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        return None
+    if raw is None:
+        return None
+    pixels: NDArray[np.generic] = raw if raw.ndim == 3 else raw[:, :, None]
+    channels = pixels.shape[2]
+    if channels == 1:
+        pixels = np.repeat(pixels, 3, axis=2)
+    elif channels == 3:
+        pixels = pixels[:, :, ::-1]
+    elif channels == 4:
+        pixels = pixels[:, :, [2, 1, 0, 3]]
+    else:
+        return None
+    return _opaque(_to_8_bit(pixels))
+
+
+def _decode_pil(path: str, data: bytes) -> Pixels:
+    if path.lower().endswith(".jxl"):
+        _register_jpeg_xl(path)
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            return _from_pil(picture)
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(path, "it has too many pixels to be decoded safely") from error
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, IndexError) as error:
+        reason = str(error).split("<_io")[0].strip() or type(error).__name__
+        raise UnreadableImage(path, f"it is damaged or of an unknown format ({reason})") from error
+
+
+def _from_pil(picture: Image.Image) -> Pixels:
+    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
+        grey = np.asarray(picture)
+        grey = np.clip(grey, 0, 65535).astype(np.uint16) if picture.mode != "F" else np.clip(grey, 0, 255)
+        return np.ascontiguousarray(np.repeat(_to_8_bit(grey[:, :, None]), 3, axis=2))
+    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        return _opaque(np.asarray(picture.convert("RGBA")))
+    return np.ascontiguousarray(np.asarray(picture.convert("RGB")))
+
+
+def _register_jpeg_xl(path: str) -> None:
+    try:
+        import pillow_jxl  # pyright: ignore[reportMissingImports, reportUnusedImport]  # noqa: F401
+    except ImportError as error:
+        raise UnreadableImage(path, "JPEG XL needs the package pillow-jxl-plugin") from error
+
+
+def _to_8_bit(pixels: NDArray[np.generic]) -> Pixels:
+    if pixels.dtype == np.uint8:
+        return pixels.view(np.uint8)
+    if pixels.dtype == np.uint16:
+        return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return np.clip(np.rint(pixels.astype(np.float32)), 0, 255).astype(np.uint8)
+
+
+def _opaque(pixels: Pixels) -> Pixels:
+    """RGB of RGB or RGBA pixels; what is transparent becomes white."""
+    if pixels.shape[2] == 3:
+        return np.ascontiguousarray(pixels)
+    color = pixels[:, :, :3].astype(np.uint16)
+    alpha = pixels[:, :, 3:].astype(np.uint16)
+    return np.ascontiguousarray((color * alpha + 255 * (255 - alpha) + 127) // 255, dtype=np.uint8)
+
+
+def face_box(path: str) -> FaceBox | None:
+    """The face that a file name tells (``..._cx_cy_w_h.ext``); None if it tells none, or a centre of 0."""
+    told = face_in_name(path)
+    if told is None:
+        return None
+    center_x, center_y, width, height = told
+    return FaceBox((center_x, center_y), (width, height)) if center_x > 0 and max(width, height) > 0 else None
+
+
+def resize(image_HWC: Pixels, size: Size) -> Pixels:
+    """Resize to ``(width, height)``: area averaging when shrinking, cubic when enlarging."""
+    height, width = image_HWC.shape[:2]
+    if (width, height) == size:
+        return image_HWC
+    shrinking = size[0] * size[1] <= width * height
+    resized = cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
+    return np.asarray(resized, dtype=np.uint8)
+
+
+def center_crop_left_top(fit: Fit) -> tuple[int, int]:
+    """Corner of the centred cut of the bucket from the resized picture."""
+    return (fit.resized[0] - fit.bucket[0]) // 2, (fit.resized[1] - fit.bucket[1]) // 2
+
+
+def fit_pixels(
+    image_HWC: Pixels,
+    fit: Fit,
+    augmentation: Augmentation | None = None,
+    sample_seed: int | None = None,
+    face: FaceBox | None = None,
+) -> FittedPixels:
+    """Resize and crop a picture to its bucket and augment it.
+
+    Without ``augmentation`` or ``sample_seed``: centred cut and nothing random. With both: face crop if the range
+    is set and ``face`` is known, else a random or centred cut; then colour change; then mirroring with probability
+    0.5.
+    """
+    original: Size = (image_HWC.shape[1], image_HWC.shape[0])
+    if augmentation is None or sample_seed is None:
+        augmentation, sample_seed = Augmentation(), 0
+    draws = stream(sample_seed, "crop")
+    if augmentation.face_crop_aug_range is not None and face is not None and original != fit.bucket:
+        cut = _face_cut(original, fit.bucket, face, augmentation, draws)
+    else:
+        cut = _bucket_cut(fit, augmentation.random_crop, draws)
+    left, top = cut.left_top
+    width, height = fit.bucket
+    pixels = resize(image_HWC, cut.resized)[top : top + height, left : left + width]
+    if augmentation.color_aug:
+        pixels = _change_color(pixels, stream(sample_seed, "color"))
+    flipped = augmentation.flip_aug and stream(sample_seed, "flip").random() < 0.5
+    if flipped:
+        pixels, left = pixels[:, ::-1], cut.resized[0] - width - left
+    return FittedPixels(np.ascontiguousarray(pixels), original, (left, top), flipped)
+
+
+def to_model_range(pixels_BHWC: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels BHWC to float32 BCHW in -1..1, on the same device."""
+    return pixels_BHWC.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """The size that a picture is resized to, and the corner of the bucket-sized cut in it."""
+
+    resized: Size
+    left_top: tuple[int, int]
+
+
+def _bucket_cut(fit: Fit, random_crop: bool, draws: random.Random) -> _Cut:
+    if not random_crop:
+        return _Cut(fit.resized, center_crop_left_top(fit))
+    left = draws.randint(0, fit.resized[0] - fit.bucket[0])
+    top = draws.randint(0, fit.resized[1] - fit.bucket[1])
+    return _Cut(fit.resized, (left, top))
+
+
+def _face_cut(original: Size, target: Size, face: FaceBox, rules: Augmentation, draws: random.Random) -> _Cut:
+    """Scale so that the face takes 1/high .. 1/low of the shorter target side, then cut around it.
+
+    Enlarges only as far as the target needs to be covered.
+    """
+    low, high = rules.face_crop_aug_range or (1.0, 1.0)
+    face_size, side = max(face.size), min(target)
+    cover = max(target[0] / original[0], target[1] / original[1])
+    smallest = max(cover, min(1.0, side / (face_size * high)))
+    largest = max(smallest, min(1.0, side / (face_size * low)))
+    scale = draws.uniform(smallest, largest)
+    resized = (
+        max(target[0], math.floor(original[0] * scale + 0.5)),
+        max(target[1], math.floor(original[1] * scale + 0.5)),
+    )
+    jitter = 0
+    if not rules.random_crop and low != high and face_size > side // 10 and face_size >= 40:
+        jitter = face_size
+    starts: list[int] = []
+    for axis in (0, 1):
+        length, center = resized[axis], math.floor(face.center[axis] * scale + 0.5)
+        start = center - target[axis] // 2
+        if rules.random_crop:
+            reach = max(length - center, center)
+            start += draws.randint(0, reach) + draws.randint(0, reach) - reach
+        elif jitter:
+            start += draws.randint(-math.ceil(jitter / 20), jitter // 20)
+        starts.append(min(max(start, 0), length - target[axis]))
+    return _Cut(resized, (starts[0], starts[1]))
+
+
+def _change_color(pixels_HWC: Pixels, draws: random.Random) -> Pixels:
+    """With probability 0.33 a small shift of hue, or a gamma on intensities of 0..1 (half of the cases each)."""
+    if draws.random() >= _COLOR_CHANCE:
+        return pixels_HWC
+    if draws.random() < 0.5:
+        shift = draws.uniform(-_HUE_REACH, _HUE_REACH)
+        hsv = cv2.cvtColor(np.ascontiguousarray(pixels_HWC), cv2.COLOR_RGB2HSV)
+        hsv[:, :, 0] = np.mod(np.rint(hsv[:, :, 0].astype(np.float32) + shift), 180).astype(np.uint8)
+        return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), dtype=np.uint8)
+    gamma = draws.uniform(*_GAMMA_RANGE)
+    table = np.rint(255.0 * (np.arange(256) / 255.0) ** gamma).astype(np.uint8)
+    return table[pixels_HWC]

@@ -1,0 +1,320 @@
+"""From data set specifications to records: every image found, measured, captioned and fitted to its bucket."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from library.data.buckets import bucket_sizes, fit, fit_to
+from library.data.bulk import many_objects
+from library.data.index import CAPTION_EXTENSIONS, FolderContent, read_folder
+from library.data.metadata_json import Entry, FileFinder, FoundFiles, read_metadata
+from library.data.records import (
+    DatasetKind,
+    DatasetSpec,
+    Fit,
+    ImageProblem,
+    ImageRecord,
+    ResolvedDataset,
+    Size,
+    SubsetSpec,
+)
+from library.log import UserError
+
+logger = logging.getLogger(__name__)
+
+OnBad = Literal["skip", "error"]
+_NAMES_SHOWN = 5
+_FACE_SUFFIX = re.compile(r"(?<=.)_(\d+)_(\d+)_(\d+)_(\d+)$")
+
+
+def resolve(
+    specs: Sequence[DatasetSpec],
+    on_bad_image: OnBad = "error",
+    on_bad_caption: OnBad = "error",
+    allow_captionless: bool = False,
+) -> tuple[ResolvedDataset, ...]:
+    """Find the images of all data sets.
+
+    Unusable images and captions are refused ("error") or left out ("skip"), in both cases listed by name. Raises
+    UserError with every problem of every data set, one a line: folders that are missing or empty, no captions
+    anywhere, unusable files.
+    """
+    search = _Search(on_bad_image, on_bad_caption, allow_captionless)
+    with many_objects():
+        datasets = tuple(search.dataset(index, spec) for index, spec in enumerate(specs))
+    if search.errors:
+        raise UserError.of(search.errors)
+    return datasets
+
+
+def face_in_name(path: str) -> tuple[int, int, int, int] | None:
+    """Centre x, centre y, width and height of the face that a file name ``..._cx_cy_w_h.ext`` tells; None if it tells
+    none.
+    """
+    match = _FACE_SUFFIX.search(os.path.splitext(os.path.basename(path))[0])
+    if match is None:
+        return None
+    center_x, center_y, width, height = (int(group) for group in match.groups())
+    return center_x, center_y, width, height
+
+
+@dataclass
+class _Found:
+    """What one subset yields."""
+
+    records: list[ImageRecord] = field(default_factory=list)
+    problems: list[ImageProblem] = field(default_factory=list)
+    captionless: list[str] = field(default_factory=list)
+    cut_captions: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Search:
+    """The work of `resolve`: collects errors instead of stopping at the first."""
+
+    on_bad_image: OnBad
+    on_bad_caption: OnBad
+    allow_captionless: bool
+    errors: list[str] = field(default_factory=list)
+    _contents: dict[tuple[str, tuple[str, ...]], FolderContent | OSError] = field(default_factory=dict)
+
+    def dataset(self, index: int, spec: DatasetSpec) -> ResolvedDataset:
+        records: list[ImageRecord] = []
+        problems: list[ImageProblem] = []
+        for number, subset in enumerate(spec.subsets):
+            if spec.kind is DatasetKind.FINETUNE:
+                found = self._finetune_subset(subset, f"{index}.{number}", number)
+            else:
+                found = self._folder_subset(subset, f"{index}.{number}", number)
+            _warn_about_captions(subset, found)
+            records += found.records
+            problems += found.problems
+        if not any(not record.is_reg for record in records) and not self.errors:
+            self.errors.append(f"data set {index + 1} has no training images; add some, or remove the data set")
+        records, lost = _usable_latents(spec, records)
+        self.errors += lost
+        return ResolvedDataset(spec, tuple(records), self._fits(spec, records), tuple(problems))
+
+    def _folder_subset(self, subset: SubsetSpec, key: str, number: int) -> _Found:
+        found = _Found()
+        extensions = CAPTION_EXTENSIONS if subset.caption_extension is None else (subset.caption_extension,)
+        content = self._content(subset.name, extensions)
+        if isinstance(content, OSError):
+            self.errors.append(f"{subset.name}: the folder cannot be read ({content.strerror or content})")
+            return found
+        if not content.images and not content.bad_images:
+            self.errors.append(f"{subset.name}: there are no images in the folder{_hint_of_subfolders(content.folder)}")
+            return found
+        self._bad(found, content.bad_images.values(), self.on_bad_image)
+        for name, size in content.images.items():
+            caption_name = _caption_name(name, content, extensions)
+            if caption_name is not None and caption_name in content.bad_captions:
+                self._bad(found, [content.bad_captions[caption_name]], self.on_bad_caption)
+                continue
+            caption = content.captions[caption_name] if caption_name is not None else None
+            if caption is None:
+                found.captionless.append(name)
+            elif caption.has_more_lines:
+                found.cut_captions.append(name)
+            found.records.append(
+                ImageRecord(
+                    key=f"{key}/{name}",
+                    path=content.path(name),
+                    size=size,
+                    caption=caption.text if caption is not None else subset.class_tokens or "",
+                    repeats=subset.num_repeats,
+                    is_reg=subset.is_reg,
+                    subset=number,
+                    has_caption=caption is not None,
+                )
+            )
+        self._refuse_captionless(subset, found, content, extensions)
+        _warn_about_equal_stems(content)
+        return found
+
+    def _finetune_subset(self, subset: SubsetSpec, key: str, number: int) -> _Found:
+        found = _Found()
+        try:
+            entries = read_metadata(os.path.expanduser(subset.name))
+        except UserError as error:
+            self.errors.append(str(error))
+            return found
+        image_dir = os.path.expanduser(subset.image_dir) if subset.image_dir is not None else None
+        if image_dir is not None and not os.path.isdir(image_dir):
+            self.errors.append(f"{subset.image_dir}: there is no such folder (image_dir of {subset.name})")
+            return found
+        finder = FileFinder(image_dir, self._content_or_none)
+        for entry in entries:
+            files = finder.find(entry.key)
+            problem = _problem_of(entry, files, subset)
+            if problem is not None:
+                self._bad(found, [problem], self.on_bad_image)
+                continue
+            if not entry.caption:
+                found.captionless.append(entry.key)
+            found.records.append(_finetune_record(entry, files, subset, f"{key}/{entry.key}", number))
+        return found
+
+    def _fits(self, spec: DatasetSpec, records: Sequence[ImageRecord]) -> tuple[Fit, ...]:
+        if records and all(record.train_resolution is not None for record in records):
+            if spec.buckets is not None and spec.buckets.enable_bucket and spec.buckets.bucket_no_upscale:
+                self.errors.append(
+                    f"{spec.subsets[0].name}: it has its own training sizes; switch bucket_no_upscale off"
+                )
+            prepared = functools.cache(fit_to)
+            return tuple(
+                prepared(record.size, record.train_resolution) for record in records if record.train_resolution
+            )
+        rules = spec.buckets
+        if rules is None:
+            if records:
+                self.errors.append(f"{spec.subsets[0].name}: not every image has a train_resolution; set resolution")
+            return ()
+        sizes = bucket_sizes(rules)
+
+        @functools.cache
+        def fit_size(size: Size) -> Fit:
+            return fit(size, rules, sizes)
+
+        return tuple(fit_size(record.size) for record in records)
+
+    def _bad(self, found: _Found, problems: Iterable[ImageProblem], on_bad: OnBad) -> None:
+        for problem in problems:
+            found.problems.append(problem)
+            if on_bad == "error":
+                self.errors.append(f"{problem.path}: {problem.reason}")
+            else:
+                logger.warning("%s: left out: %s", problem.path, problem.reason)
+
+    def _refuse_captionless(
+        self, subset: SubsetSpec, found: _Found, content: FolderContent, extensions: tuple[str, ...]
+    ) -> None:
+        if self.allow_captionless or subset.class_tokens is not None:
+            return
+        if not found.records or any(record.has_caption for record in found.records):
+            return
+        endings = Counter(os.path.splitext(name)[1] for name in content.texts)
+        others = [f"{count} {ending} files" for ending, count in endings.items() if ending not in extensions]
+        hint = f" (there are {' and '.join(others)}: set caption_extension)" if others else ""
+        self.errors.append(
+            f"{subset.name}: no image has a caption file ({' or '.join(extensions)}){hint};"
+            " add captions or class_tokens, or allow it with --allow_captionless"
+        )
+
+    def _content(self, folder: str, extensions: tuple[str, ...]) -> FolderContent | OSError:
+        folder = os.path.expanduser(folder)
+        place = (folder, extensions)
+        if place not in self._contents:
+            try:
+                self._contents[place] = read_folder(folder, extensions)
+            except OSError as error:
+                self._contents[place] = error
+        return self._contents[place]
+
+    def _content_or_none(self, folder: str) -> FolderContent | None:
+        content = self._content(folder, ())
+        return None if isinstance(content, OSError) else content
+
+
+def _caption_name(image: str, content: FolderContent, extensions: tuple[str, ...]) -> str | None:
+    """The caption file of an image: of its own stem first, then of the stem without a face suffix."""
+    stem = os.path.splitext(image)[0]
+    for base in (stem, _FACE_SUFFIX.sub("", stem)):
+        for extension in extensions:
+            name = base + extension
+            if name in content.captions or name in content.bad_captions:
+                return name
+    return None
+
+
+def _problem_of(entry: Entry, files: FoundFiles, subset: SubsetSpec) -> ImageProblem | None:
+    if files.content is not None and files.image_name is not None:
+        return files.content.bad_images.get(files.image_name)
+    if files.npz_path is not None and entry.train_resolution is not None:
+        return None
+    where = subset.image_dir if subset.image_dir is not None else "this place (image_dir is not set)"
+    return ImageProblem(entry.key, f"named in {subset.name}, but there is no such image in {where}")
+
+
+def _finetune_record(entry: Entry, files: FoundFiles, subset: SubsetSpec, key: str, number: int) -> ImageRecord:
+    if files.content is not None and files.image_name is not None:
+        path, size = files.content.path(files.image_name), files.content.images[files.image_name]
+    else:
+        path, size = files.npz_path, entry.train_resolution
+    assert path is not None
+    assert size is not None  # _problem_of has refused entries without files
+    return ImageRecord(
+        key=key,
+        path=path,
+        size=size,
+        caption=entry.caption,
+        repeats=subset.num_repeats,
+        is_reg=False,
+        subset=number,
+        has_caption=bool(entry.caption),
+        train_resolution=entry.train_resolution,
+        npz_path=files.npz_path,
+    )
+
+
+def _usable_latents(spec: DatasetSpec, records: list[ImageRecord]) -> tuple[list[ImageRecord], list[str]]:
+    """Latents prepared ahead are used for all images of a data set or for none, so that no batch mixes the two.
+
+    Also gives one line for each image that has nothing but such latents although they cannot be used.
+    """
+    if not any(record.npz_path for record in records):
+        return records, []
+    needs_pixels = any(subset.augmentation.color_aug or subset.augmentation.random_crop for subset in spec.subsets)
+    if not needs_pixels and all(record.npz_path and record.train_resolution for record in records):
+        return records, []
+    reason = "color_aug or random_crop is on" if needs_pixels else "not every image has them with a train_resolution"
+    logger.warning("%s: the latents prepared ahead are not used, because %s", spec.subsets[0].name, reason)
+    lost = [
+        f"{record.path}: there is no image beside these latents" for record in records if record.path == record.npz_path
+    ]
+    return [replace(record, npz_path=None) for record in records], lost
+
+
+def _warn_about_captions(subset: SubsetSpec, found: _Found) -> None:
+    if found.captionless and subset.class_tokens is None:
+        logger.warning(
+            "%s: %d of %d images have no caption: %s",
+            subset.name,
+            len(found.captionless),
+            len(found.records),
+            _some(found.captionless),
+        )
+    if found.cut_captions:
+        logger.warning(
+            "%s: only the first line of a caption file counts; %d files have more: %s",
+            subset.name,
+            len(found.cut_captions),
+            _some(found.cut_captions),
+        )
+
+
+def _warn_about_equal_stems(content: FolderContent) -> None:
+    counts = Counter(os.path.splitext(name)[0] for name in content.images)
+    equal = [stem for stem, count in counts.items() if count > 1]
+    if equal:
+        logger.warning(
+            "%s: images that differ only in their extension share a caption: %s", content.folder, _some(equal)
+        )
+
+
+def _hint_of_subfolders(folder: str) -> str:
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    return f" (its subfolders are not searched: {_some(names)})" if names else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,90 @@
+"""From latents to what the U-Net sees and must answer, and from its answer to one loss per sample.
+
+Shapes: B samples, C latent channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from library.diffusion.noise import NoiseSettings, input_perturbation, sample_noise, sample_timesteps
+from library.diffusion.schedule import NoiseSchedule, at_timesteps
+from library.diffusion.weighting import LossSettings, loss_factors
+
+
+class TrainingInputs(NamedTuple):
+    """The U-Net's input, what it must predict (both float32), and the timesteps (int64), on the latents' device."""
+
+    noisy_BCHW: Tensor
+    target_BCHW: Tensor
+    timesteps_B: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """Noise, target and weighting with their settings bound: what the training step calls."""
+
+    noise: NoiseSettings
+    loss: LossSettings
+
+    def training_inputs(self, latents_BCHW: Tensor, seeds: Sequence[int], schedule: NoiseSchedule) -> TrainingInputs:
+        """See `training_inputs`."""
+        return training_inputs(latents_BCHW, seeds, schedule, self.noise)
+
+    def weighted_losses(
+        self, pred_BCHW: Tensor, target_BCHW: Tensor, timesteps_B: Tensor, weights_B: Tensor, schedule: NoiseSchedule
+    ) -> Tensor:
+        """See `weighted_losses`."""
+        return weighted_losses(pred_BCHW, target_BCHW, timesteps_B, weights_B, schedule, self.loss)
+
+
+def training_inputs(
+    latents_BCHW: Tensor, seeds: Sequence[int], schedule: NoiseSchedule, settings: NoiseSettings
+) -> TrainingInputs:
+    """Noise latents (already multiplied by the latent scale) at a random timestep each.
+
+    x_t = sqrt(ac) x_0 + sqrt(1 - ac) (e + g z), z the input perturbation. The target is e, or the velocity
+    sqrt(ac) e - sqrt(1 - ac) x_0 (Salimans & Ho 2022), never with z. The schedule must be on the latents' device.
+    """
+    latents = latents_BCHW.float()
+    timesteps_B = sample_timesteps(seeds, settings).to(latents.device)
+    noise_BCHW = sample_noise(latents, seeds, settings)
+    input_noise_BCHW = noise_BCHW
+    if settings.ip_noise_gamma:
+        extra_BCHW = input_perturbation(tuple(latents.shape[1:]), seeds, latents.device)
+        input_noise_BCHW = noise_BCHW + settings.ip_noise_gamma * extra_BCHW
+    noisy_BCHW = add_noise(latents, input_noise_BCHW, timesteps_B, schedule)
+    if schedule.prediction_type == "v_prediction":
+        return TrainingInputs(noisy_BCHW, velocity(latents, noise_BCHW, timesteps_B, schedule), timesteps_B)
+    return TrainingInputs(noisy_BCHW, noise_BCHW, timesteps_B)
+
+
+def add_noise(latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """sqrt(ac) x_0 + sqrt(1 - ac) e."""
+    ac_B111 = at_timesteps(schedule.alphas_cumprod_T, timesteps_B, latents_BCHW)
+    return ac_B111.sqrt() * latents_BCHW + (1 - ac_B111).sqrt() * noise_BCHW
+
+
+def velocity(latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """sqrt(ac) e - sqrt(1 - ac) x_0."""
+    ac_B111 = at_timesteps(schedule.alphas_cumprod_T, timesteps_B, latents_BCHW)
+    return ac_B111.sqrt() * noise_BCHW - (1 - ac_B111).sqrt() * latents_BCHW
+
+
+def weighted_losses(
+    pred_BCHW: Tensor,
+    target_BCHW: Tensor,
+    timesteps_B: Tensor,
+    loss_weights_B: Tensor,
+    schedule: NoiseSchedule,
+    settings: LossSettings,
+) -> Tensor:
+    """Squared error in float32, mean over C, H, W, times the sample's own weight and all weightings: (B,)."""
+    error_BCHW = (pred_BCHW.float() - target_BCHW.float()) ** 2
+    losses_B = error_BCHW.mean(dim=tuple(range(1, error_BCHW.ndim))) * loss_weights_B.float()
+    factors_B = loss_factors(timesteps_B, schedule, settings)
+    return losses_B if factors_B is None else losses_B * factors_B

@@ -1,0 +1,219 @@
+"""What the rest of the program may ask of a model family: load, tokenise, encode, predict, constants, names.
+
+Shape legend: B samples, C latent channels, H W latent or pixel height and width, N token rows, T tokens, D context
+width, P pooled width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from library.checkpoint.hashes import FileHashes, file_hashes
+from library.models.spec import ArchitectureSpec, PredictionType
+from library.text.tokens import TextSettings, TokenRows
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from library.options import ModelOptions
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where weights came from. ``given`` is the text of the option, ``path`` is the local file or folder."""
+
+    given: str
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """File or folder name, or the hub id: no path of this machine."""
+        return Path(self.given).name if Path(self.given).exists() else self.given
+
+    @cached_property
+    def hashes(self) -> FileHashes | None:
+        """Hashes of a single file, computed on first use; None for a hub id or a folder's missing file."""
+        return file_hashes(self.path) if Path(self.given).exists() else None
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """A loaded model. ``prediction_type`` is what the U-Net predicts, checked against the options."""
+
+    text_encoders: tuple[nn.Module, ...]
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    spec: ArchitectureSpec
+    prediction_type: PredictionType
+    source: ModelSource
+    vae_source: ModelSource | None = None
+
+    @property
+    def source_name(self) -> str:
+        """Name of the base model for metadata."""
+        return self.source.name
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All parts: text encoders, U-Net, VAE."""
+        return (*self.text_encoders, self.unet, self.vae)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Captions as rows of token ids, one entry per text encoder, with emphasis weights where captions are weighted."""
+
+    rows: tuple[TokenRows, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of captions."""
+        return self.rows[0].ids_BNT.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class TextCondition:
+    """What the U-Net is told about the text. ``pooled_BP`` only where the family uses it."""
+
+    hidden_BTD: Tensor
+    pooled_BP: Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> TextCondition:
+        """The same on another device and in another type."""
+        pooled = None if self.pooled_BP is None else self.pooled_BP.to(device, dtype)
+        return TextCondition(self.hidden_BTD.to(device, dtype), pooled)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """True sizes of the samples in pixels, each (B, 2) as (height, width) or (top, left); SD1/SD2 do not use them."""
+
+    original_sizes_hw_B2: Tensor
+    crop_top_lefts_B2: Tensor
+    target_sizes_hw_B2: Tensor
+
+
+class AdapterViews(NamedTuple):
+    """The modules that are handed to network plug-ins."""
+
+    text_encoders: list[nn.Module]
+    unet: nn.Module
+
+
+class LatentPosterior(Protocol):
+    """The VAE's distribution of latents for images, as diffusers gives it."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor: ...
+
+    def mode(self) -> Tensor: ...
+
+
+__all__ = [
+    "AdapterViews",
+    "Geometry",
+    "LatentPosterior",
+    "ModelFamily",
+    "ModelParts",
+    "ModelSource",
+    "TextCondition",
+    "TextSettings",
+    "TokenBatch",
+]
+
+
+class ModelFamily(ABC):
+    """Everything that an architecture decides. Instances hold no weights."""
+
+    name: str
+    latent_scale: float
+    latent_space: str = "sd"  # models with the same name can share cached latents
+    latent_channels: int = 4
+    latent_factor: int = 8  # pixels per latent cell
+    resolution_step: int = 8  # training sizes must be multiples of it
+    default_bucket_step: int = 64
+    default_sampler: str = "ddim"
+    modelspec_implementation_network: str
+
+    @abstractmethod
+    def load(
+        self,
+        options: ModelOptions,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        vae_dtype: torch.dtype | None = None,
+    ) -> ModelParts:
+        """Load the model that the options name, in ``dtype`` on ``device``, in eval mode and frozen."""
+
+    @abstractmethod
+    def load_vae(
+        self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> AutoencoderKL:
+        """Only the VAE of what the options name: for caching latents ahead of time."""
+
+    @abstractmethod
+    def tokenize(self, captions: Sequence[str], settings: TextSettings) -> TokenBatch:
+        """Token rows of the captions."""
+
+    @abstractmethod
+    def encode(self, text_encoders: Sequence[nn.Module], tokens: TokenBatch, settings: TextSettings) -> TextCondition:
+        """The condition of token rows, on the encoders' device, in their type."""
+
+    @abstractmethod
+    def predict(
+        self,
+        unet: nn.Module,
+        noisy_latents_BCHW: Tensor,
+        timesteps_B: Tensor,
+        condition: TextCondition,
+        geometry: Geometry | None = None,
+    ) -> Tensor:
+        """The U-Net's output (noise or velocity), shaped like the latents."""
+
+    @abstractmethod
+    def save_checkpoint(
+        self, parts: ModelParts, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Write a Stability single file (safetensors), floating point tensors cast to ``dtype`` (None: as they are)."""
+
+    @abstractmethod
+    def save_diffusers(self, parts: ModelParts, folder: Path, dtype: torch.dtype | None) -> None:
+        """Write a Diffusers folder with scheduler and tokenizer; an existing one is replaced as a whole."""
+
+    @abstractmethod
+    def adapter_views(self, parts: ModelParts) -> AdapterViews:
+        """The modules that network plug-ins attach to."""
+
+    @abstractmethod
+    def default_sample_size(self, parts: ModelParts) -> int:
+        """Side in pixels of a picture whose size is not said."""
+
+    @abstractmethod
+    def base_model_version(self, prediction_type: PredictionType) -> str:
+        """Value of the metadata key ss_base_model_version."""
+
+    @abstractmethod
+    def modelspec_architecture(self, prediction_type: PredictionType) -> str:
+        """Value of modelspec.architecture, without a suffix such as /lora."""
+
+    @abstractmethod
+    def modelspec_resolution(self, prediction_type: PredictionType) -> int:
+        """Side in pixels written to modelspec.resolution when no resolution was given."""
+
+    def encode_images(self, vae: Any, images_BCHW: Tensor) -> LatentPosterior:
+        """Posterior of RGB images in -1..1; its samples are not multiplied by the latent scale."""
+        return vae.encode(images_BCHW.to(vae.device, vae.dtype)).latent_dist
+
+    def decode_latents(self, vae: Any, latents_BCHW: Tensor) -> Tensor:
+        """RGB images in -1..1 (not clipped) of latents that carry the latent scale, as the U-Net sees them."""
+        return vae.decode((latents_BCHW / self.latent_scale).to(vae.device, vae.dtype)).sample

@@ -1,0 +1,117 @@
+"""Samplers by the names that users know, on diffusers' schedulers, with the noise schedule of the training.
+
+Nothing is clipped: latents have no fixed range. Under zero terminal SNR the samplers use the changed schedule and begin
+at its last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.diffusion.schedule import NoiseSchedule
+from library.log import UserError
+
+SMALLEST_ALPHA_CUMPROD = 2.0**-24
+"""Stands for 0 at the last step of a zero-terminal-SNR schedule, where sigma would be infinite."""
+
+
+@dataclass(frozen=True)
+class SamplerRow:
+    """A scheduler class of diffusers by name (None: our own linear multistep), its settings, and what its steps take.
+
+    With fewer steps than ``min_steps`` a sampler would never see the noisy end of the schedule, or divide by zero.
+    """
+
+    class_name: str | None
+    settings: dict[str, Any]
+    draws_noise: bool = False
+    min_steps: int = 1
+
+
+_LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
+_SOLVER = {"solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "sigma_min"}
+_ROWS: dict[str, SamplerRow] = {
+    "ddim": SamplerRow("DDIMScheduler", {"clip_sample": False, **_LEADING}, min_steps=2),
+    "pndm": SamplerRow("PNDMScheduler", _LEADING, min_steps=4),
+    "lms": SamplerRow(None, {}, min_steps=2),
+    "euler": SamplerRow("EulerDiscreteScheduler", {}, min_steps=2),
+    "euler_a": SamplerRow("EulerAncestralDiscreteScheduler", {}, draws_noise=True, min_steps=2),
+    "heun": SamplerRow("HeunDiscreteScheduler", {}, min_steps=2),
+    "dpm_2": SamplerRow("KDPM2DiscreteScheduler", {}, min_steps=2),
+    "dpm_2_a": SamplerRow("KDPM2AncestralDiscreteScheduler", {}, draws_noise=True, min_steps=3),
+    "dpmsolver": SamplerRow("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", **_SOLVER}),
+    "dpmsolver++": SamplerRow("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", **_SOLVER}),
+    "dpmsingle": SamplerRow("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++", **_SOLVER}),
+}
+_SAME = {f"k_{name}": name for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
+SAMPLER_NAMES: tuple[str, ...] = (*_ROWS, *_SAME)
+
+
+@dataclass
+class Sampler:
+    """A scheduler set to a number of steps. ``timesteps`` may hold more model calls than steps (heun, dpm_2, pndm)."""
+
+    scheduler: Any
+    draws_noise: bool
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The timesteps of all model calls, in order, possibly not whole."""
+        return self.scheduler.timesteps
+
+    @property
+    def initial_scale(self) -> float:
+        """What the starting noise is multiplied by."""
+        return float(self.scheduler.init_noise_sigma)
+
+    def model_input(self, latents_BCHW: Tensor, timestep: Tensor) -> Tensor:
+        """Latents as the model expects them at this timestep."""
+        return self.scheduler.scale_model_input(latents_BCHW, timestep)
+
+    def step(self, pred_BCHW: Tensor, timestep: Tensor, latents_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+        """The latents after this model call."""
+        extra = {"generator": generator} if self.draws_noise else {}
+        return self.scheduler.step(pred_BCHW, timestep, latents_BCHW, return_dict=False, **extra)[0]
+
+
+def make_sampler(name: str, steps: int, schedule: NoiseSchedule, device: torch.device | str = "cpu") -> Sampler:
+    """A sampler by name for ``steps`` steps. Raises UserError for an unknown name or too few steps."""
+    row = _ROWS.get(_SAME.get(name, name))
+    if row is None:
+        raise UserError(f"sampler {name!r}: there is none of this name; choose one of {', '.join(SAMPLER_NAMES)}")
+    if steps < row.min_steps:
+        raise UserError(f"sampler {name}: needs at least {row.min_steps} steps, not {steps}")
+    settings = {
+        "num_train_timesteps": len(schedule),
+        "trained_betas": _finite_betas(schedule).tolist(),
+        "prediction_type": schedule.prediction_type,
+        **row.settings,
+    }
+    if schedule.zero_terminal_snr and "timestep_spacing" in settings:
+        settings["timestep_spacing"] = "trailing"
+    scheduler = _scheduler_class(row)(**settings)
+    scheduler.set_timesteps(steps, device=device)
+    return Sampler(scheduler, row.draws_noise)
+
+
+def _scheduler_class(row: SamplerRow) -> Callable[..., Any]:
+    if row.class_name is None:
+        from library.generation.multistep import LinearMultistepScheduler
+
+        return LinearMultistepScheduler
+    import diffusers
+
+    return getattr(diffusers, row.class_name)
+
+
+def _finite_betas(schedule: NoiseSchedule) -> Tensor:
+    """The betas, the last one a little smaller where the schedule ends in pure noise."""
+    betas_T = schedule.betas_T.cpu().clone()
+    if schedule.zero_terminal_snr:
+        betas_T[-1] = 1 - SMALLEST_ALPHA_CUMPROD / schedule.alphas_cumprod_T[-2].item()
+    return betas_T

@@ -1,0 +1,251 @@
+"""The Hugging Face hub: fetch models and states, upload what was saved. The network is touched only when asked for.
+
+The endpoint is the environment variable HF_ENDPOINT, the token the option or HF_TOKEN. Tokens never appear in messages.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from library.log import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from library.options import HubOptions
+
+logger = logging.getLogger(__name__)
+
+MODEL_PARTS = ("text_encoder", "unet", "vae")
+_STEMS = {"text_encoder": ("model", "pytorch_model")}
+_DEFAULT_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model")
+
+
+def _api(token: str | None) -> HfApi:
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token or os.environ.get("HF_TOKEN") or None)
+
+
+# ---- models
+
+
+def files_of_model(names: Iterable[str], parts: Sequence[str] = MODEL_PARTS) -> list[str] | None:
+    """Which files of a repository are needed for these parts of a Diffusers model; None if some are missing.
+
+    Of several forms of the same weights one is taken: safetensors before pickles, full precision before fp16. A
+    repository that holds nothing but a VAE has it at its root.
+    """
+    present = set(names)
+    chosen = [name for name in ("model_index.json", "scheduler/scheduler_config.json") if name in present]
+    for part in parts:
+        folder = f"{part}/" if f"{part}/config.json" in present else ""
+        if f"{folder}config.json" not in present or (not folder and parts != ("vae",)):
+            return None
+        weights = _weights(present, folder, part)
+        if not weights:
+            return None
+        chosen += [f"{folder}config.json", *weights]
+    return chosen
+
+
+def _weights(present: set[str], folder: str, part: str) -> list[str]:
+    modern, old = _STEMS.get(part, _DEFAULT_STEMS)
+    for stem, extension in ((modern, "safetensors"), (old, "bin")):
+        for variant in ("", ".fp16"):
+            single = f"{folder}{stem}{variant}.{extension}"
+            if single in present:
+                return [single]
+            index = f"{folder}{stem}.{extension}.index{variant}.json"
+            if index in present:
+                start = f"{folder}{stem}{variant}-"
+                shards = (name for name in present if name.startswith(start) and name.endswith(f".{extension}"))
+                return [index, *sorted(shards)]
+    return []
+
+
+def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS, token: str | None = None) -> Path:
+    """The local folder of a hub model: what is on this machine already, else what is fetched now.
+
+    Only the needed files are fetched. Raises UserError that names the option.
+    """
+    from huggingface_hub import snapshot_download
+
+    local = _local_snapshot(repo_id)
+    if local is not None and files_of_model(_listing(local), parts) is not None:
+        logger.info("%s: using the copy in %s", repo_id, local)
+        return local
+
+    def fetch() -> Path:
+        api = _api(token)
+        wanted = files_of_model(api.list_repo_files(repo_id), parts)
+        if wanted is None:
+            raise UserError(f"{option} {repo_id}: the repository has no whole Diffusers model ({', '.join(parts)})")
+        logger.info("%s: downloading %d files from the hub", repo_id, len(wanted))
+        folder: Any = snapshot_download(repo_id, allow_patterns=wanted, token=api.token, endpoint=api.endpoint)
+        return Path(folder)
+
+    return _told(fetch, f"{option} {repo_id}: no such file or folder here, and it could not be fetched from the hub")
+
+
+def _local_snapshot(repo_id: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder: Any = snapshot_download(repo_id, local_files_only=True)
+    except (OSError, ValueError):  # LocalEntryNotFoundError is both, a wrong id is a ValueError
+        return None
+    return Path(folder)
+
+
+def _listing(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _told(action: Callable[[], Path], start: str) -> Path:
+    """Run a download; network and hub errors become one line."""
+    import httpx
+
+    try:
+        return action()
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+        raise UserError(f"{start} ({_short(error)}); check the name, the network and HF_TOKEN") from error
+
+
+def _short(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+# ---- states
+
+
+@dataclass(frozen=True, slots=True)
+class HubPath:
+    """A folder in a repository."""
+
+    repo_id: str
+    path: str
+    revision: str | None = None
+    repo_type: str | None = None
+
+
+def parse_hub_path(text: str) -> HubPath:
+    """``owner/name/path[:revision[:type]]``. Raises UserError for anything else."""
+    place, *rest = text.split(":")
+    pieces = [piece for piece in place.split("/") if piece]
+    if len(pieces) < 3 or len(rest) > 2:
+        raise UserError(f"--resume {text}: from the hub it must read owner/name/path[:revision[:type]]")
+    revision = rest[0] or None if rest else None
+    kind = (rest[1] if len(rest) == 2 else "model") if rest else None
+    return HubPath("/".join(pieces[:2]), "/".join(pieces[2:]), revision, kind)
+
+
+def download_state(text: str, token: str | None = None) -> Path:
+    """Fetch the state folder that ``--resume`` names on the hub and return its local place."""
+    from huggingface_hub import snapshot_download
+
+    place = parse_hub_path(text)
+
+    def fetch() -> Path:
+        api = _api(token)
+        names = api.list_repo_files(place.repo_id, revision=place.revision, repo_type=place.repo_type)
+        wanted = [name for name in names if name.startswith(place.path + "/")]
+        if not wanted:
+            raise UserError(f"--resume {text}: there is no folder {place.path} in {place.repo_id}")
+        folder: Any = snapshot_download(
+            place.repo_id,
+            repo_type=place.repo_type,
+            revision=place.revision,
+            allow_patterns=wanted,
+            token=api.token,
+            endpoint=api.endpoint,
+        )
+        return Path(folder) / place.path
+
+    return _told(fetch, f"--resume {text}: it could not be fetched from the hub")
+
+
+# ---- uploads
+
+
+class Uploader:
+    """Uploads saved files and folders, one after the other, in the background with ``async_upload``.
+
+    A failed upload never stops the training: it is a warning at once and again at the end (`close`).
+    """
+
+    def __init__(self, options: HubOptions) -> None:
+        if not options.huggingface_repo_id:
+            raise ValueError("there is no repository to upload to")
+        self._repo_id = options.huggingface_repo_id
+        self._type = options.huggingface_repo_type or "model"
+        self._folder = (options.huggingface_path_in_repo or "").strip("/")
+        self._private = options.huggingface_repo_visibility != "public"
+        self._api = _api(options.huggingface_token)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload") if options.async_upload else None
+        self._running: list[Future[None]] = []
+        self._exists = False
+        self.failures: list[str] = []
+
+    def check(self) -> None:
+        """Make sure before training that the repository is there or can be made. Raises UserError."""
+        import httpx
+
+        try:
+            self._create()
+        except (OSError, ValueError, httpx.HTTPError) as error:
+            raise UserError(
+                f"--huggingface_repo_id {self._repo_id}: the hub does not accept uploads ({_short(error)}); "
+                "check the name and the token (HF_TOKEN)"
+            ) from error
+
+    def upload(self, path: Path, *, wait: bool = False) -> None:
+        """Upload a file or a folder under its own name; ``wait`` for it, e.g. the final model."""
+        if self._pool is None:
+            self._upload(path)
+            return
+        self._running.append(self._pool.submit(self._upload, path))
+        if wait:
+            self._wait()
+
+    def close(self) -> None:
+        """Wait for what is still under way, and say again what failed."""
+        self._wait()
+        if self._pool:
+            self._pool.shutdown()
+        if self.failures:
+            logger.warning("not uploaded to %s: %s", self._repo_id, ", ".join(self.failures))
+
+    def _wait(self) -> None:
+        for future in self._running:
+            future.result()
+        self._running.clear()
+
+    def _create(self) -> None:
+        if not self._exists:
+            self._api.create_repo(self._repo_id, repo_type=self._type, private=self._private, exist_ok=True)
+            self._exists = True
+
+    def _upload(self, path: Path) -> None:
+        place = str(PurePosixPath(self._folder) / path.name) if self._folder else path.name
+        try:
+            self._create()
+            if path.is_dir():
+                self._api.upload_folder(
+                    repo_id=self._repo_id, folder_path=path, path_in_repo=place, repo_type=self._type
+                )
+            else:
+                self._api.upload_file(
+                    path_or_fileobj=path, path_in_repo=place, repo_id=self._repo_id, repo_type=self._type
+                )
+            logger.info("uploaded %s to %s/%s", path.name, self._repo_id, place)
+        except Exception as error:  # whatever went wrong, the training goes on
+            self.failures.append(path.name)
+            logger.warning("%s was not uploaded to %s: %s", path.name, self._repo_id, _short(error))

@@ -1,0 +1,200 @@
+"""Read a model's parts from a Stability single file or a Diffusers folder into modules.
+
+One resolver for all: symbolic links are followed, a regular file is a single file, a folder is a Diffusers folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.checkpoint.io import ModelFile, open_model_file, read_header
+from library.checkpoint.keymap import MAX_LISTED, MappedFile, Row, fit_shape, raise_key_problems
+from library.checkpoint.sd_keys import VAE_PREFIX, aliases, key_map, modern_vae_key, vae_rows
+from library.log import UserError
+from library.models import build, infer
+from library.models.spec import ArchitectureSpec, PredictionType, VaeSpec
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+logger = logging.getLogger(__name__)
+
+PART_NAMES = ("text_encoder", "unet", "vae")
+_WEIGHT_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_IGNORABLE_FOLDER_KEY = re.compile(r"position_ids$")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and in which type a part is wanted."""
+
+    dtype: torch.dtype
+    device: torch.device | str = "cpu"
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a model is, before its weights are read."""
+
+    spec: ArchitectureSpec
+    prediction_type: PredictionType | None
+
+
+def recognise(path: Path) -> Recognised:
+    """Family, widths and prediction type of a file or folder. Raises UserError for anything but SD1 and SD2."""
+    if path.is_dir():
+        spec = infer.spec_of_folder(path)
+        if spec.family == "sd2":  # in memory always matrices, so that adapters have one shape
+            spec = replace(spec, unet=replace(spec.unet, linear_projection=True))
+        return Recognised(spec, infer.prediction_of_folder(path))
+    infos, metadata = read_header(path)
+    return Recognised(infer.spec_of_file(infos, str(path)), infer.prediction_of_file(infos, metadata))
+
+
+def load_parts(path: Path, spec: ArchitectureSpec, targets: Mapping[str, Target]) -> dict[str, nn.Module]:
+    """The parts named in ``targets`` (of text_encoder, unet, vae), filled, frozen, in eval mode."""
+    if path.is_dir():
+        return {name: _load_folder_part(path / name, name, spec, target) for name, target in targets.items()}
+    table = key_map(spec)
+    with open_model_file(path) as file:
+        others = {key: actual for key, actual in aliases(file.infos).items() if key not in file.infos}
+        names = (set(file.infos) - set(others.values())) | set(others)
+        unread = table.check(names, str(path), targets)
+        if unread:
+            logger.warning("%s: %d tensors are of no use here and not read (%s ...)", path.name, len(unread), unread[0])
+        modules: dict[str, nn.Module] = {}
+        for name, target in targets.items():
+            module = _empty(name, spec)
+            mapped = MappedFile(file, table.part(name), others)
+            modules[name] = build.fill(module, mapped.tensors(build.shapes_of(module)), target.dtype, target.device)
+        return modules
+
+
+def _empty(name: str, spec: ArchitectureSpec) -> nn.Module:
+    if name == "unet":
+        return build.empty_unet(spec.unet)
+    if name == "vae":
+        return build.empty_vae(spec.vae)
+    return build.empty_text_encoder(spec.text_encoders[0])
+
+
+# ---- Diffusers folders
+
+
+def _load_folder_part(folder: Path, name: str, spec: ArchitectureSpec, target: Target) -> nn.Module:
+    module = _empty(name, spec)
+    files = weight_files(folder, _WEIGHT_STEMS[name])
+    tensors = _folder_tensors(files, name, build.shapes_of(module))
+    return build.fill(module, tensors, target.dtype, target.device)
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The weight files of a part's folder: safetensors first, half precision variants and shards too."""
+    old_stem = "pytorch_model" if stem == "model" else stem
+    for name, extension in ((stem, "safetensors"), (old_stem, "bin")):
+        for variant in ("", ".fp16"):
+            index = folder / f"{name}.{extension}.index{variant}.json"
+            if index.is_file():
+                shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+                return [folder / shard for shard in sorted(shards)]
+            file = folder / f"{name}{variant}.{extension}"
+            if file.is_file():
+                return [file]
+    raise UserError(f"{folder} holds no weights ({stem}.safetensors was looked for): the Diffusers model is not whole")
+
+
+def _canonical(part: str, key: str) -> str:
+    if part == "vae":
+        return modern_vae_key(key)
+    return build.canonical_text_key(key) if part == "text_encoder" else key
+
+
+def _folder_tensors(
+    files: Iterable[Path], part: str, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Tensor]]:
+    opened = [open_model_file(path) for path in files]
+    try:
+        where = str(opened[0].path.parent)
+        names = {
+            _canonical(part, key): (file, key)
+            for file in opened
+            for key in file.infos
+            if not _IGNORABLE_FOLDER_KEY.search(key)
+        }
+        raise_key_problems(sorted(set(shapes) - set(names)), sorted(set(names) - set(shapes)), where)
+        wrong: list[str] = []
+        for key, (file, own) in names.items():
+            try:
+                yield key, fit_shape(file.tensor(own), shapes[key])
+            except ValueError as error:
+                wrong.append(f"{own}: {error}")
+        if wrong:
+            raise UserError(f"{where}: {len(wrong)} tensors have a wrong shape: {'; '.join(wrong[:MAX_LISTED])}")
+    finally:
+        for file in opened:
+            file.close()
+
+
+# ---- a VAE on its own
+
+
+def load_vae(path: Path, target: Target) -> AutoencoderKL:
+    """A VAE from any form: Diffusers folder or whole pipeline, whole checkpoint, bare VAE file in either naming."""
+    if path.is_dir():
+        return _load_vae_folder(path, target)
+    with open_model_file(path) as file:
+        keys = file.infos
+        if any(key.startswith(VAE_PREFIX) for key in keys):
+            return _load_vae_stability(file, VAE_PREFIX, target)
+        if any(key.startswith("encoder.down_blocks.") for key in keys):
+            return _load_vae_diffusers_file(path, file, target)
+        if any(key.startswith("encoder.down.") for key in keys):
+            return _load_vae_stability(file, "", target)
+    raise UserError(f"--vae {path}: no VAE was found in this file")
+
+
+def _load_vae_folder(folder: Path, target: Target) -> AutoencoderKL:
+    place = folder if (folder / "config.json").is_file() else folder / "vae"
+    if not (place / "config.json").is_file():
+        raise UserError(f"--vae {folder}: neither a config.json nor a folder `vae` is in it")
+    module = build.empty_vae(infer.vae_spec_of_config(infer.read_config(place)))
+    files = weight_files(place, _WEIGHT_STEMS["vae"])
+    return build.fill(module, _folder_tensors(files, "vae", build.shapes_of(module)), target.dtype, target.device)
+
+
+def _load_vae_stability(file: ModelFile, prefix: str, target: Target) -> AutoencoderKL:
+    try:
+        spec = infer.vae_spec_of_keys(file.infos, prefix)
+    except KeyError as error:
+        raise UserError(f"--vae {file.path}: the tensor {error.args[0]} is missing") from error
+    rows = {key: Row(prefix + file_key, "vae", key, operation) for file_key, key, operation in vae_rows(spec)}
+    needed = {row.file_key for row in rows.values()}
+    raise_key_problems(sorted(needed - set(file.infos)), [], f"--vae {file.path}")
+    module = build.empty_vae(spec)
+    tensors = MappedFile(file, rows, {}).tensors(build.shapes_of(module))
+    return build.fill(module, tensors, target.dtype, target.device)
+
+
+def _load_vae_diffusers_file(path: Path, file: ModelFile, target: Target) -> AutoencoderKL:
+    module = build.empty_vae(_vae_spec_of_diffusers_keys(file.infos))
+    return build.fill(module, _folder_tensors([path], "vae", build.shapes_of(module)), target.dtype, target.device)
+
+
+def _vae_spec_of_diffusers_keys(infos: Mapping[str, Any]) -> VaeSpec:
+    def count(pattern: str) -> int:
+        found = {match.group(1) for key in infos if (match := re.match(pattern, key))}
+        return len(found)
+
+    levels = count(r"encoder\.down_blocks\.(\d+)\.")
+    widths = tuple(infos[f"encoder.down_blocks.{level}.resnets.0.conv2.weight"].shape[0] for level in range(levels))
+    layers = count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+    return VaeSpec(widths, layers, infos["post_quant_conv.weight"].shape[0])

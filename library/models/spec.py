@@ -1,0 +1,79 @@
+"""What an architecture is, as plain data: `infer` recognises it in files, `build` makes modules of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+PredictionType = Literal["epsilon", "v_prediction"]
+FamilyName = Literal["sd1", "sd2", "sdxl"]
+
+
+@dataclass(frozen=True, slots=True)
+class UNetSpec:
+    """The denoiser. Tuples have one entry per resolution level, from the widest picture to the smallest.
+
+    ``depths`` counts transformer blocks per attention (0: no attention at this level), ``heads`` are attention heads.
+    """
+
+    widths: tuple[int, ...] = (320, 640, 1280, 1280)
+    depths: tuple[int, ...] = (1, 1, 1, 0)
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    mid_depth: int = 1
+    context_width: int = 768
+    linear_projection: bool = False
+    layers_per_level: int = 2
+    in_channels: int = 4
+    out_channels: int = 4
+    vector_width: int | None = None  # SDXL: width of the vector condition (pooled text and sizes)
+    sample_size: int = 64  # side of the usual picture in latent cells
+    upcast_attention: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoderSpec:
+    """A CLIP text encoder. ``layers`` counts those that are kept; ``projection_width`` None: no projection layer."""
+
+    width: int = 768
+    mlp_width: int = 3072
+    heads: int = 12
+    layers: int = 12
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    projection_width: int | None = None
+    vocabulary: int = 49408
+    positions: int = 77
+    layout: Literal["huggingface", "openclip"] = "huggingface"  # names in a Stability file
+
+
+@dataclass(frozen=True, slots=True)
+class VaeSpec:
+    """The picture autoencoder: ``widths`` from the widest picture to the smallest, three halvings for four levels."""
+
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_level: int = 2
+    latent_channels: int = 4
+    scaling_factor: float = 0.18215
+
+
+@dataclass(frozen=True, slots=True)
+class ArchitectureSpec:
+    """A whole model: which family it belongs to and how wide and deep its parts are."""
+
+    family: FamilyName
+    unet: UNetSpec
+    text_encoders: tuple[TextEncoderSpec, ...]
+    vae: VaeSpec = field(default_factory=VaeSpec)
+
+
+SD1 = ArchitectureSpec("sd1", UNetSpec(), (TextEncoderSpec(),))
+"""Stable Diffusion 1.x as published."""
+
+SD2 = ArchitectureSpec(
+    "sd2",
+    UNetSpec(heads=(5, 10, 20, 20), context_width=1024, linear_projection=True),
+    (TextEncoderSpec(1024, 4096, 16, 23, "gelu", layout="openclip"),),
+)
+"""Stable Diffusion 2.x as published: of the text encoder's 24 layers 23 are kept, so its output is the next to last."""
+
+FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
+EOS_TOKEN_ID = 49407

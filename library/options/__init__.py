@@ -1,0 +1,34 @@
+"""Options: one group for each concern. Other rooms import the groups from here and take those that they need."""
+
+from library.options.data import CacheOptions, CacheToolOptions, DataOptions
+from library.options.model import ModelOptions, PrecisionOptions
+from library.options.network import NetworkOptions
+from library.options.saving import (
+    ConfigOptions,
+    HubOptions,
+    LogOptions,
+    MetadataOptions,
+    SampleOptions,
+    SaveOptions,
+)
+from library.options.training import LoopOptions, LossOptions, NoiseOptions, OptimizerOptions, ScheduleOptions
+
+__all__ = [
+    "CacheOptions",
+    "CacheToolOptions",
+    "ConfigOptions",
+    "DataOptions",
+    "HubOptions",
+    "LogOptions",
+    "LoopOptions",
+    "LossOptions",
+    "MetadataOptions",
+    "ModelOptions",
+    "NetworkOptions",
+    "NoiseOptions",
+    "OptimizerOptions",
+    "PrecisionOptions",
+    "SampleOptions",
+    "SaveOptions",
+    "ScheduleOptions",
+]

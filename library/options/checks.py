@@ -1,0 +1,225 @@
+"""Checks that concern more than one option. Rules of the same form stand in tables, the others are small functions.
+
+Each rule looks at options by name and holds for every script that has them. What needs the model, the data or the
+device to be known is checked where those are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from library.options.settings import Settings
+
+Rule = Callable[[Settings], str | None]
+
+# (option, what it needs): the first does nothing right without the second.
+NEEDS = (
+    ("adaptive_noise_scale", "noise_offset"),
+    ("scale_v_pred_loss_like_noise_pred", "v_parameterization"),
+    ("dim_from_weights", "network_weights"),
+    ("base_weights_multiplier", "base_weights"),
+    ("resume_from_huggingface", "resume"),
+    ("save_state_to_huggingface", "huggingface_repo_id"),
+    ("allow_mismatch", "resume"),
+)
+
+# Two options that exclude each other.
+EXCLUDES = (
+    ("v_pred_like_loss", "v_parameterization"),
+    ("network_train_unet_only", "network_train_text_encoder_only"),
+    ("full_fp16", "full_bf16"),
+    ("use_8bit_adam", "use_lion_optimizer"),
+    ("use_8bit_adam", "optimizer_type"),
+    ("use_lion_optimizer", "optimizer_type"),
+)
+
+# (option, options of which one must be set for it to have an effect).
+NO_EFFECT_WITHOUT = (
+    ("sample_every_n_steps", ("sample_prompts",)),
+    ("sample_every_n_epochs", ("sample_prompts",)),
+    ("sample_at_first", ("sample_prompts",)),
+    ("sample_prompts", ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")),
+    ("save_last_n_epochs", ("save_every_n_epochs", "save_n_epoch_ratio")),
+    ("save_last_n_steps", ("save_every_n_steps",)),
+    ("save_last_n_epochs_state", ("save_state",)),
+    ("save_last_n_steps_state", ("save_state",)),
+    ("async_upload", ("huggingface_repo_id",)),
+    ("huggingface_path_in_repo", ("huggingface_repo_id",)),
+    ("log_prefix", ("logging_dir", "log_with")),
+    ("log_tracker_config", ("logging_dir", "log_with")),
+)
+
+# (option, option that it switches on).
+IMPLIES = (("cache_latents_to_disk", "cache_latents"),)
+
+# What is not needed to look at the data only.
+NOT_FOR_DEBUG_DATASET = frozenset({"pretrained_model_name_or_path", "network_module"})
+
+
+def _on(value: Any) -> bool:
+    """True if a value switches its option on: 0, False, empty and None do not."""
+    return bool(value)
+
+
+def implied(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Values that others switch on, and a line about each."""
+    found = {
+        implied_name: True for name, implied_name in IMPLIES if _on(values.get(name)) and not values.get(implied_name)
+    }
+    lines = [f"--{name} switches --{target} on" for name, target in IMPLIES if target in found]
+    return found, lines
+
+
+def _full_precision(settings: Settings) -> Iterator[str]:
+    for name, needed in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
+        if settings.value_of(name) and settings.value_of("mixed_precision") != needed:
+            yield f"--{name} needs --mixed_precision {needed}"
+
+
+def _fp8_base(settings: Settings) -> str | None:
+    if settings.value_of("fp8_base") and settings.value_of("mixed_precision") == "no":
+        return (
+            "--fp8_base needs --mixed_precision fp16 or bf16: float8 weights have to be computed with in one of these"
+        )
+    return None
+
+
+def _timesteps(settings: Settings) -> str | None:
+    low, high = settings.value_of("min_timestep") or 0, settings.value_of("max_timestep") or 1000
+    return f"--min_timestep {low} must be below --max_timestep {high}" if low >= high else None
+
+
+def _bucket_sides(settings: Settings) -> str | None:
+    low, high = settings.value_of("min_bucket_reso"), settings.value_of("max_bucket_reso")
+    if low is not None and high is not None and low > high:
+        return f"--min_bucket_reso {low} must not be above --max_bucket_reso {high}"
+    return None
+
+
+def _multipliers(settings: Settings) -> str | None:
+    files, factors = settings.value_of("base_weights"), settings.value_of("base_weights_multiplier")
+    if files and factors and len(factors) > len(files):
+        return f"--base_weights_multiplier has {len(factors)} numbers for {len(files)} files in --base_weights"
+    return None
+
+
+def _tracker_folder(settings: Settings) -> str | None:
+    tracker = settings.value_of("log_with")
+    if tracker in ("tensorboard", "all") and not settings.value_of("logging_dir"):
+        return f"--log_with {tracker} needs --logging_dir, the folder of the logs"
+    return None
+
+
+def _warmup(settings: Settings) -> str | None:
+    if not settings.value_of("lr_warmup_steps"):
+        return None
+    if settings.value_of("lr_scheduler_type"):
+        return "--lr_warmup_steps has no meaning for a class given by --lr_scheduler_type; set it to 0"
+    name = settings.value_of("lr_scheduler")
+    if name == "constant":
+        return "--lr_warmup_steps has no meaning for --lr_scheduler constant; use constant_with_warmup"
+    return "--lr_warmup_steps has no meaning for --lr_scheduler adafactor; set it to 0" if name == "adafactor" else None
+
+
+def _cached_augmentation(settings: Settings) -> Iterator[str]:
+    if settings.value_of("cache_latents") and not settings.value_of("dataset_config"):
+        for name in ("color_aug", "random_crop"):
+            if settings.value_of(name):
+                yield f"--{name} changes the image each time, so latents cannot be cached: drop it or --cache_latents"
+
+
+def _v_parameterization(settings: Settings) -> str | None:
+    if settings.value_of("v_parameterization") and settings.value_of("v2") is False:
+        return "--v_parameterization without --v2: few SD 1.x models predict v"
+    return None
+
+
+def _clip_skip(settings: Settings) -> str | None:
+    if settings.value_of("v2") and settings.value_of("clip_skip"):
+        return "--clip_skip with --v2: SD 2.x text encoders lack the last layer already; this is unusual"
+    return None
+
+
+def _zero_terminal_snr(settings: Settings) -> str | None:
+    if settings.value_of("zero_terminal_snr") and not settings.value_of("v_parameterization"):
+        return "--zero_terminal_snr without --v_parameterization: at pure noise a noise prediction learns nothing"
+    return None
+
+
+def _ignored_folders(settings: Settings) -> str | None:
+    if not settings.value_of("dataset_config"):
+        return None
+    ignored = [f"--{name}" for name in ("train_data_dir", "reg_data_dir", "in_json") if settings.value_of(name)]
+    return f"{', '.join(ignored)} ignored: --dataset_config says where the images are" if ignored else None
+
+
+def _metadata_latents(settings: Settings) -> str | None:
+    if settings.value_of("in_json") and (settings.value_of("color_aug") or settings.value_of("random_crop")):
+        return "--in_json with --color_aug or --random_crop: latents prepared ahead are not used"
+    return None
+
+
+def _steps_and_epochs(settings: Settings) -> str | None:
+    if settings.value_of("max_train_epochs") and settings.given("max_train_steps"):
+        return "--max_train_steps is ignored: --max_train_epochs decides"
+    return None
+
+
+def _samples_twice(settings: Settings) -> str | None:
+    if settings.value_of("sample_every_n_epochs") and settings.value_of("sample_every_n_steps"):
+        return "--sample_every_n_steps is ignored: --sample_every_n_epochs decides"
+    return None
+
+
+REFUSALS: tuple[Rule, ...] = (_fp8_base, _timesteps, _bucket_sides, _multipliers, _tracker_folder, _warmup)
+DOUBTS: tuple[Rule, ...] = (
+    _v_parameterization,
+    _clip_skip,
+    _zero_terminal_snr,
+    _ignored_folders,
+    _metadata_latents,
+    _steps_and_epochs,
+    _samples_twice,
+)
+
+
+def problems(settings: Settings) -> list[str]:
+    """One line for each combination that cannot work."""
+    value_of = settings.value_of
+    found = [
+        f"--{name} needs --{needed}" for name, needed in NEEDS if _on(value_of(name)) and not _set(settings, needed)
+    ]
+    found += [
+        f"--{one} and --{other} exclude each other" for one, other in EXCLUDES if value_of(one) and value_of(other)
+    ]
+    found += [*_full_precision(settings), *_cached_augmentation(settings)]
+    return found + [line for rule in REFUSALS if (line := rule(settings))]
+
+
+def _set(settings: Settings, name: str) -> bool:
+    """True if an option has a value, be it 0."""
+    value = settings.value_of(name)
+    return value is not None and value is not False and value != ""
+
+
+def warnings(settings: Settings) -> list[str]:
+    """One line for each combination that is probably not meant."""
+    found = [
+        f"--{name} has no effect without {' or '.join(f'--{other}' for other in others)}"
+        for name, others in NO_EFFECT_WITHOUT
+        if _on(settings.value_of(name)) and not any(_on(settings.value_of(other)) for other in others)
+    ]
+    return found + [line for rule in DOUBTS if (line := rule(settings))]
+
+
+def missing(settings: Settings) -> list[str]:
+    """One line for each option that the script cannot do without."""
+    found: list[str] = []
+    for needed in settings.script.required:
+        names = (needed,) if isinstance(needed, str) else needed
+        if settings.value_of("debug_dataset") and NOT_FOR_DEBUG_DATASET.intersection(names):
+            continue
+        if not any(_on(settings.value_of(name)) for name in names):
+            found.append(f"{' or '.join(f'--{name}' for name in names)} is missing")
+    return found

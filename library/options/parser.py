@@ -1,0 +1,101 @@
+"""The command line: argparse built from the declarations. Values stay text here; the options' own checks come later."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from library.log import UserError
+from library.options.base import OptionSpec, specs_of
+from library.options.settings import COMMAND_LINE, Given, ScriptOptions
+
+EPILOG = (
+    "Every switch has an opposite with --no- before its name (--no-v2), to undo what a configuration file switched on."
+)
+
+_NEGATIVE_EXPONENT = re.compile(r"-\d*\.?\d+[eE][+-]?\d+$")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of printing its usage, which is pages long here."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError with argparse's complaint."""
+        raise UserError(f"command line: {message}; see --help")
+
+
+def _metavar(spec: OptionSpec) -> str:
+    if spec.choices:
+        return "{" + ",".join(str(choice) for choice in spec.choices) + "}"
+    return spec.told.metavar or ("KEY=VALUE" if spec.told.pairs else "N" if spec.kind in (int, float) else "TEXT")
+
+
+def _help(spec: OptionSpec, default: Any) -> str:
+    facts = [f"default {default}"] if default not in (None, False, "") else []
+    if not spec.choices and spec.allowed:
+        facts.append(spec.allowed)
+    text = f"{spec.told.help} ({'; '.join(facts)})" if facts else spec.told.help
+    return text.replace("%", "%%")
+
+
+def build_parser(script: ScriptOptions) -> argparse.ArgumentParser:
+    """The parser of a script. Its namespace holds only what was given, as text."""
+    parser = _Parser(
+        prog=script.name,
+        description=script.summary or None,
+        epilog=EPILOG,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        usage="%(prog)s [--config_file FILE] [options]",
+    )
+    for group in script.groups:
+        section = parser.add_argument_group(group.title)
+        for spec in specs_of(group):
+            flags = [f"--{name}" for name in spec.names]
+            text = _help(spec, script.default_of(spec))
+            if spec.is_flag:
+                section.add_argument(*flags, dest=spec.name, action="store_const", const=True, help=text)
+                off = [f"--no-{name}" for name in spec.names]
+                section.add_argument(*off, dest=spec.name, action="store_const", const=False, help=argparse.SUPPRESS)
+            else:
+                many = "*" if spec.is_list else None
+                section.add_argument(*flags, dest=spec.name, nargs=many, metavar=_metavar(spec), help=text)
+    return parser
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """The words with ``--name -1e-3`` as ``--name=-1e-3``: argparse takes such a number for an option."""
+    words: list[str] = []
+    for word in argv:
+        if _NEGATIVE_EXPONENT.match(word) and words and words[-1].startswith("--") and "=" not in words[-1]:
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def _unknown_options(rest: Sequence[str]) -> tuple[list[tuple[str, Given]], list[str]]:
+    """What argparse left over: unknown options with their values, and words that belong to no option."""
+    options: list[tuple[str, Given]] = []
+    words: list[str] = []
+    for word in rest:
+        if word.startswith("--"):
+            name, sign, value = word[2:].partition("=")
+            options.append((name, Given(value if sign else True, COMMAND_LINE)))
+        elif options and options[-1][1].value is True:
+            options[-1] = (options[-1][0], Given(word, COMMAND_LINE))
+        else:
+            words.append(word)
+    return options, words
+
+
+def read_command_line(
+    script: ScriptOptions, argv: Sequence[str]
+) -> tuple[dict[str, Given], list[tuple[str, Given]], list[str]]:
+    """What the command line gives: known options, unknown options, problems. ``--help`` prints and exits."""
+    namespace, rest = build_parser(script).parse_known_args(_joined(argv))
+    known = {name: Given(value, COMMAND_LINE) for name, value in vars(namespace).items()}
+    unknown, words = _unknown_options(rest)
+    return known, unknown, [f"command line: {word!r} belongs to no option" for word in words]

@@ -1,0 +1,59 @@
+"""The option rows of the scripts: which groups each has, what it cannot do without."""
+
+from library.options import (
+    CacheOptions,
+    CacheToolOptions,
+    ConfigOptions,
+    DataOptions,
+    HubOptions,
+    LogOptions,
+    LoopOptions,
+    LossOptions,
+    MetadataOptions,
+    ModelOptions,
+    NetworkOptions,
+    NoiseOptions,
+    OptimizerOptions,
+    PrecisionOptions,
+    SampleOptions,
+    SaveOptions,
+    ScheduleOptions,
+)
+from library.options.settings import ScriptOptions
+
+IMAGES = ("train_data_dir", "in_json", "dataset_config", "dataset_class")
+
+TRAINING_GROUPS = (
+    ConfigOptions,
+    ModelOptions,
+    DataOptions,
+    CacheOptions,
+    LoopOptions,
+    OptimizerOptions,
+    ScheduleOptions,
+    NoiseOptions,
+    LossOptions,
+    PrecisionOptions,
+    SaveOptions,
+    MetadataOptions,
+    SampleOptions,
+    LogOptions,
+    HubOptions,
+)
+
+TRAIN_NETWORK = ScriptOptions(
+    name="train_network.py",
+    groups=(*TRAINING_GROUPS[:2], NetworkOptions, *TRAINING_GROUPS[2:]),
+    required=("pretrained_model_name_or_path", "network_module", "output_dir", IMAGES),
+    summary="Train a LoRA or another network on Stable Diffusion 1.x or 2.x.",
+)
+
+CACHE_LATENTS = ScriptOptions(
+    name="tools/cache_latents.py",
+    groups=(*TRAIN_NETWORK.groups, CacheToolOptions),
+    defaults={"cache_latents": True, "cache_latents_to_disk": True},
+    required=("pretrained_model_name_or_path", IMAGES),
+    summary="Encode training images ahead of time into .npz files. Takes the options (and the file) of the training.",
+)
+
+SCRIPTS = (TRAIN_NETWORK, CACHE_LATENTS)

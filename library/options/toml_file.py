@@ -1,0 +1,73 @@
+"""Reading TOML with the line of every key, so that an error can say where it is."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.log import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+_TABLE = re.compile(r"\s*\[\[?\s*([^\[\]]+?)\s*\]\]?\s*(#.*)?$")
+_KEY = re.compile(r"\s*((?:[A-Za-z0-9_-]+|\"[^\"]*\"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|\"[^\"]*\"|'[^']*'))*)\s*=")
+
+
+@dataclass(frozen=True)
+class TomlFile:
+    """A parsed file. ``lines`` has the line (from 1) of each key by (table, key); the table of top-level keys is ""."""
+
+    path: Path
+    data: dict[str, Any]
+    lines: dict[tuple[str, str], int]
+
+    def where(self, table: str, key: str) -> str:
+        """Place of a key for messages: file and line."""
+        line = self.lines.get((table, key)) or self.lines.get(("", key))
+        return f"{self.path} line {line}" if line else str(self.path)
+
+
+def _parts(dotted: str) -> list[str]:
+    return [part.strip().strip("\"'") for part in dotted.split(".")]
+
+
+def key_lines(text: str) -> dict[tuple[str, str], int]:
+    """The first line of each key by (table, key); a table's header counts as a key too. Long strings are skipped."""
+    found: dict[tuple[str, str], int] = {}
+    table: list[str] = []
+    closing = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if closing:
+            closing = "" if closing in line else closing
+            continue
+        if header := _TABLE.match(line):
+            table = _parts(header.group(1))
+            found.setdefault((".".join(table[:-1]), table[-1]), number)
+        elif key := _KEY.match(line):
+            parts = table + _parts(key.group(1))
+            found.setdefault((".".join(parts[:-1]), parts[-1]), number)
+            value = line[key.end() :]
+            closing = next((mark for mark in ('"""', "'''") if value.count(mark) == 1), "")
+    return found
+
+
+def read_toml(path: Path, option_name: str) -> TomlFile:
+    """Read a UTF-8 TOML file. Raises UserError that names the option, the file and, for bad syntax, the line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"--{option_name}: there is no file {path}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--{option_name}: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"--{option_name}: {path} cannot be read ({error.strerror or error})") from error
+    try:
+        return TomlFile(path, tomllib.loads(text), key_lines(text))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"--{option_name}: {path} is no valid TOML: {error}") from error

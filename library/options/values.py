@@ -1,0 +1,196 @@
+"""Turning texts and TOML values into typed values. Each function raises ValueError that says what is wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.log import UserError
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The range of a number; None means no limit."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    multiple_of: int | None = None
+
+    def text(self) -> str:
+        """The range in words, for messages and documentation."""
+        parts: list[str] = []
+        if self.ge is not None and self.le is not None:
+            parts.append(f"from {self.ge} to {self.le}")
+        elif self.ge is not None:
+            parts.append(f"{self.ge} or more")
+        elif self.le is not None:
+            parts.append(f"{self.le} or less")
+        if self.gt is not None:
+            parts.append(f"above {self.gt}")
+        if self.lt is not None:
+            parts.append(f"below {self.lt}")
+        if self.multiple_of is not None:
+            parts.append(f"a multiple of {self.multiple_of}")
+        return " and ".join(parts)
+
+    def check(self, value: float) -> None:
+        """Raise ValueError if the number is out of range."""
+        inside = (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+            and (self.multiple_of is None or value % self.multiple_of == 0)
+        )
+        if not inside:
+            raise ValueError(f"must be {self.text()}")
+
+
+def whole_number(raw: Any) -> int:
+    """An int from an int, a float without a fraction, or text."""
+    problem = ValueError("must be a whole number")
+    if isinstance(raw, bool):
+        raise problem
+    if isinstance(raw, float) and raw.is_integer():
+        return int(raw)
+    if isinstance(raw, int):
+        return raw
+    if not isinstance(raw, str):
+        raise problem
+    try:
+        return int(raw)
+    except ValueError:
+        raise problem from None
+
+
+def number(raw: Any) -> float:
+    """A finite float from a number or text."""
+    problem = ValueError("must be a number")
+    if isinstance(raw, bool) or not isinstance(raw, int | float | str):
+        raise problem
+    try:
+        value = float(raw)
+    except ValueError:
+        raise problem from None
+    if not math.isfinite(value):
+        raise problem
+    return value
+
+
+def text(raw: Any) -> str:
+    """Text; numbers and booleans of a file are refused."""
+    if isinstance(raw, str):
+        return raw
+    if isinstance(raw, Path):
+        return str(raw)
+    raise ValueError(f'must be text: write it in quotes, "{raw}"' if isinstance(raw, int | float) else "must be text")
+
+
+def switch(raw: Any) -> bool:
+    """A boolean; nothing else is taken for one."""
+    if isinstance(raw, bool):
+        return raw
+    raise ValueError("must be true or false (without quotes)")
+
+
+def path(raw: Any) -> Path:
+    """A path from text."""
+    return Path(text(raw))
+
+
+PARSERS: dict[type, Callable[[Any], Any]] = {int: whole_number, float: number, str: text, bool: switch, Path: path}
+
+
+def check_choice(raw: Any, choices: tuple[Any, ...]) -> Any:
+    """One of the choices; a number may come as text."""
+    if not isinstance(raw, bool):
+        for allowed in choices:
+            if raw == allowed or (isinstance(raw, str) and raw == str(allowed)):
+                return allowed
+    raise ValueError(f"must be one of {', '.join(str(allowed) for allowed in choices)}")
+
+
+def means_nothing(raw: Any, kind: type, has_choices: bool) -> bool:
+    """True if a value stands for "not given": empty text or list, and the word None where it can be no real value."""
+    if raw == "" or raw == []:
+        return True
+    return isinstance(raw, str) and raw.lower() == "none" and (has_choices or kind in (int, float))
+
+
+def split_pair(item: str) -> tuple[str, str]:
+    """``key=value`` cut at the first equals sign; the value may contain more of them."""
+    key, sign, value = item.partition("=")
+    if not sign or not key.strip():
+        raise ValueError(f"item {item!r} must have the form key=value")
+    return key.strip(), value.strip()
+
+
+def split_pairs(items: Iterable[str] | None, option_name: str) -> dict[str, str]:
+    """``key=value`` items as texts by key. Raises UserError for an item without ``=`` and for a key given twice."""
+    pairs: dict[str, str] = {}
+    for item in items or ():
+        try:
+            key, value = split_pair(item)
+        except ValueError as error:
+            raise UserError(f"--{option_name}: {error}") from error
+        if key in pairs:
+            raise UserError(f"--{option_name}: {key} is given twice; keep one of them")
+        pairs[key] = value
+    return pairs
+
+
+def _numbers(raw: Any, parse: Callable[[Any], Any]) -> list[Any]:
+    if isinstance(raw, str):
+        return [parse(part.strip()) for part in raw.split(",")]
+    return [parse(part) for part in raw] if isinstance(raw, list | tuple) else [parse(raw)]
+
+
+def training_size(raw: Any) -> tuple[int, int]:
+    """``512``, ``"512,768"`` or ``[512, 768]`` as (width, height) in pixels."""
+    try:
+        sides = _numbers(raw, whole_number)
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise ValueError("must be one side (512) or width,height (512,768) in pixels")
+    return (sides[0], sides[-1])
+
+
+def ascending_pair(raw: Any) -> tuple[float, float]:
+    """``"1.0,3.0"`` or ``[1.0, 3.0]``: two positive numbers, the first not above the second."""
+    try:
+        pair = _numbers(raw, number)
+    except ValueError:
+        pair = []
+    if len(pair) != 2 or pair[0] > pair[1] or pair[0] <= 0:
+        raise ValueError("must be two positive numbers, the lower one first (1.0,3.0)")
+    return (pair[0], pair[1])
+
+
+def steps_or_share(raw: Any) -> int | float:
+    """A number of steps (``100``), or a share of all steps (``0.1``, ``"10%"``), which is a float below 1."""
+    problem = ValueError("must be a number of steps (100) or a share of all steps (0.1 or 10%)")
+    try:
+        if isinstance(raw, str) and raw.strip().endswith("%"):
+            share = number(raw.strip()[:-1]) / 100
+            if not 0 <= share < 1:
+                raise problem
+            return share if share > 0 else 0
+        value = number(raw)
+    except ValueError:
+        raise problem from None
+    if value < 0 or (value >= 1 and not value.is_integer()):
+        raise problem
+    return value if 0 < value < 1 else int(value)
+
+
+def not_empty(raw: Any) -> str:
+    """Text of at least one character."""
+    if not text(raw):
+        raise ValueError("must not be empty")
+    return raw

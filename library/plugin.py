@@ -1,0 +1,79 @@
+"""The protocol between the trainer and network modules (LoRA and others, built in or third-party).
+
+The trainer imports ``--network_module`` by name and uses only this surface, so ``library`` never imports ``networks``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class NetworkModule(Protocol):
+    """Functions that a network module offers at top level."""
+
+    def create_network(
+        self,
+        multiplier: float,
+        network_dim: int | None,
+        network_alpha: float | None,
+        vae: nn.Module,
+        text_encoder: nn.Module | list[nn.Module],
+        unet: nn.Module,
+        neuron_dropout: float | None = None,
+        **network_args: str | None,
+    ) -> Network | None: ...
+
+    def create_network_from_weights(
+        self,
+        multiplier: float,
+        file: str | None,
+        vae: nn.Module,
+        text_encoder: nn.Module | list[nn.Module],
+        unet: nn.Module,
+        weights_sd: dict[str, Tensor] | None = None,
+        for_inference: bool = False,
+        **network_args: str | None,
+    ) -> tuple[Network, dict[str, Tensor]]: ...
+
+
+class Network(Protocol):
+    """What the trainer calls on a network; optional methods are looked up once, by `load_network_module`'s caller."""
+
+    def apply_to(
+        self, text_encoder: Any, unet: nn.Module, apply_text_encoder: bool = True, apply_unet: bool = True
+    ) -> None: ...
+
+    def load_weights(self, file: str) -> Any: ...
+
+    def prepare_optimizer_params(
+        self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None
+    ) -> list[dict[str, Any]]: ...
+
+    def prepare_grad_etc(self, text_encoder: Any, unet: nn.Module) -> None: ...
+
+    def on_epoch_start(self, text_encoder: Any, unet: nn.Module) -> None: ...
+
+    def enable_gradient_checkpointing(self) -> None: ...
+
+    def get_trainable_params(self) -> Any: ...
+
+    def save_weights(self, file: str, dtype: Any, metadata: dict[str, str] | None) -> None: ...
+
+
+def load_network_module(name: str) -> Any:
+    """Import a network module by its dotted name.
+
+    Raises ValueError with one line if it is missing, or lacks ``create_network``.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        if error.name and name.startswith(error.name):
+            raise ValueError(f"--network_module: there is no module {name!r}; install its package or fix the name") from error
+        raise ValueError(f"--network_module {name}: it needs the package {error.name!r}; install it") from error
+    if not callable(getattr(module, "create_network", None)):
+        raise ValueError(f"--network_module {name}: the module has no create_network function, it is no network module")
+    return module

@@ -1,0 +1,403 @@
+"""Latents made ahead: each image goes through the VAE once, before training or by tools/cache_latents.py.
+
+B images of a group, H W pixel height and width, h w latent height and width (an eighth).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.data.cache import FileState, LatentStore, LatentTarget, describe_notes, target_of
+from library.data.dataset import OnBadImage
+from library.data.images import UnreadableImage, fit_pixels, read_image, to_model_range
+from library.data.loader import prefetch
+from library.data.records import ImageProblem, ResolvedDataset
+from library.data.sources import resolve
+from library.data.spec import load_dataset_specs
+from library.device import check_precision, empty_cache, vae_dtype
+from library.log import UserError, progress
+from library.options import CacheOptions, DataOptions, ModelOptions, PrecisionOptions
+from library.options.settings import Settings
+from library.rng import torch_stream
+
+logger = logging.getLogger(__name__)
+
+_POSTERIOR_SEED = 0  # latents do not depend on a run's seed: runs share the files
+
+
+def _no_wait() -> None:
+    """One process has nobody to wait for."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkShare:
+    """This process's part of the work: ``rank`` of ``count``; ``wait`` returns when all processes have called it."""
+
+    rank: int = 0
+    count: int = 1
+    wait: Callable[[], None] = _no_wait
+
+
+@dataclass
+class CachingReport:
+    """What caching did in this process; ``problems`` are the images left out, in all processes alike."""
+
+    total: int = 0
+    reused: int = 0
+    encoded: int = 0
+    float32_retries: list[str] = field(default_factory=list)
+    problems: tuple[ImageProblem, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """An image to encode, and whether its mirror image is wanted too."""
+
+    target: LatentTarget
+    flipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """Pixels of a group; images that could not be decoded are in ``problems``."""
+
+    items: tuple[_Item, ...]
+    states: tuple[FileState, ...]
+    pixels_BHWC: Tensor | None
+    problems: tuple[ImageProblem, ...]
+    size: int
+
+
+def caching_obstacles(datasets: Sequence[ResolvedDataset]) -> list[str]:
+    """Why latents of these data sets cannot be made ahead: augmentations that change pixels, one line each."""
+    lines: list[str] = []
+    for dataset in datasets:
+        for subset in dataset.spec.subsets:
+            for name in ("color_aug", "random_crop"):
+                if getattr(subset.augmentation, name):
+                    lines.append(
+                        f"{subset.name}: {name} changes the image at each visit, so latents cannot be cached; "
+                        f"switch off {name} or cache_latents"
+                    )
+    return list(dict.fromkeys(lines))
+
+
+def _warn_of_face_crops(datasets: Sequence[ResolvedDataset]) -> None:
+    for subset in (subset for dataset in datasets for subset in dataset.spec.subsets):
+        if subset.augmentation.face_crop_aug_range is not None:
+            logger.warning("%s: face_crop_aug_range has no effect on cached latents (centred cuts)", subset.name)
+
+
+def vae_fingerprint(vae: nn.Module) -> str:
+    """Hash of a VAE's weights as they are in memory (names, shapes, types and bytes): 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def bind_prepared_latents(datasets: Sequence[ResolvedDataset], store: LatentStore) -> int:
+    """Use archives that a metadata file names (latents prepared ahead), without a VAE; returns how many are bound.
+
+    A data set one of whose images lacks a valid archive, or whose augmentation changes pixels, stays with pixels
+    (`library.data.dataset.TrainImages` asks for all).
+    """
+    before = len(store)
+    for dataset in datasets:
+        if caching_obstacles([dataset]) or not all(record.npz_path for record in dataset.records):
+            continue
+        items = _unique_items([dataset])
+        store.find([item.target for item in items], [item.flipped for item in items])
+    return len(store) - before
+
+
+def cache_latents(
+    datasets: Sequence[ResolvedDataset],
+    vae: Any,
+    store: LatentStore,
+    *,
+    vae_batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    workers: int = 4,
+    share: WorkShare | None = None,
+    on_bad_image: OnBadImage = "error",
+    after_group: Callable[[], None] | None = None,
+) -> tuple[tuple[ResolvedDataset, ...], CachingReport]:
+    """Make all latents that ``store`` lacks; returns the data sets without unusable images, and a report.
+
+    ``vae``: diffusers AutoencoderKL; it is moved to ``device`` in ``dtype`` and left there. Latents are one posterior
+    sample, drawn from a stream of the image's name, so they are the same in each run; they are not scaled. Groups
+    hold images of one bucket, at most ``vae_batch_size``; ``workers`` threads decode ahead. On disk the groups are
+    dealt out over the processes, in memory each process makes all. Latents that are not finite are made again in
+    float32. ``after_group`` is called after each group (to empty a device's cache).
+
+    Raises UserError: augmentations that forbid caching; images that cannot be used, all in one list, unless
+    ``on_bad_image`` is "skip"; folders that cannot be written.
+    """
+    obstacles = caching_obstacles(datasets)
+    if obstacles:
+        raise UserError.of(obstacles)
+    _warn_of_face_crops(datasets)
+    share = share or WorkShare()
+    items = _unique_items(datasets)
+    missing = [items[index] for index in store.find([item.target for item in items], [item.flipped for item in items])]
+    if store.to_disk:
+        share.wait()  # nobody writes before all have looked
+    report = CachingReport(total=len(items), reused=len(items) - len(missing), notes=tuple(describe_notes(store.notes)))
+    for note in report.notes:
+        logger.warning("%s", note)
+    groups = _groups(missing, vae_batch_size)
+    mine = groups[share.rank :: share.count] if store.to_disk else groups
+    problems = _Encoder(vae, store, device, dtype, workers, after_group, report).run(mine)
+    if store.to_disk:
+        share.wait()
+        problems += _fetch_from_others(missing, store, problems)
+    report.problems = tuple(sorted(problems, key=lambda problem: problem.path))
+    return _without_problems(datasets, report.problems, on_bad_image), report
+
+
+def _unique_items(datasets: Sequence[ResolvedDataset]) -> list[_Item]:
+    """Each image in each geometry once, mirrored if any of its subsets asks for it, sorted by bucket."""
+    flips: dict[LatentTarget, bool] = {}
+    for dataset in datasets:
+        for record, fit in zip(dataset.records, dataset.fits, strict=True):
+            target = target_of(record, fit)
+            flips[target] = flips.get(target, False) or dataset.subset_of(record).augmentation.flip_aug
+    order = sorted(flips, key=lambda target: (target.fit.bucket, target.path, target.fit.resized))
+    return [_Item(target, flips[target]) for target in order]
+
+
+def _groups(items: Sequence[_Item], size: int) -> list[tuple[_Item, ...]]:
+    groups: list[list[_Item]] = []
+    for item in items:
+        if groups and len(groups[-1]) < size and groups[-1][0].target.fit.bucket == item.target.fit.bucket:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return [tuple(group) for group in groups]
+
+
+def _decode(group: tuple[_Item, ...]) -> _Decoded:
+    items: list[_Item] = []
+    states: list[FileState] = []
+    pixels: list[Tensor] = []
+    problems: list[ImageProblem] = []
+    for item in group:
+        target = item.target
+        try:
+            state = FileState.of(target.path)
+            image_HWC = read_image(target.path)
+            if (image_HWC.shape[1], image_HWC.shape[0]) != target.size:
+                raise UnreadableImage(target.path, "its size changed while the program ran")
+        except UnreadableImage as error:
+            problems.append(ImageProblem(error.path, error.reason))
+            continue
+        items.append(item)
+        states.append(state)
+        pixels.append(torch.from_numpy(fit_pixels(image_HWC, target.fit).pixels_HWC))
+    return _Decoded(tuple(items), tuple(states), torch.stack(pixels) if pixels else None, tuple(problems), len(group))
+
+
+class _Encoder:
+    """The VAE's side of caching: decode ahead, encode, sample, store behind."""
+
+    def __init__(
+        self,
+        vae: Any,
+        store: LatentStore,
+        device: torch.device,
+        dtype: torch.dtype,
+        workers: int,
+        after_group: Callable[[], None] | None,
+        report: CachingReport,
+    ) -> None:
+        self._vae = vae
+        self._store = store
+        self._device = device
+        self._dtype = dtype
+        self._workers = workers
+        self._after_group = after_group
+        self._report = report
+        self._writing: Future[None] | None = None
+
+    def run(self, groups: Sequence[tuple[_Item, ...]]) -> list[ImageProblem]:
+        """Encode groups; what is not finite once more, alone, in float32. Returns the images that failed."""
+        if not groups:
+            return []
+        problems: list[ImageProblem] = []
+        with torch.no_grad(), ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+            not_finite = self._encode_all(groups, self._dtype, "caching latents", writer, problems)
+            if not_finite:
+                self._report.float32_retries += [item.target.path for item in not_finite]
+                logger.warning(
+                    "latents of %d images were not finite in %s and are made again in float32: %s",
+                    len(not_finite),
+                    self._dtype,
+                    ", ".join(Path(item.target.path).name for item in not_finite),
+                )
+                alone = [(item,) for item in not_finite]
+                hopeless = self._encode_all(alone, torch.float32, "caching latents in float32", writer, problems)
+                problems += [ImageProblem(item.target.path, "its latents are not finite") for item in hopeless]
+                self._move(self._dtype)
+            self._wait_for_writing()
+        return problems
+
+    def _move(self, dtype: torch.dtype) -> None:
+        nn.Module.to(self._vae, device=self._device, dtype=dtype)  # diffusers' own `to` prints a notice each time
+
+    def _encode_all(
+        self,
+        groups: Sequence[tuple[_Item, ...]],
+        dtype: torch.dtype,
+        description: str,
+        writer: ThreadPoolExecutor,
+        problems: list[ImageProblem],
+    ) -> list[_Item]:
+        """Encode groups in one precision; returns the items whose latents are not finite."""
+        self._move(dtype)
+        self._vae.eval()
+        not_finite: list[_Item] = []
+        decoded_groups: Iterator[_Decoded] = prefetch(groups, _decode, self._workers)
+        with progress(sum(len(group) for group in groups), description) as bar:
+            for decoded in decoded_groups:
+                problems += decoded.problems
+                if decoded.pixels_BHWC is not None:
+                    latents = self._encode_group(decoded, decoded.pixels_BHWC, dtype)
+                    not_finite += [item for item, one in zip(decoded.items, latents, strict=True) if one is None]
+                    self._wait_for_writing()  # at most one group is in the making, one on its way to the disk
+                    self._writing = writer.submit(self._put_group, decoded, latents)
+                if self._after_group is not None:
+                    self._after_group()
+                bar.advance(decoded.size, images=decoded.size)
+        return not_finite
+
+    def _encode_group(
+        self, decoded: _Decoded, pixels_BHWC: Tensor, dtype: torch.dtype
+    ) -> list[tuple[Tensor, Tensor | None] | None]:
+        """Latents Chw and mirrored ones per image, float32 on the CPU; None where they are not finite."""
+        images_BCHW = to_model_range(pixels_BHWC.to(self._device)).to(dtype)
+        names = [Path(item.target.path).name for item in decoded.items]
+        latents = self._sample(images_BCHW, names, "straight")
+        mirrored: dict[int, Tensor] = {}
+        chosen = [index for index, item in enumerate(decoded.items) if item.flipped]
+        if chosen:
+            flipped_BCHW = images_BCHW[chosen].flip(-1)
+            flipped = self._sample(flipped_BCHW, [names[index] for index in chosen], "mirrored")
+            mirrored = dict(zip(chosen, flipped, strict=True))
+        results: list[tuple[Tensor, Tensor | None] | None] = []
+        for index, straight in enumerate(latents):
+            mirror = mirrored.get(index)
+            finite = bool(straight.isfinite().all()) and (mirror is None or bool(mirror.isfinite().all()))
+            results.append((straight, mirror) if finite else None)
+        return results
+
+    def _sample(self, images_BCHW: Tensor, names: Sequence[str], variant: str) -> Tensor:
+        """One draw of each image's posterior: mean + deviation * noise, the noise from a stream of the image's name."""
+        posterior = self._vae.encode(images_BCHW).latent_dist
+        mean, deviation = posterior.mean.float().cpu(), posterior.std.float().cpu()
+        shape = mean.shape[1:]
+        noise = [
+            torch.randn(shape, generator=torch_stream(_POSTERIOR_SEED, "posterior", name, variant)) for name in names
+        ]
+        return mean + deviation * torch.stack(noise)
+
+    def _put_group(self, decoded: _Decoded, latents: Sequence[tuple[Tensor, Tensor | None] | None]) -> None:
+        for item, state, one in zip(decoded.items, decoded.states, latents, strict=True):
+            if one is not None:
+                self._store.put(item.target, state, one[0], one[1])
+                self._report.encoded += 1
+
+    def _wait_for_writing(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+
+def _fetch_from_others(
+    missing: Sequence[_Item], store: LatentStore, own_problems: Sequence[ImageProblem]
+) -> list[ImageProblem]:
+    """Bind what other processes wrote. What nobody wrote is a problem; its reason is found by decoding it here too."""
+    known = {problem.path for problem in own_problems}
+    problems: list[ImageProblem] = []
+    for item in missing:
+        if item.target in store or item.target.path in known or store.fetch(item.target, item.flipped):
+            continue
+        found = _decode((item,)).problems
+        problems += found or (ImageProblem(item.target.path, "its latents could not be made"),)
+    return problems
+
+
+def _without_problems(
+    datasets: Sequence[ResolvedDataset], problems: Sequence[ImageProblem], on_bad_image: OnBadImage
+) -> tuple[ResolvedDataset, ...]:
+    """The data sets without the images in ``problems``; UserError listing them if they are not to be skipped."""
+    if not problems:
+        return tuple(datasets)
+    lines = [f"{problem.path}: {problem.reason}" for problem in problems]
+    if on_bad_image == "error":
+        raise UserError.of([*lines, "mend or remove these images, or give --on_bad_image skip to go on without them"])
+    for line in lines:
+        logger.warning("%s; it is left out", line)
+    bad = {problem.path for problem in problems}
+    left: list[ResolvedDataset] = []
+    for dataset in datasets:
+        kept = [index for index, record in enumerate(dataset.records) if record.path not in bad]
+        more = tuple(problem for problem in problems if any(record.path == problem.path for record in dataset.records))
+        left.append(
+            replace(
+                dataset,
+                records=tuple(dataset.records[index] for index in kept),
+                fits=tuple(dataset.fits[index] for index in kept),
+                problems=dataset.problems + more,
+            )
+        )
+    if not any(dataset.records for dataset in left):
+        raise UserError("no image is left: none of the data sets' images can be used")
+    return tuple(left)
+
+
+def cache_ahead(settings: Settings) -> CachingReport:
+    """tools/cache_latents.py: make the archives of a training with these options. Raises UserError."""
+    # here, because training, which needs the rest of this file, brings its own
+    from accelerate import PartialState
+
+    from library.families import family_for
+
+    cache, data = settings[CacheOptions], settings[DataOptions]
+    datasets = resolve(load_dataset_specs(data), data.on_bad_image, data.on_bad_caption, allow_captionless=True)
+    obstacles = caching_obstacles(datasets)
+    if obstacles:
+        raise UserError.of(obstacles)
+    state, precision = PartialState(), settings[PrecisionOptions]
+    check_precision(precision, state.device)
+    dtype = vae_dtype(precision)
+    family = family_for(settings[ModelOptions])
+    vae = family.load_vae(settings[ModelOptions], dtype=dtype, device=state.device)
+    store = LatentStore(family.latent_space, vae_fingerprint(vae), to_disk=True)
+    _, report = cache_latents(
+        datasets,
+        vae,
+        store,
+        vae_batch_size=cache.vae_batch_size,
+        device=state.device,
+        dtype=dtype,
+        workers=data.max_data_loader_n_workers,
+        share=WorkShare(state.process_index, state.num_processes, state.wait_for_everyone),
+        on_bad_image=data.on_bad_image,
+        after_group=None if precision.highvram else partial(empty_cache, state.device),
+    )
+    logger.info("latents: %d images, %d were there, %d made", report.total, report.reused, report.encoded)
+    return report

@@ -1,0 +1,160 @@
+"""What must not change between the sessions of one run: options that change the mathematics, the data, the model.
+
+`OPTION_ROLES` is the one table that says of every option of the trainer which kind it is; a test keeps it complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from library.data.records import ResolvedDataset
+
+
+class Role(Enum):
+    """What a changed option changes."""
+
+    MATHEMATICS = "mathematics"  # the result
+    LENGTH = "length"  # the result, if something depends on how long the run is
+    DATA = "data"  # what is read; the data themselves are compared
+    MODEL = "model"  # which files are read; their contents are compared
+    CADENCE = "cadence"  # when something is written
+    PATH = "path"  # where something is written or kept
+    MACHINE = "machine"  # how it is computed, not what
+    TEXT = "text"  # names and descriptions
+    COMMAND = "command"  # what this start of the program does
+
+
+def _roles(**names: str) -> dict[str, Role]:
+    return {name: Role[role.upper()] for role, listed in names.items() for name in listed.split()}
+
+
+OPTION_ROLES: Mapping[str, Role] = _roles(
+    mathematics="""
+        v2 v_parameterization max_token_length clip_skip weighted_captions caption_separator caption_prefix
+        caption_suffix shuffle_caption keep_tokens keep_tokens_separator secondary_separator enable_wildcard
+        caption_dropout_rate caption_dropout_every_n_epochs caption_tag_dropout_rate token_warmup_min
+        token_warmup_step train_batch_size resolution enable_bucket min_bucket_reso max_bucket_reso
+        bucket_reso_steps bucket_no_upscale color_aug flip_aug random_crop face_crop_aug_range
+        prior_loss_weight cache_latents mixed_precision full_fp16 full_bf16 fp8_base no_half_vae
+        gradient_accumulation_steps seed on_nan optimizer_type use_8bit_adam use_lion_optimizer learning_rate
+        max_grad_norm optimizer_args lr_scheduler lr_scheduler_type lr_scheduler_args lr_warmup_steps
+        lr_scheduler_num_cycles lr_scheduler_power noise_offset adaptive_noise_scale multires_noise_iterations
+        multires_noise_discount ip_noise_gamma min_timestep max_timestep zero_terminal_snr min_snr_gamma
+        debiased_estimation_loss scale_v_pred_loss_like_noise_pred v_pred_like_loss network_module network_dim
+        network_alpha network_dropout network_args dim_from_weights network_train_unet_only
+        network_train_text_encoder_only unet_lr text_encoder_lr scale_weight_norms base_weights_multiplier
+    """,
+    length="max_train_steps max_train_epochs",
+    data="""
+        caption_extension caption_extention train_data_dir reg_data_dir in_json dataset_config dataset_class
+        dataset_repeats on_bad_image on_bad_caption allow_captionless
+    """,
+    model="pretrained_model_name_or_path vae network_weights base_weights",
+    cadence="""
+        save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_epochs_state
+        save_last_n_steps save_last_n_steps_state save_state save_state_on_train_end sample_at_first
+        sample_every_n_steps sample_every_n_epochs
+    """,
+    path="""
+        tokenizer_cache_dir output_dir output_name resume logging_dir log_tracker_config console_log_file
+        sample_prompts huggingface_repo_id huggingface_repo_type huggingface_path_in_repo config_file
+    """,
+    machine="""
+        gradient_checkpointing sdpa xformers mem_eff_attn lowram highvram torch_compile dynamo_backend
+        deterministic ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph max_data_loader_n_workers
+        persistent_data_loader_workers cache_latents_to_disk vae_batch_size save_model_as save_precision
+        huggingface_token huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface
+        async_upload console_log_level console_log_simple log_with wandb_api_key sample_sampler
+    """,
+    text="""
+        metadata_title metadata_author metadata_description metadata_license metadata_tags training_comment
+        no_metadata log_prefix log_tracker_name wandb_run_name
+    """,
+    command="allow_mismatch dry_run debug_dataset output_config skip_existing",
+)
+
+_UNAFFECTED_BY_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", "piecewise_constant")
+
+
+def fingerprint(
+    options: Mapping[str, Any], data: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a state records, as plain JSON values.
+
+    ``options``: all options by flat name. ``data``: `data_facts`, and the number of processes. ``model``: content
+    hashes of the base model, the VAE, and networks that were loaded or merged (never their paths).
+    """
+    kept = {name: value for name, value in options.items() if OPTION_ROLES.get(name) is Role.MATHEMATICS}
+    if _length_matters(options):
+        kept |= {name: value for name, value in options.items() if OPTION_ROLES.get(name) is Role.LENGTH}
+    sections = {"options": dict(sorted(kept.items())), "data": dict(data or {}), "model": dict(model or {})}
+    return json.loads(json.dumps(sections, default=str))
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """One line for each thing that differs between two fingerprints; what one of them does not record is not
+    compared.
+    """
+    lines: list[str] = []
+    for section in ("options", "data", "model"):
+        before, now = saved.get(section, {}), current.get(section, {})
+        for name in before:
+            if name in now and before[name] != now[name]:
+                label = name if section == "options" else f"{section}: {name}"
+                lines.append(f"{label}: {_shown(before[name])} in the state, {_shown(now[name])} now")
+    return lines
+
+
+def data_facts(datasets: Iterable[ResolvedDataset]) -> dict[str, Any]:
+    """What the training data are: counts to read and digests to compare, for each data set."""
+    facts: dict[str, Any] = {}
+    for number, dataset in enumerate(datasets, 1):
+        records = sorted(dataset.records, key=lambda record: record.key)
+        fits = {record.key: fit for record, fit in zip(dataset.records, dataset.fits, strict=True)}
+        prefix = f"data set {number} "
+        facts[prefix + "images"] = len(records)
+        facts[prefix + "samples per epoch"] = sum(record.repeats for record in records)
+        facts[prefix + "batch size"] = dataset.spec.batch_size
+        facts[prefix + "image list"] = _digest((r.key, r.repeats, r.is_reg, r.subset) for r in records)
+        facts[prefix + "image sizes and buckets"] = _digest((r.key, r.size, fits[r.key]) for r in records)
+        facts[prefix + "captions"] = _digest((r.key, r.caption) for r in records)
+        facts[prefix + "rules"] = _digest(_rules(dataset))
+    return facts
+
+
+def _rules(dataset: ResolvedDataset) -> Iterable[Any]:
+    """How the images are used: everything of the specification but where the files are."""
+    spec = dataclasses.replace(dataset.spec, subsets=())
+    yield spec
+    for subset in dataset.spec.subsets:
+        yield dataclasses.replace(subset, image_dir=None, metadata_file=None, caption_extension="")
+
+
+def _digest(items: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr(item).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _length_matters(options: Mapping[str, Any]) -> bool:
+    """True if a run of another length has other rates or captions at the same step."""
+    schedule = str(options.get("lr_scheduler", "constant"))
+    warmup = options.get("lr_warmup_steps") or 0
+    share = isinstance(warmup, str) or 0 < warmup < 1
+    by_class = bool(options.get("lr_scheduler_type"))
+    return (
+        (schedule not in _UNAFFECTED_BY_LENGTH and not by_class)
+        or share
+        or 0 < (options.get("token_warmup_step") or 0) < 1
+    )
+
+
+def _shown(value: Any) -> str:
+    return str(value) if not isinstance(value, str) else (value or '""')

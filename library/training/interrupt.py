@@ -1,0 +1,41 @@
+"""Ctrl-C and termination: the first asks the run to finish its step, save and end; the second stops it at once."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """Set by the first signal; the loop reads it between steps."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.is_set:
+            raise KeyboardInterrupt
+        self.is_set = True
+        logger.warning("stopping after this step and saving; press Ctrl-C again to stop at once")
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Listen for SIGINT and SIGTERM inside the block, and give the old handlers back after it."""
+    request = StopRequest()
+    signals = [signal.SIGINT, signal.SIGTERM]
+    try:
+        previous = {number: signal.signal(number, request.handle) for number in signals}
+    except ValueError:  # not the main thread: signals cannot be handled here
+        yield request
+        return
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,206 @@
+"""Training of an additional network (LoRA and its relatives) on frozen models."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.families.base import ModelFamily, ModelParts
+from library.log import UserError
+from library.models.memory import store_in_fp8
+from library.options import NetworkOptions, OptimizerOptions, PrecisionOptions, SaveOptions
+from library.options.settings import Settings
+from library.options.values import split_pairs
+from library.plugin import load_network_module
+from library.training.selfcheck import check_network_file
+from library.training.trainable import Artifact, Trainable
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterTraining(Trainable):
+    """A network from ``--network_module``, attached to the views that the family offers to plug-ins."""
+
+    def __init__(self, settings: Settings, family: ModelFamily, parts: ModelParts) -> None:
+        options = settings[NetworkOptions]
+        module_name = str(options.network_module)
+        self._module = load_network_module(module_name)
+        self._options = options
+        self._learning_rate = settings[OptimizerOptions].learning_rate
+        views = family.adapter_views(parts)
+        self._unet = views.unet
+        self._text_encoder: Any = views.text_encoders[0] if len(views.text_encoders) == 1 else views.text_encoders
+        self._vae = parts.vae
+        self.trains_unet = not options.network_train_text_encoder_only
+        self.trains_text_encoder = not options.network_train_unet_only
+        self._merge_base_weights()
+        if settings[PrecisionOptions].fp8_base:
+            for part in (*parts.text_encoders, parts.unet):
+                store_in_fp8(part)
+        network = self._create()
+        prepare = _optional(network, "prepare_network")
+        if prepare:
+            prepare(options)
+        network.apply_to(self._text_encoder, self._unet, self.trains_text_encoder, self.trains_unet)
+        if options.network_weights:
+            report = network.load_weights(options.network_weights)
+            logger.info("network weights read from %s%s", options.network_weights, f": {report}" if report else "")
+        network.prepare_grad_etc(self._text_encoder, self._unet)
+        self.module: nn.Module = network
+        self._groups = self._prepare_groups()
+        self._set_multiplier = _optional(network, "set_multiplier")
+        self._on_step_start = _optional(network, "on_step_start")
+        self._limit_norms = self._norm_limit()
+        self._multiplier: float | None = None
+        self.needs_text_gradient = self.trains_text_encoder and self._has_text_parameters()
+        self.needs_unet_gradient = self.trains_unet
+        self.casts_itself = bool(getattr(network, "casts_itself", False))
+        self.may_skip_parameters = bool(getattr(network, "may_skip_parameters", True))
+        self.artifact = Artifact(suffix=f".{settings[SaveOptions].save_model_as or 'safetensors'}", modelspec_kind="lora")
+
+    def _network_args(self) -> dict[str, str]:
+        return split_pairs(self._options.network_args, "network_args")
+
+    def _create(self) -> Any:
+        options, args = self._options, self._network_args()
+        if options.dim_from_weights:
+            if not options.network_weights:
+                raise UserError("--dim_from_weights needs --network_weights: the file whose ranks are taken")
+            network, _ = self._module.create_network_from_weights(
+                1.0,
+                options.network_weights,
+                self._vae,
+                self._text_encoder,
+                self._unet,
+                neuron_dropout=options.network_dropout,
+                **args,
+            )
+        else:
+            if options.network_dropout is not None:
+                args.setdefault("dropout", str(options.network_dropout))
+            network = self._module.create_network(
+                1.0,
+                options.network_dim,
+                options.network_alpha,
+                self._vae,
+                self._text_encoder,
+                self._unet,
+                neuron_dropout=options.network_dropout,
+                **args,
+            )
+        if network is None:
+            raise UserError(f"--network_module {options.network_module} made no network")
+        return network
+
+    def _merge_base_weights(self) -> None:
+        files = self._options.base_weights or []
+        multipliers = list(self._options.base_weights_multiplier or [])
+        if len(multipliers) > len(files):
+            raise UserError("--base_weights_multiplier has more values than --base_weights has files")
+        for index, file in enumerate(files):
+            multiplier = multipliers[index] if index < len(multipliers) else 1.0
+            network, weights = self._module.create_network_from_weights(
+                multiplier, file, self._vae, self._text_encoder, self._unet, for_inference=True
+            )
+            dtype, device = next(self._unet.parameters()).dtype, next(self._unet.parameters()).device
+            network.merge_to(self._text_encoder, self._unet, weights, dtype, device)
+            logger.info("merged into the base model: %s at %g", file, multiplier)
+
+    def _prepare_groups(self) -> list[dict[str, Any]]:
+        """Groups of the network; networks of an older form of the protocol take two rates, not three."""
+        options = self._options
+        text_lr = options.text_encoder_lr[0] if options.text_encoder_lr else None
+        prepare = self.module.prepare_optimizer_params  # type: ignore[attr-defined]
+        rates: list[Any] = [text_lr, options.unet_lr, self._learning_rate]
+        count = _positional_count(prepare)
+        groups: Any = prepare(*rates[:count])  # pyright: ignore[reportCallIssue]
+        if isinstance(groups, tuple):  # newer third-party networks return (groups, descriptions)
+            groups, names = groups
+            for group, name in zip(groups, names, strict=False):
+                group.setdefault("lr_name", str(name))
+        groups = [{**group, "params": _leaves(group["params"])} for group in groups]
+        groups = [group for group in groups if group["params"] and group.get("lr", self._learning_rate) != 0]
+        if not groups:
+            raise UserError("nothing to train: every learning rate is 0 or the network has no modules")
+        kept = {id(parameter) for group in groups for parameter in group["params"]}
+        for parameter in self.module.parameters():
+            parameter.requires_grad_(id(parameter) in kept)
+        return groups
+
+    def _has_text_parameters(self) -> bool:
+        names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+        return any(name.startswith(("lora_te", "lycoris_te")) or "text_model" in name for name in names)
+
+    def _norm_limit(self) -> Callable[[], dict[str, float]] | None:
+        limit = self._options.scale_weight_norms
+        if not limit:
+            return None
+        method = _optional(self.module, "apply_max_norm_regularization")
+        if method is None:
+            raise UserError(f"--scale_weight_norms: {self._options.network_module} cannot limit its norms; leave it out")
+        names = ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm")
+        device = next(self.module.parameters()).device
+        return lambda: {name: float(value) for name, value in zip(names, method(limit, device), strict=True)}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return self._groups
+
+    def on_epoch_start(self) -> None:
+        self.module.on_epoch_start(self._text_encoder, self._unet)  # type: ignore[operator]
+
+    def on_micro_batch(self, network_multiplier: float) -> None:
+        if network_multiplier != self._multiplier:
+            if self._set_multiplier:
+                self._set_multiplier(network_multiplier)
+            elif network_multiplier != 1.0:
+                raise UserError(f"network_multiplier: {self._options.network_module} has no multiplier; leave it out")
+            self._multiplier = network_multiplier
+        if self._on_step_start:
+            self._on_step_start(self._text_encoder, self._unet)
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.module.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def after_update(self) -> dict[str, float]:
+        return self._limit_norms() if self._limit_norms else {}
+
+    def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+        self.module.save_weights(path, dtype, metadata)  # type: ignore[operator]
+
+    def check(self, path: Path) -> list[str]:
+        return check_network_file(path, _optional(self._module, "inspect_weights")).lines()
+
+    def recorded_options(self) -> dict[str, Any]:
+        if not self._options.dim_from_weights:
+            return {}
+        names = ("network_dim", "network_alpha")
+        return {name: value for name in names if (value := getattr(self.module, name, None)) is not None}
+
+    def describe(self) -> str:
+        """One line for the log."""
+        count = sum(p.numel() for p in self.trained_parameters())
+        return f"{self._options.network_module}: {count:,} parameters learn; arguments {json.dumps(self._network_args())}"
+
+
+def _optional(network: Any, name: str) -> Callable[..., Any] | None:
+    """A method that the plug-in protocol leaves optional; this is the one place that asks for it."""
+    method = getattr(network, name, None)
+    return method if callable(method) else None
+
+
+def _positional_count(function: Callable[..., Any]) -> int:
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return 3
+    return min(3, sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters))
+
+
+def _leaves(parameters: Any) -> list[nn.Parameter]:
+    return [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)

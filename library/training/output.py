@@ -1,0 +1,210 @@
+"""What a run writes: models with their metadata, states, uploads, and the short report at the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.data.facts import metadata_facts
+from library.data.plan import batches_per_epoch
+from library.data.records import ResolvedDataset
+from library.device import save_dtype
+from library.hub import Uploader
+from library.log import UserError
+from library.options import HubOptions, SaveOptions
+from library.options.settings import Settings
+from library.training.clock import Clock
+from library.training.fingerprint import data_facts, differences, fingerprint
+from library.training.lr import Schedule
+from library.training.machine import Machine
+from library.training.metadata import ModelFacts, RunFacts, build_metadata, commit_hash, new_session
+from library.training.optimizers import OptimizerMode, uses_relative_step
+from library.training.report import Reporter
+from library.training.saving import Saved, SavePlan, Saver
+from library.training.state import RunState, load_state, save_state
+from library.training.trainable import Trainable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a logical run the same through all its sessions."""
+
+    session_id: int
+    started_at: float
+    seed: int
+    fingerprint: dict[str, Any]
+
+
+def identify(
+    settings: Settings,
+    seed: int,
+    datasets: Sequence[ResolvedDataset],
+    model: ModelFacts,
+    processes: int,
+    resumed: RunState | None,
+) -> Identity:
+    """The identity of this run. A resumed one must be the same run: raises UserError that lists what differs, unless
+    ``--allow_mismatch`` was given.
+    """
+    hashes = {"base model": model.hashes and model.hashes.sha256, "VAE": model.vae_hashes and model.vae_hashes.sha256}
+    mark = fingerprint(
+        {**settings.as_flat_dict(), "seed": seed}, {**data_facts(datasets), "processes": processes}, hashes
+    )
+    if resumed is None:
+        session_id, started_at = new_session(seed)
+        return Identity(session_id, started_at, seed, mark)
+    found = differences(resumed.fingerprint, mark)
+    if found and not settings[SaveOptions].allow_mismatch:
+        lines = ["--resume: this is not the run that the state belongs to (--allow_mismatch goes on all the same)", *found]
+        raise UserError.of(lines)
+    for line in found:
+        logger.warning("resumed although it differs: %s", line)
+    return Identity(resumed.session_id, resumed.started_at, seed, mark)
+
+
+class Output:
+    """Writes on behalf of the saver; knows how to come back from a state.
+
+    ``optimizer_name`` is what metadata record of the optimizer. Weights are written as they are used (see
+    `OptimizerMode`), states as they are trained.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        machine: Machine,
+        trainable: Trainable,
+        identity: Identity,
+        model: ModelFacts,
+        datasets: Sequence[ResolvedDataset],
+        clock: Clock,
+        reporter: Reporter,
+        optimizer: torch.optim.Optimizer,
+        optimizer_name: str,
+        schedule: Schedule,
+    ) -> None:
+        self._settings = settings
+        self._machine = machine
+        self._trainable = trainable
+        self._identity = identity
+        self._clock = clock
+        self._reporter = reporter
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._mode = OptimizerMode(optimizer)
+        self._facts = run_facts(settings, identity, model, datasets, clock, machine.processes, optimizer_name, optimizer)
+        self._uploader = self._make_uploader(settings[HubOptions])
+        options = settings[SaveOptions]
+        self.saver = Saver(
+            options,
+            SavePlan.of(options, clock.num_epochs),
+            trainable.artifact.suffix,
+            is_main=machine.is_main,
+            wait=machine.wait,
+            write_model=self._write_model,
+            write_state=self._write_state,
+            after_write=self._after_write,
+        )
+
+    def _make_uploader(self, options: HubOptions) -> Uploader | None:
+        if not options.huggingface_repo_id or not self._machine.is_main:
+            return None
+        uploader = Uploader(options)
+        uploader.check()
+        return uploader
+
+    def _write_model(self, path: Path, clock: Clock, finished_epochs: int) -> None:
+        options = {**self._settings.scrubbed_dict(), **self._trainable.recorded_options()}
+        metadata = build_metadata(options, self._facts, epoch=finished_epochs, step=clock.step)
+        with self._mode.evaluating():
+            self._refuse_broken_weights(path)
+            self._trainable.save(str(path), save_dtype(self._settings[SaveOptions].save_precision), metadata)
+
+    def _refuse_broken_weights(self, path: Path) -> None:
+        names = [name for name, tensor in self._trainable.state_tensors().items() if not bool(tensor.isfinite().all())]
+        if names:
+            raise UserError(f"{path} was not written: {len(names)} trained tensors are not finite, first {names[0]}")
+
+    def _write_state(self, folder: Path, clock: Clock) -> None:
+        run = RunState(
+            step=clock.step,
+            epoch=clock.epoch - 1,
+            steps_in_epoch=clock.step_in_epoch,
+            max_train_steps=clock.max_train_steps,
+            num_epochs=clock.num_epochs,
+            seed=self._identity.seed,
+            session_id=self._identity.session_id,
+            started_at=self._identity.started_at,
+            loss_history=tuple(self._reporter.losses()),
+            fingerprint=self._identity.fingerprint,
+            saved=self.saver.saved.as_json(),
+        )
+        save_state(
+            folder, run, self._trainable.state_tensors(), self._optimizer, self._schedule, self._machine.accelerator.scaler
+        )
+
+    def _after_write(self, path: Path, is_state: bool, is_last: bool) -> None:
+        if self._uploader is None or (is_state and not self._settings[HubOptions].save_state_to_huggingface):
+            return
+        self._uploader.upload(path, wait=is_last)
+
+    def restore(self, folder: str, resumed: RunState) -> None:
+        """Put everything back to where a state was written."""
+        load_state(
+            folder,
+            self._trainable.state_tensors(),
+            self._optimizer,
+            self._schedule,
+            self._machine.accelerator.scaler,
+            keep_hyperparameters=self._settings[SaveOptions].allow_mismatch,
+        )
+        self._clock.seek({"epoch": resumed.epoch + 1, "step_in_epoch": resumed.steps_in_epoch, "step": resumed.step})
+        self._reporter.restore(list(resumed.loss_history), resumed.step)
+        self.saver.saved = Saved.from_json(resumed.saved)
+        logger.info("resumed %s at step %d of %d", folder, resumed.step, self._clock.max_train_steps)
+
+    def finish(self, path: Path) -> None:
+        """Close uploads and say what came of the run."""
+        if self._uploader is not None:
+            self._uploader.close()
+        if self._machine.is_main:
+            for line in self._trainable.check(path):
+                logger.info("%s", line)
+            if self._reporter.skipped_steps:
+                logger.warning("%d steps were skipped: loss or gradient was not finite", self._reporter.skipped_steps)
+            logger.info("average loss %.4f over the last epoch's steps", self._reporter.average)
+
+
+def run_facts(
+    settings: Settings,
+    identity: Identity,
+    model: ModelFacts,
+    datasets: Sequence[ResolvedDataset],
+    clock: Clock,
+    processes: int,
+    optimizer_name: str,
+    optimizer: torch.optim.Optimizer,
+) -> RunFacts:
+    """What metadata tell of the run beside its options."""
+    return RunFacts(
+        session_id=identity.session_id,
+        started_at=identity.started_at,
+        seed=identity.seed,
+        optimizer=optimizer_name,
+        num_batches_per_epoch=batches_per_epoch(datasets, processes),
+        num_epochs=clock.num_epochs,
+        max_train_steps=clock.max_train_steps,
+        model=model,
+        data=metadata_facts(datasets),
+        processes=processes,
+        relative_step=uses_relative_step(optimizer),
+        fingerprint=identity.fingerprint,
+        commit_hash=commit_hash(),
+    )

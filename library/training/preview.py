@@ -1,0 +1,184 @@
+"""Preview pictures while training: when, which, where. A preview that fails is a warning, never the run's end.
+
+Prompt i is drawn by process i mod P. Modules are in eval mode meanwhile; every module's mode and all random states are
+as before afterwards.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import random
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from library.checkpoint.io import atomic_path
+from library.families.base import ModelFamily, ModelParts
+from library.generation.pipeline import GenerationSettings, generate
+from library.generation.prompts import PromptSpec, load_prompts
+from library.log import UserError
+from library.training.clock import Clock, is_due
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+
+class PreviewOptions(Protocol):
+    """The options of the same names."""
+
+    @property
+    def sample_prompts(self) -> str | None: ...
+    @property
+    def sample_at_first(self) -> bool: ...
+    @property
+    def sample_every_n_steps(self) -> int | None: ...
+    @property
+    def sample_every_n_epochs(self) -> int | None: ...
+
+
+class Previewer:
+    """Draws the prompts of ``--sample_prompts`` when they are due. An effect of the loop."""
+
+    def __init__(
+        self,
+        options: PreviewOptions,
+        family: ModelFamily,
+        parts: ModelParts,
+        settings: GenerationSettings,
+        *,
+        output_dir: str | Path,
+        output_name: str | None,
+        trained: Sequence[nn.Module] = (),
+        rank: int = 0,
+        processes: int = 1,
+        trackers: Sequence[Any] = (),
+        barrier: Callable[[], None] | None = None,
+        in_use: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """``trained`` are further modules to put in eval mode (the network); ``trackers`` are accelerate's, if any.
+        ``in_use`` puts the weights in place that would be saved, for as long as pictures are drawn.
+
+        The prompt file is read here, so that its mistakes show before training, and again at each preview, so that it
+        may be edited meanwhile. Raises UserError.
+        """
+        self._options = options
+        self._family = family
+        self._parts = parts
+        self._settings = settings
+        self._folder = Path(output_dir) / "sample"
+        self._stem = f"{output_name}_" if output_name else ""
+        self._modules = (*parts.modules(), *trained)
+        self._rank, self._processes = rank, processes
+        self._trackers = trackers
+        self._barrier = barrier
+        self._in_use = in_use
+        wanted = options.sample_at_first or options.sample_every_n_steps or options.sample_every_n_epochs
+        if wanted and not options.sample_prompts:
+            raise UserError("--sample_prompts: previews are asked for, so name a file of prompts")
+        self._prompts = load_prompts(options.sample_prompts) if wanted and options.sample_prompts else ()
+
+    def at_start(self, clock: Clock) -> None:
+        """Before the first step; a resumed run had it already."""
+        if self._options.sample_at_first and clock.step == 0:
+            self._draw_all("e000000", clock)
+
+    def after_step(self, clock: Clock, report: object = None) -> None:
+        """After each optimizer step; what the step reports does not matter here."""
+        if not self._options.sample_every_n_epochs and is_due(clock.step, self._options.sample_every_n_steps):
+            self._draw_all(f"{clock.step:06d}", clock)
+
+    def after_epoch(self, clock: Clock) -> None:
+        """At the end of each epoch, while ``clock.epoch`` still names it."""
+        if is_due(clock.epoch, self._options.sample_every_n_epochs):
+            self._draw_all(f"e{clock.epoch:06d}", clock)
+
+    def _draw_all(self, moment: str, clock: Clock) -> None:
+        began = time.time()
+        prompts = self._current_prompts()
+        with evaluating(self._modules), _untouched_random_states(self._settings.device), self._in_use():
+            for index in range(self._rank, len(prompts), self._processes):
+                self._draw(index, prompts[index], moment)
+        if self._barrier is not None:
+            self._barrier()
+        if self._trackers:
+            self._log_images(len(prompts), moment, clock.step, began)
+
+    def _current_prompts(self) -> Sequence[PromptSpec]:
+        try:
+            self._prompts = load_prompts(str(self._options.sample_prompts))
+        except UserError as error:
+            logger.warning("the prompt file has changed and cannot be used, the earlier prompts are drawn: %s", error)
+        return self._prompts
+
+    def _draw(self, index: int, prompt: PromptSpec, moment: str) -> None:
+        try:
+            picture = generate(self._family, self._parts, prompt, self._settings)
+            self._write(picture, self._file_name(index, prompt, moment))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except Exception as error:  # whatever goes wrong in a preview must not end the training
+            logger.warning("preview %d (%s) failed: %s: %s", index, moment, type(error).__name__, error)
+            logger.debug("preview %d", index, exc_info=True)
+
+    def _file_name(self, index: int, prompt: PromptSpec, moment: str) -> str:
+        stamp = time.strftime("%Y%m%d%H%M%S", time.localtime())
+        seed = "" if prompt.seed is None else f"_{prompt.seed}"
+        return f"{self._stem}{moment}_{index:02d}_{stamp}{seed}.png"
+
+    def _write(self, picture: Image, name: str) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self._folder / name) as temporary:
+            picture.save(temporary, format="PNG")
+        logger.info("preview: %s", self._folder / name)
+
+    def _log_images(self, count: int, moment: str, step: int, began: float) -> None:
+        """Give the pictures of all processes to the trackers (which only the main process has)."""
+        import numpy as np
+        from PIL import Image as PilImage
+
+        for index in range(count):
+            pattern = f"{glob.escape(self._stem)}{moment}_{index:02d}_*.png"
+            files = [file for file in self._folder.glob(pattern) if file.stat().st_mtime >= began - 1]
+            if files:
+                newest = max(files, key=lambda file: file.stat().st_mtime)
+                pixels_1HWC = np.asarray(PilImage.open(newest).convert("RGB"))[None]
+                for tracker in self._trackers:
+                    extra = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({f"sample_{index}": pixels_1HWC}, step=step, **extra)
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Generator[None]:
+    """Eval mode for modules and all their parts; each part's own mode is restored."""
+    parts = {part: part.training for module in modules for part in module.modules()}
+    try:
+        for part in parts:
+            part.training = False
+        yield
+    finally:
+        for part, was_training in parts.items():
+            part.training = was_training
+
+
+@contextmanager
+def _untouched_random_states(device: torch.device) -> Generator[None]:
+    """Torch's, Python's and NumPy's global generators are as before afterwards."""
+    import numpy as np
+
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    on_device = device.type in ("cuda", "xpu")
+    index = device.index if device.index is not None else 0
+    try:
+        with torch.random.fork_rng([index] if on_device else [], device_type=device.type if on_device else "cuda"):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002

@@ -1,0 +1,209 @@
+"""When models and states are written, under which names, and which old ones are removed.
+
+Removal looks at what this logical run wrote (the list travels in the state), not at computed names, so a changed interval
+or a resumed run leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from library.options import SaveOptions
+from library.training.clock import Clock, due_counts, is_due
+from library.training.loop import StepReport
+
+logger = logging.getLogger(__name__)
+Kind = Literal["epoch", "step", "end"]
+_DEFAULT_STEM: dict[Kind, str] = {"epoch": "epoch", "step": "at", "end": "last"}
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """The cadence of a run, after ``save_n_epoch_ratio`` was turned into an interval."""
+
+    every_n_epochs: int | None
+    every_n_steps: int | None
+    keep_epochs: int | None
+    keep_steps: int | None
+    keep_epoch_states: int | None
+    keep_step_states: int | None
+    with_state: bool
+    state_at_end: bool
+
+    @staticmethod
+    def of(options: SaveOptions, num_epochs: int) -> SavePlan:
+        every_n_epochs = options.save_every_n_epochs
+        if options.save_n_epoch_ratio:
+            every_n_epochs = max(1, num_epochs // options.save_n_epoch_ratio)
+        return SavePlan(
+            every_n_epochs=every_n_epochs,
+            every_n_steps=options.save_every_n_steps,
+            keep_epochs=options.save_last_n_epochs,
+            keep_steps=options.save_last_n_steps,
+            keep_epoch_states=options.save_last_n_epochs_state or options.save_last_n_epochs,
+            keep_step_states=options.save_last_n_steps_state or options.save_last_n_steps,
+            with_state=options.save_state,
+            state_at_end=options.save_state or options.save_state_on_train_end,
+        )
+
+    def epoch_saves(self, num_epochs: int) -> list[int]:
+        """Epochs after which a model is written; the last epoch only gives the final file."""
+        return [epoch for epoch in due_counts(num_epochs, self.every_n_epochs) if epoch < num_epochs]
+
+    def step_saves(self, max_train_steps: int) -> list[int]:
+        """Optimizer steps after which a model is written."""
+        return list(due_counts(max_train_steps, self.every_n_steps))
+
+
+def stem(output_name: str | None, kind: Kind, count: int) -> str:
+    """File name without extension: ``name-000002``, ``name-step00000100``, ``name``."""
+    base = output_name or _DEFAULT_STEM[kind]
+    if kind == "end":
+        return base
+    return f"{base}-{count:06d}" if kind == "epoch" else f"{base}-step{count:08d}"
+
+
+def outdated(counts: list[int], newest: int, kind: Kind, keep_n: int | None, every_n: int | None) -> list[int]:
+    """Which of the saved counts go once ``newest`` is written.
+
+    Epochs: the newest ``keep_n`` saves stay. Steps: what is more than ``keep_n`` steps old goes.
+    """
+    if not keep_n or not every_n:
+        return []
+    limit = newest - keep_n * every_n if kind == "epoch" else (newest - keep_n - 1) // every_n * every_n
+    return [count for count in counts if count <= limit]
+
+
+def free_name(path: Path) -> Path:
+    """The first of ``stem.old1.ext``, ``stem.old2.ext`` ... that does not exist."""
+    number = 1
+    while True:
+        candidate = path.with_name(f"{path.stem}.old{number}{path.suffix}")
+        if not candidate.exists():
+            return candidate
+        number += 1
+
+
+@dataclass
+class Saved:
+    """What the logical run has written so far: (kind, count, name) of models and of states."""
+
+    models: list[tuple[Kind, int, str]] = field(default_factory=list)
+    states: list[tuple[Kind, int, str]] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"models": [list(item) for item in self.models], "states": [list(item) for item in self.states]}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Saved:
+        return Saved([(k, int(c), n) for k, c, n in value["models"]], [(k, int(c), n) for k, c, n in value["states"]])
+
+
+class Saver:
+    """Effect: writes models and states when they are due.
+
+    ``write_model(path, clock, finished epochs)`` and ``write_state(folder, clock)`` do the writing; ``after_write(path, is_state, is_last)``
+    hears of every finished file or folder (uploads). Only the main process writes; ``wait`` keeps the others in step.
+    """
+
+    def __init__(
+        self,
+        options: SaveOptions,
+        plan: SavePlan,
+        suffix: str,
+        *,
+        is_main: bool,
+        wait: Callable[[], None],
+        write_model: Callable[[Path, Clock, int], None],
+        write_state: Callable[[Path, Clock], None],
+        after_write: Callable[[Path, bool, bool], None],
+    ) -> None:
+        self._options = options
+        self._folder = Path(str(options.output_dir))
+        self._plan = plan
+        self._suffix = suffix
+        self._is_main = is_main
+        self._wait = wait
+        self._write_model = write_model
+        self._write_state = write_state
+        self._after_write = after_write
+        self.saved = Saved()
+
+    def after_step(self, clock: Clock, report: StepReport) -> None:
+        if is_due(clock.step, self._plan.every_n_steps):
+            self._save("step", clock.step, clock, self._plan.with_state)
+
+    def after_epoch(self, clock: Clock) -> None:
+        if is_due(clock.epoch, self._plan.every_n_epochs) and clock.epoch < clock.num_epochs:
+            self._save("epoch", clock.epoch, clock, self._plan.with_state)
+
+    def at_end(self, clock: Clock) -> Path:
+        """The final model, and its state if asked for."""
+        return self._save("end", 0, clock, self._plan.state_at_end)
+
+    def at_stop(self, clock: Clock) -> Path:
+        """A stopped run is saved whole, whatever the options say, so that nothing is lost."""
+        return self._save("step", clock.step, clock, with_state=True)
+
+    def _save(self, kind: Kind, count: int, clock: Clock, with_state: bool) -> Path:
+        name = stem(self._options.output_name, kind, count)
+        path = self._folder / (name + self._suffix)
+        self._wait()
+        if self._is_main:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._keep_foreign(path, self.saved.models)
+            self._write_model(path, clock, clock.epoch - 1 if kind == "step" else clock.epoch)
+            logger.info("saved %s", path)
+            self._remember(self.saved.models, (kind, count, path.name))
+            self._after_write(path, False, kind == "end")
+            if with_state:
+                self._save_state(kind, count, name, clock)
+            self._remove_old(kind, count)
+        self._wait()
+        return path
+
+    def _save_state(self, kind: Kind, count: int, name: str, clock: Clock) -> None:
+        folder = self._folder / f"{name}-state"
+        self._keep_foreign(folder, self.saved.states)
+        self._remember(self.saved.states, (kind, count, folder.name))
+        self._write_state(folder, clock)
+        logger.info("saved state %s", folder)
+        self._after_write(folder, True, kind == "end")
+
+    def _keep_foreign(self, path: Path, ours: list[tuple[Kind, int, str]]) -> None:
+        """A file of an earlier run is never overwritten: it moves to a numbered name."""
+        if path.exists() and path.name not in {name for _, _, name in ours}:
+            kept = free_name(path)
+            path.rename(kept)
+            logger.warning("%s existed before this run: kept as %s", path.name, kept.name)
+
+    @staticmethod
+    def _remember(items: list[tuple[Kind, int, str]], item: tuple[Kind, int, str]) -> None:
+        if item not in items:
+            items.append(item)
+
+    def _remove_old(self, kind: Kind, newest: int) -> None:
+        plan = self._plan
+        if kind == "end":
+            return
+        every = plan.every_n_epochs if kind == "epoch" else plan.every_n_steps
+        keep = plan.keep_epochs if kind == "epoch" else plan.keep_steps
+        keep_states = plan.keep_epoch_states if kind == "epoch" else plan.keep_step_states
+        for items, keep_n in ((self.saved.models, keep), (self.saved.states, keep_states)):
+            gone = outdated([count for k, count, _ in items if k == kind], newest, kind, keep_n, every)
+            for item in [item for item in items if item[0] == kind and item[1] in gone]:
+                _remove(self._folder / item[2])
+                items.remove(item)
+
+
+def _remove(path: Path) -> None:
+    logger.info("removing old %s", path.name)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,50 @@
+"""Text conditions of a batch for the training step: encoded each time while text learns, remembered while it is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from library.families.base import ModelFamily, ModelParts, TextCondition, TextSettings
+from library.text.encode import ConditionCache
+
+
+class TextSource:
+    """Captions -> condition in ``dtype``. With ``learns`` gradients reach the encoders and nothing is remembered."""
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        parts: ModelParts,
+        settings: TextSettings,
+        *,
+        learns: bool,
+        captions_repeat: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._family = family
+        self._encoders = list(parts.text_encoders)
+        self._settings = settings
+        self._learns = learns
+        self._device = device
+        self._dtype = dtype
+        self._cache = ConditionCache(self._encode_frozen) if captions_repeat and not learns else None
+
+    def __call__(self, captions: Sequence[str]) -> TextCondition:
+        if self._cache is not None:
+            hidden_BTD, pooled_BP = self._cache(captions)
+            assert hidden_BTD is not None
+            return TextCondition(hidden_BTD, pooled_BP)
+        with torch.set_grad_enabled(self._learns and torch.is_grad_enabled()):
+            return self._encode(captions)
+
+    def _encode(self, captions: Sequence[str]) -> TextCondition:
+        tokens = self._family.tokenize(list(captions), self._settings)
+        return self._family.encode(self._encoders, tokens, self._settings).to(self._device, self._dtype)
+
+    def _encode_frozen(self, captions: Sequence[str]) -> tuple[Tensor | None, ...]:
+        condition = self._encode(captions)
+        return condition.hidden_BTD, condition.pooled_BP

@@ -1,0 +1,85 @@
+"""What a kind of training decides: which parameters learn, in which groups, whether text needs a gradient, what is written.
+
+The loop, the step and all effects know only this interface. Kinds live in `library.training.kinds`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a kind writes: the suffix of its file, and what metadata need to know of it."""
+
+    suffix: str
+    modelspec_kind: str
+
+
+class Trainable(ABC):
+    """A kind of training, set up on loaded models."""
+
+    module: nn.Module
+    """Everything that learns, as one module: what is wrapped for several processes and stored in the state."""
+    artifact: Artifact
+    needs_text_gradient: bool
+    needs_unet_gradient: bool
+    casts_itself: bool
+    """True if the forward pass is right without autocast, whatever the dtypes of base and trained weights."""
+    may_skip_parameters: bool
+    """True if a step may leave some parameters without a gradient (module dropout)."""
+
+    @abstractmethod
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups; each may carry ``lr`` and carries its logged name as ``lr_name``."""
+
+    @abstractmethod
+    def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+        """Write the artifact under its final name, atomically."""
+
+    def check(self, path: Path) -> list[str]:
+        """Read what was saved again; lines for the report at the end."""
+        return []
+
+    def recorded_options(self) -> dict[str, Any]:
+        """Options whose true value became known only when the models were built (ranks taken from a file)."""
+        return {}
+
+    def precision(self, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+        """The autocast region that the forward pass needs, if any."""
+        if dtype == torch.float32 or self.casts_itself:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=dtype)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """All parameters that the optimizer owns, in a fixed order."""
+        return [parameter for group in self.parameter_groups() for parameter in group["params"]]
+
+    def on_epoch_start(self) -> None:
+        """Switch to train mode."""
+        self.module.train()
+
+    def on_micro_batch(self, network_multiplier: float) -> None:
+        """Before each forward pass."""
+
+    def after_update(self) -> dict[str, float]:
+        """After each optimizer step; returns scalars to log."""
+        return {}
+
+    def enable_gradient_checkpointing(self) -> None:
+        """For kinds with activations of their own to recompute."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Tensors of the state file, in full precision."""
+        return {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take tensors of a state file; raises if any is missing, unknown or of another shape."""
+        self.module.load_state_dict(tensors, strict=True)

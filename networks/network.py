@@ -1,0 +1,349 @@
+"""A set of adapters over the layers of a model, with the plug-in protocol's methods. Knows no type of adapter by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.log import UserError
+from networks.adapter import NO_DROPOUT, Adapter, AdapterSize, Dropouts
+from networks.block_weights import BlockFactors
+from networks.targets import Part, Target, TextEncoders, as_list, text_encoder_targets, unet_targets
+from networks.weights import WeightTable, read_weights, to_weight_table, write_weights
+
+logger = logging.getLogger(__name__)
+
+LearningRates = float | Sequence[float | None] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """An adapter and where it belongs."""
+
+    target: Target
+    adapter: Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What became of a file's modules. ``fresh`` adapters are not in the file and stay as created; ``left_out`` modules
+    belong to a part of the model that is not adapted in this run."""
+
+    source: str
+    loaded: int
+    fresh: tuple[str, ...] = ()
+    left_out: int = 0
+
+    def __str__(self) -> str:
+        text = f"{self.loaded} layers read from {self.source}"
+        if self.fresh:
+            text += f", {len(self.fresh)} not in the file start new (first {self.fresh[0]})"
+        if self.left_out:
+            text += f", {self.left_out} of the part that is not trained left out"
+        return text
+
+
+def build_network(
+    adapter_type: type[Adapter],
+    text_encoder: TextEncoders,
+    unet: nn.Module,
+    *,
+    size_of: Callable[[Target], AdapterSize | None],
+    with_convolutions: bool,
+    multiplier: float = 1.0,
+    dropouts: Dropouts = NO_DROPOUT,
+    factors: BlockFactors | None = None,
+) -> AdapterNetwork:
+    """Make an adapter of one type for every target layer that ``size_of`` gives a size; text encoders come first.
+
+    The factors' first values are drawn from torch's default generator, in this order.
+    """
+    targets = text_encoder_targets(text_encoder) if as_list(text_encoder) else []
+    targets += unet_targets(unet, with_convolutions)
+    placed: list[Placed] = []
+    for target in targets:
+        size = size_of(target)
+        if size is not None:
+            placed.append(Placed(target, adapter_type(target.name, target.layer, size, multiplier, dropouts)))
+    return AdapterNetwork(adapter_type, placed, factors)
+
+
+class AdapterNetwork(nn.Module):
+    """The network object that trainer and generators use.
+
+    Adapters become children, and so are trained and saved, only when `apply_to` attaches them.
+    """
+
+    casts_itself = True  # right without autocast, whatever the types of layers and adapters are
+    may_skip_parameters = False  # a dropped adapter has zero gradients, not none
+
+    def __init__(
+        self, adapter_type: type[Adapter], placed: Sequence[Placed], factors: BlockFactors | None = None
+    ) -> None:
+        super().__init__()
+        names = [entry.target.name for entry in placed]
+        if len(set(names)) != len(names):
+            raise ValueError("two layers have the same name in files")
+        self._adapter_type = adapter_type
+        self._placed = tuple(placed)
+        self._factors = factors
+        self._frozen: frozenset[str] = frozenset()
+        self._applied: tuple[Placed, ...] = ()
+
+    # ---- what there is
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The attached adapters, or all of them before `apply_to`."""
+        return tuple(entry.adapter for entry in self._applied or self._placed)
+
+    def count(self, part: Part) -> int:
+        """Number of adapters in one part of the model, attached or not."""
+        return sum(entry.target.part == part for entry in self._placed)
+
+    @property
+    def network_dim(self) -> str:
+        """Rank of the layers without a spatial kernel, for metadata; ``Dynamic`` if they differ."""
+        return _common({entry.adapter.rank for entry in self._plain()})
+
+    @property
+    def network_alpha(self) -> str:
+        """Alpha of the same layers, for metadata; ``Dynamic`` if they differ."""
+        return _common({float(entry.adapter.alpha) for entry in self._plain()})
+
+    def _plain(self) -> list[Placed]:
+        chosen = self._applied or self._placed
+        return [entry for entry in chosen if not entry.target.is_spatial] or list(chosen)
+
+    # ---- attaching
+
+    def apply_to(self, text_encoder: Any, unet: Any, apply_text_encoder: bool = True, apply_unet: bool = True) -> None:
+        """Attach the adapters of the chosen parts to the layers they were made for.
+
+        Raises UserError if nothing is chosen, for example by block arguments that leave no layer.
+        """
+        if self._applied:
+            raise RuntimeError("the network is applied already")
+        wanted = {"text_encoder": apply_text_encoder, "unet": apply_unet}
+        chosen = tuple(entry for entry in self._placed if wanted[entry.target.part])
+        if not chosen:
+            raise UserError("the network has no layer to train: check block_dims, *_lr_weight and the *_only options")
+        for entry in chosen:
+            entry.adapter.attach()
+            self.add_module(entry.target.name, entry.adapter)
+        self._applied = chosen
+        text, total = sum(entry.target.part == "text_encoder" for entry in chosen), len(chosen)
+        logger.info("network: %d layers of the text encoder, %d of the U-Net", text, total - text)
+
+    def detach(self) -> None:
+        """Undo `apply_to`; adapters keep their weights and may be applied again."""
+        for entry in reversed(self._applied):
+            entry.adapter.detach()
+            delattr(self, entry.target.name)
+        self._applied = ()
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """Strength of all adapters from the next forward pass on; 1 is as trained."""
+        for entry in self._placed:
+            entry.adapter.multiplier = multiplier
+
+    # ---- weights
+
+    def load_weights(self, file: str) -> LoadReport:
+        """Read a network file into the attached adapters.
+
+        Raises UserError if the file lacks all of them, has layers that this network lacks, or other ranks.
+        """
+        report = self._load(read_weights(file, self._adapter_type.tensor_names))
+        if report.fresh:
+            logger.warning("%s", report)
+        return report
+
+    def require_known(self, table: WeightTable) -> None:
+        """Raise UserError if a file has modules that no adapter of this network stands for."""
+        known = {entry.target.name for entry in self._placed}
+        parts = {entry.target.part for entry in self._placed}
+        unknown = [
+            name
+            for name in table.modules
+            # without text encoders at hand (generation may do so) their modules are nobody's
+            if name not in known and ("text_encoder" in parts or not name.startswith("lora_te"))
+        ]
+        if unknown:
+            raise UserError(
+                f"{table.source}: {len(unknown)} of its {len(table.modules)} layers do not exist in this network, first "
+                f"{unknown[0]}; it was made for another base model, or needs --dim_from_weights (or conv_dim)"
+            )
+
+    def _load(self, table: WeightTable) -> LoadReport:
+        self.require_known(table)
+        chosen = self._applied or self._placed
+        found = [entry for entry in chosen if entry.target.name in table.modules]
+        if not found:
+            raise UserError(f"{table.source} has no weights for any layer of this network")
+        problems = [text for entry in found for text in self._load_one(entry, table)]
+        if problems:
+            raise UserError(
+                f"{table.source}: {len(problems)} layers do not fit, first {problems[0]}; "
+                "--dim_from_weights takes the ranks of the file"
+            )
+        fresh = tuple(entry.target.name for entry in chosen if entry.target.name not in table.modules)
+        return LoadReport(table.source, len(found), fresh, len(table.modules) - len(found))
+
+    @staticmethod
+    def _load_one(entry: Placed, table: WeightTable) -> list[str]:
+        tensors = table.modules[entry.target.name]
+        try:
+            entry.adapter.load_state_dict(dict(tensors))
+        except RuntimeError:
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor.dim())
+            return [f"{entry.target.name} (rank {entry.adapter.rank} here; the file has {shapes})"]
+        return []
+
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+        """Write the attached adapters, see `networks.weights.write_weights`."""
+        write_weights(file, self.state_dict(), dtype, metadata)
+
+    # ---- training
+
+    def prepare_optimizer_params(
+        self, text_encoder_lr: LearningRates = None, unet_lr: float | None = None, default_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups with ``params``, ``lr`` (absent: the optimizer's own) and the logged name ``lr_name``.
+
+        One group a text encoder (one for all if the rate is a single number), then one for the U-Net, or one a block with
+        block factors. What has rate 0 is frozen and left out.
+        """
+        members: dict[tuple[str, float | None], list[Placed]] = {}
+        for entry in self._applied:
+            name = self._group_name(entry.target, text_encoder_lr)
+            members.setdefault((name, self._rate(entry.target, text_encoder_lr, unet_lr, default_lr)), []).append(entry)
+        frozen: set[str] = set()
+        groups: list[dict[str, Any]] = []
+        for (name, rate), entries in members.items():
+            if rate == 0 or (rate is None and default_lr == 0):
+                frozen |= {entry.target.name for entry in entries}
+                continue
+            group: dict[str, Any] = {"params": [p for entry in entries for p in entry.adapter.parameters()]}
+            groups.append({**group, **({} if rate is None else {"lr": rate}), "lr_name": name})
+        self._frozen = frozenset(frozen)
+        self._set_gradients()
+        return groups
+
+    def _group_name(self, target: Target, text_encoder_lr: LearningRates) -> str:
+        if target.part == "text_encoder":
+            several = isinstance(text_encoder_lr, Sequence) and len(text_encoder_lr) > 1
+            return f"textencoder{target.encoder + 1}" if several else "textencoder"
+        return "unet" if self._factors is None else f"unet_block{target.block:02}"
+
+    def _rate(
+        self, target: Target, text_encoder_lr: LearningRates, unet_lr: float | None, default_lr: float | None
+    ) -> float | None:
+        if target.part == "text_encoder":
+            if not isinstance(text_encoder_lr, Sequence):
+                return text_encoder_lr
+            if len(text_encoder_lr) <= target.encoder and len(text_encoder_lr) > 1:
+                raise UserError(f"--text_encoder_lr: {len(text_encoder_lr)} rates are too few for the text encoders")
+            return text_encoder_lr[min(target.encoder, len(text_encoder_lr) - 1)] if text_encoder_lr else None
+        if self._factors is None:
+            return unet_lr
+        base = default_lr if unet_lr is None else unet_lr
+        if base is None:
+            raise UserError("*_lr_weight scale a learning rate by block: give --unet_lr or --learning_rate")
+        return base * self._factors.of(target.block)
+
+    def _set_gradients(self) -> None:
+        for entry in self._applied:
+            entry.adapter.requires_grad_(entry.target.name not in self._frozen)
+
+    def prepare_grad_etc(self, text_encoder: Any, unet: Any) -> None:
+        """Let all adapters learn but those whose rate is 0."""
+        self._set_gradients()
+
+    def on_epoch_start(self, text_encoder: Any, unet: Any) -> None:
+        """Switch to train mode (dropouts act)."""
+        self.train()
+
+    def on_step_start(self, text_encoder: Any = None, unet: Any = None) -> None:
+        """Before each forward pass: one draw says which adapters ``module_dropout`` leaves out of it."""
+        rates = [entry.adapter.dropouts.module for entry in self._applied]
+        if self.training and any(rates):
+            draws = torch.rand(len(rates)).tolist()
+            for entry, draw, rate in zip(self._applied, draws, rates, strict=True):
+                entry.adapter.is_skipped = draw < rate
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Nothing to do: an adapter keeps only its small rank activations."""
+
+    def get_trainable_params(self) -> list[nn.Parameter]:
+        """The parameters that learn."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def apply_max_norm_regularization(self, max_norm: float, device: Any = None) -> tuple[int, float, float]:
+        """Shrink every weight difference whose norm (at multiplier 1) exceeds ``max_norm`` to that norm.
+
+        Returns (number shrunk, mean norm, largest norm) after it.
+        """
+        adapters = self.adapters
+        norms = torch.stack([adapter.delta_norm().float() for adapter in adapters])
+        ratios = (max_norm / norms.clamp(min=max_norm)).nan_to_num(nan=1.0)
+        over = (ratios < 1).tolist()
+        for adapter, ratio, is_over in zip(adapters, ratios, over, strict=True):
+            if is_over:
+                adapter.scale_delta_(ratio)
+        scaled = norms * ratios
+        return sum(over), float(scaled.mean()), float(scaled.max())
+
+    # ---- merging
+
+    def is_mergeable(self) -> bool:
+        """True: every adapter is a weight difference."""
+        return True
+
+    def merge_to(
+        self,
+        text_encoder: Any,
+        unet: Any,
+        weights_sd: Mapping[str, Tensor] | None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Add ``weights_sd`` (None: the adapters' own weights) to the layers for good, computed in float32 on ``device``.
+
+        Layers keep their own type, whatever ``dtype`` says: a parameter cannot change it in place.
+        """
+        if weights_sd is not None:
+            self._load(to_weight_table(weights_sd, self._adapter_type.tensor_names, "the given weights"))
+        for adapter in self.adapters:
+            adapter.add_to_layer(device)
+        logger.info("merged %d layers", len(self.adapters))
+
+    def backup_weights(self) -> None:
+        """Keep a copy of the weights of all adapted layers."""
+        for adapter in self.adapters:
+            adapter.backup()
+
+    def restore_weights(self) -> None:
+        """Put the copies of `backup_weights` back and let the adapters act in the forward pass again."""
+        for adapter in self.adapters:
+            adapter.restore()
+            adapter.enabled = True
+
+    def pre_calculation(self) -> None:
+        """Fold the adapters at their present multiplier into the layers and switch their forward part off.
+
+        Call `backup_weights` of all networks first, and `restore_weights` of all before the next time.
+        """
+        for adapter in self.adapters:
+            adapter.add_to_layer()
+            adapter.enabled = False
+
+
+def _common(values: set[Any]) -> str:
+    return str(next(iter(values))) if len(values) == 1 else "Dynamic"

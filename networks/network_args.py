@@ -1,0 +1,146 @@
+"""Typed reading of ``--network_args``: unknown keys, wrong types and impossible values are errors, all listed at once."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from library.log import UserError
+from networks.block_weights import BLOCK_COUNT, BlockFactors, block_factors, side_factors
+
+logger = logging.getLogger(__name__)
+
+Reader = Callable[[str], Any]
+
+
+def whole(text: str) -> int:
+    """A whole number, 0 or more."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise ValueError("must be a whole number") from None
+    if value < 0:
+        raise ValueError("must be 0 or more")
+    return value
+
+
+def number(text: str) -> float:
+    """A number, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError("must be a number") from None
+    if not math.isfinite(value) or value < 0:
+        raise ValueError("must be 0 or more")
+    return value
+
+
+def rate(text: str) -> float:
+    """A probability, less than 1."""
+    value = number(text)
+    if value >= 1:
+        raise ValueError("must be 0 or more and less than 1")
+    return value
+
+
+def per_block(read: Reader) -> Reader:
+    """25 values separated by commas, one for each block of the U-Net, or a single value for all of them."""
+
+    def read_list(text: str) -> tuple[Any, ...]:
+        values = tuple(read(item.strip()) for item in text.split(","))
+        if len(values) == 1:
+            return values * BLOCK_COUNT
+        if len(values) != BLOCK_COUNT:
+            raise ValueError(f"needs {BLOCK_COUNT} values, has {len(values)}")
+        return values
+
+    return read_list
+
+
+def read_network_args(given: Mapping[str, object], readers: Mapping[str, Reader], module: str) -> dict[str, Any]:
+    """Values of the arguments that were given; None and empty text count as not given.
+
+    Raises UserError that lists all unknown keys (with the nearest name) and all bad values.
+    """
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for key, raw in given.items():
+        text = "" if raw is None else str(raw).strip()
+        if key not in readers:
+            near = difflib.get_close_matches(key, readers, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(sorted(readers))}"
+            problems.append(f"--network_args {key}: {module} has no such argument; {hint}")
+        elif text not in ("", "None"):
+            try:
+                values[key] = readers[key](text)
+            except ValueError as error:
+                problems.append(f"--network_args {key}={text}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraArgs:
+    """The arguments of ``networks.lora``; None means not given."""
+
+    conv_dim: int | None = None
+    conv_alpha: float | None = None
+    dropout: float | None = None
+    rank_dropout: float | None = None
+    module_dropout: float | None = None
+    block_dims: tuple[int, ...] | None = None
+    block_alphas: tuple[float, ...] | None = None
+    conv_block_dims: tuple[int, ...] | None = None
+    conv_block_alphas: tuple[float, ...] | None = None
+    down_lr_weight: tuple[float, ...] | None = None
+    mid_lr_weight: float | None = None
+    up_lr_weight: tuple[float, ...] | None = None
+    block_lr_zero_threshold: float = 0.0
+
+    @property
+    def with_convolutions(self) -> bool:
+        """True if layers outside the transformers get an adapter too (LoRA-C3Lier)."""
+        return bool(self.conv_dim) or self.conv_block_dims is not None
+
+    @property
+    def block_factors(self) -> BlockFactors | None:
+        """Learning-rate factors of the blocks; None if no ``*_lr_weight`` was given."""
+        if self.down_lr_weight is None and self.mid_lr_weight is None and self.up_lr_weight is None:
+            return None
+        return block_factors(self.down_lr_weight, self.mid_lr_weight, self.up_lr_weight, self.block_lr_zero_threshold)
+
+    def sizes_given(self) -> list[str]:
+        """Names of the given arguments that decide ranks and alphas."""
+        return [f.name for f in fields(self) if f.name in _SIZE_ARGS and getattr(self, f.name) is not None]
+
+
+_SIZE_ARGS = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+_LORA_READERS: dict[str, Reader] = {
+    "conv_dim": whole,
+    "conv_alpha": number,
+    "dropout": rate,
+    "rank_dropout": rate,
+    "module_dropout": rate,
+    "block_dims": per_block(whole),
+    "block_alphas": per_block(number),
+    "conv_block_dims": per_block(whole),
+    "conv_block_alphas": per_block(number),
+    "down_lr_weight": side_factors,
+    "mid_lr_weight": number,
+    "up_lr_weight": side_factors,
+    "block_lr_zero_threshold": number,
+}
+
+
+def read_lora_args(given: Mapping[str, object], module: str = "networks.lora") -> LoraArgs:
+    """Read the arguments of ``networks.lora``. Raises UserError that lists every problem."""
+    args = LoraArgs(**read_network_args(given, _LORA_READERS, module))
+    unused = [name for name in ("conv_alpha", "conv_block_alphas") if getattr(args, name) is not None]
+    if unused and not args.with_convolutions:
+        logger.warning("--network_args %s has no effect without conv_dim or conv_block_dims", " and ".join(unused))
+    return args

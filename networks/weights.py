@@ -1,0 +1,192 @@
+"""Network files and the tensors in them: reading (also the names of Diffusers and PEFT), grouping by module, writing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.checkpoint.hashes import network_hashes
+from library.checkpoint.io import atomic_path, open_model_file, save_safetensors
+from library.log import UserError
+from networks.targets import text_encoder_name, text_encoder_prefixes, unet_name
+
+logger = logging.getLogger(__name__)
+
+_OWN_KEY = re.compile(r"^(?P<module>lora_(?:unet|te\d?)_[^.]+)\.(?P<tensor>.+)$")
+_DOWN = re.compile(r"\.(?:lora_A(?:\.(?!weight$)[^.]+)?|lora\.down|lora_linear_layer\.down|lora_down)\.weight$")
+_UP = re.compile(r"\.(?:lora_B(?:\.(?!weight$)[^.]+)?|lora\.up|lora_linear_layer\.up|lora_up)\.weight$")
+_PROCESSOR = re.compile(r"\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<end>down|up)\.weight$")
+_ALPHA = re.compile(r"\.alpha$")
+_COMPONENT = re.compile(r"^(?P<name>unet|text_encoder(?:_2)?)\.")
+_OTHER_KINDS = {
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "lora_mid": "Tucker-decomposed LoRA (LoCon with use_tucker)",
+    "oft_": "OFT",
+    "on_input": "IA3",
+    "diff": "full weight differences",
+}
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """The tensors of a network file by module name and tensor name. ``source`` is what errors call it."""
+
+    modules: Mapping[str, Mapping[str, Tensor]]
+    source: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def flat(self) -> dict[str, Tensor]:
+        """One dictionary with the keys of a file."""
+        return {f"{module}.{name}": t for module, tensors in self.modules.items() for name, t in tensors.items()}
+
+
+def read_weights(path: str | Path, tensor_names: Sequence[str]) -> WeightTable:
+    """Read a network file (safetensors or pickle) whose modules have these tensors; ``alpha`` may be absent.
+
+    Keys of Diffusers and PEFT files are translated. Raises UserError for files that are damaged, of another kind, or
+    incomplete.
+    """
+    with open_model_file(path) as file:
+        tensors = {key: file.tensor(key) for key in file.infos}
+        metadata = file.metadata
+    return to_weight_table(tensors, tensor_names, str(path), metadata)
+
+
+def to_weight_table(
+    tensors: Mapping[str, Tensor],
+    tensor_names: Sequence[str],
+    source: str,
+    metadata: Mapping[str, str] | None = None,
+) -> WeightTable:
+    """Group tensors by module and check that every module is whole. See `read_weights`."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    foreign: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        match = _OWN_KEY.match(key)
+        if match is None:
+            foreign[key] = tensor
+        else:
+            modules.setdefault(match["module"], {})[match["tensor"]] = tensor
+    for module, translated in _translate(foreign, metadata or {}, source).items():
+        modules.setdefault(module, {}).update(translated)
+    _require_whole(modules, tensor_names, source, metadata or {})
+    return WeightTable(modules, source, metadata or {})
+
+
+def _require_whole(
+    modules: Mapping[str, Mapping[str, Tensor]], names: Sequence[str], source: str, metadata: Mapping[str, str]
+) -> None:
+    if not modules:
+        raise UserError(f"{source} holds no network weights (keys such as lora_unet_....lora_down.weight)")
+    for module, tensors in modules.items():
+        odd = next((name for name in tensors if name not in names), None)
+        if odd is not None:
+            kind = next((kind for start, kind in _OTHER_KINDS.items() if odd.startswith(start)), f"other ({odd})")
+            made_by = metadata.get("ss_network_module")
+            hint = f"; it was made by {made_by}" if made_by else ""
+            raise UserError(f"{source} holds {kind} weights, which this network module cannot read{hint}")
+        lacks = [name for name in names if name not in tensors and name != "alpha"]
+        if lacks:
+            raise UserError(f"{source} is incomplete: {module} has no {' and no '.join(lacks)}")
+
+
+# ---- names of Diffusers and PEFT
+
+
+def _translate(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> dict[str, dict[str, Tensor]]:
+    """Modules of keys such as ``unet.down_blocks.0.attentions.0.proj_in.lora_A.weight``."""
+    several = any(_without_wrapper(key).startswith("text_encoder_2.") for key in tensors)
+    config = _adapter_config(metadata)
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        split = _split(_without_wrapper(key))
+        if split is None:
+            raise UserError(f"{source}: {key} is no key of a LoRA file that this program knows")
+        path, tensor_name = split
+        component = _COMPONENT.match(path)
+        name = component["name"] if component else "unet"
+        inner = path[component.end() :] if component else path
+        module = modules.setdefault(_own_name(name, inner, several), {})
+        module[tensor_name] = tensor
+        if tensor_name == "lora_down.weight":
+            alpha = _configured_alpha(config, name, inner, rank=tensor.shape[0])
+            if alpha is not None:
+                module.setdefault("alpha", torch.tensor(alpha))
+    return modules
+
+
+def _without_wrapper(key: str) -> str:
+    return key.removeprefix("base_model.model.")
+
+
+def _split(key: str) -> tuple[str, str] | None:
+    """(path of the layer, own name of the tensor)."""
+    old = _PROCESSOR.search(key)
+    if old is not None:
+        layer = "to_out.0" if old["layer"] == "to_out" else old["layer"]
+        return f"{key[: old.start()]}.{layer}", f"lora_{old['end']}.weight"
+    for pattern, name in ((_DOWN, "lora_down.weight"), (_UP, "lora_up.weight"), (_ALPHA, "alpha")):
+        match = pattern.search(key)
+        if match is not None:
+            return key[: match.start()], name
+    return None
+
+
+def _own_name(component: str, path: str, several_encoders: bool) -> str:
+    if component == "unet":
+        return unet_name(path)
+    prefixes = text_encoder_prefixes(2 if several_encoders else 1)
+    return text_encoder_name(prefixes[1 if component == "text_encoder_2" else 0], path)
+
+
+def _adapter_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's configuration that Diffusers stores as JSON, with keys such as ``unet.lora_alpha``."""
+    text = metadata.get("lora_adapter_metadata")
+    if not text:
+        return {}
+    try:
+        loaded = json.loads(text)
+    except ValueError:
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _configured_alpha(config: Mapping[str, Any], component: str, path: str, rank: int) -> float | None:
+    """Alpha of a layer in PEFT's configuration; None if it says nothing (then alpha is the rank)."""
+    patterns = config.get(f"{component}.alpha_pattern") or {}
+    alpha = next((value for name, value in patterns.items() if path == name or path.endswith(f".{name}")), None)
+    alpha = config.get(f"{component}.lora_alpha") if alpha is None else alpha
+    if alpha is None:
+        return None
+    # rank-stabilised LoRA scales by alpha/sqrt(rank)
+    return float(alpha) * (rank**0.5 if config.get(f"{component}.use_rslora") else 1.0)
+
+
+# ---- writing
+
+
+def write_weights(
+    path: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, metadata: Mapping[str, str] | None
+) -> None:
+    """Write a network file whole or not at all: safetensors by that extension, else a pickled state dict.
+
+    ``dtype`` is what all tensors (alpha too) are cast to. Safetensors files carry ``metadata`` and the ``sshs_*`` hashes of
+    the bytes that are written; pickles have no place for them.
+    """
+    if Path(path).suffix.lower() == ".safetensors":
+        save_safetensors(path, tensors, network_hashes(tensors, metadata or {}, dtype), dtype)
+        return
+    plain = {key: tensor.detach().to("cpu", dtype or tensor.dtype).clone() for key, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        torch.save(plain, temporary)

@@ -1,0 +1,108 @@
+"""The command line of train_network.py is frozen: old command lines and configuration files must go on working."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from library.options.parser import read_command_line
+from library.options.script import parse
+from library.options.scripts import CACHE_LATENTS, TRAIN_NETWORK
+from library.options.settings import ScriptOptions
+
+DATA = Path(__file__).parent / "data" / "train_network_flags.tsv"
+ROWS = list(csv.DictReader(DATA.open(encoding="utf-8"), delimiter="\t"))
+KINDS = {"flag": "bool"}
+
+# Where ours is wider or better than the reference, on purpose: (option, what differs).
+WIDER_CHOICES = {"max_token_length": {"75"}, "dynamo_backend": {"no"}}
+OTHER_DEFAULTS = {"caption_extension": None}  # looks for .caption, then .txt
+PARSED_TEXTS = {"resolution", "face_crop_aug_range"}  # texts there, numbers here
+NEW_OPTIONS = {
+    "allow_captionless",
+    "allow_mismatch",
+    "deterministic",
+    "dry_run",
+    "on_bad_caption",
+    "on_bad_image",
+    "on_nan",
+    "save_state_on_train_end",
+}
+ANY_SCRIPT = ScriptOptions("train_network.py", TRAIN_NETWORK.groups)
+SPECS = {name: spec for spec in TRAIN_NETWORK.specs().values() for name in spec.names}
+
+
+def test_no_option_is_missing_or_undeclared_here():
+    assert set(SPECS) == {row["option"] for row in ROWS} | NEW_OPTIONS
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["option"])
+def test_type_default_and_choices(row: dict[str, str]):
+    name = row["option"]
+    spec = SPECS[name]
+    if name not in PARSED_TEXTS:
+        assert spec.kind.__name__ == KINDS.get(row["type"], row["type"])
+    expected = repr(OTHER_DEFAULTS[name]) if name in OTHER_DEFAULTS else row["default"]
+    assert repr(spec.default) == expected
+    choices = set() if row["choices"] == "-" else set(row["choices"].split("|"))
+    assert {str(choice) for choice in spec.choices} == (choices - {"None"}) | WIDER_CHOICES.get(name, set())
+    assert ("None" in choices) <= spec.is_optional
+
+
+EXAMPLES = {
+    "resolution": "512,768",
+    "face_crop_aug_range": "1.0,2.5",
+    "min_bucket_reso": "320",
+    "max_bucket_reso": "768",
+    "bucket_reso_steps": "32",
+    "network_dropout": "0.1",
+}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["option"])
+def test_the_command_line_takes_the_option_with_each_choice(row: dict[str, str]):
+    name = row["option"]
+    if row["type"] == "flag":
+        words: list[str | None] = [None]
+    elif row["choices"] == "-":
+        words = [EXAMPLES.get(name, "a=b" if row["type"] in ("str", "Path") else "1")]
+    else:
+        words = list(row["choices"].split("|"))
+    for word in words:
+        known, unknown, problems = read_command_line(TRAIN_NETWORK, [f"--{name}", *([word] if word else [])])
+        assert (unknown, problems) == ([], [])
+        (true_name,) = known
+        value = SPECS[true_name].check(known[true_name].value)
+        assert (value is None) == (word == "None")
+        assert value is not False
+
+
+def test_a_long_old_command_line_still_parses():
+    words = (
+        "--pretrained_model_name_or_path=model.safetensors --train_data_dir=train --resolution=512,768 "
+        "--output_dir=out --network_module=networks.lora --network_dim=16 --network_alpha=1 --unet_lr=1e-4 "
+        "--text_encoder_lr=5e-5 --network_args conv_dim=4 conv_alpha=1 --optimizer_type AdamW8bit "
+        "--optimizer_args betas=.9,.99 --lr_scheduler cosine_with_restarts --lr_warmup_steps=100 "
+        "--lr_scheduler_num_cycles 2 --max_train_epochs=10 --save_every_n_epochs=1 --mixed_precision=fp16 "
+        "--save_precision=fp16 --cache_latents --xformers --seed=42 --caption_extension=.txt --shuffle_caption "
+        "--keep_tokens=1 --clip_skip=2 --max_token_length 225"
+    )
+    settings = parse(TRAIN_NETWORK, words.split())
+    values = settings.as_flat_dict()
+    assert values["resolution"] == (512, 768)
+    assert values["text_encoder_lr"] == [5e-5]
+    assert values["network_args"] == ["conv_dim=4", "conv_alpha=1"]
+    assert (values["max_token_length"], values["network_alpha"], values["lr_warmup_steps"]) == (225, 1.0, 100)
+
+
+def test_misspelt_caption_option_of_old_command_lines():
+    settings = parse(ANY_SCRIPT, ["--caption_extention", ".cap"])
+    assert settings.value_of("caption_extension") == ".cap"
+    assert settings.given("caption_extension")
+
+
+def test_the_cache_tool_takes_every_option_of_the_training():
+    specs = CACHE_LATENTS.specs()
+    assert set(TRAIN_NETWORK.specs()) | {"skip_existing"} == set(specs)

@@ -1,0 +1,252 @@
+"""Every type of adapter on every kind of layer: identity at start, merge = forward, exact unmerge, files, types, dropouts."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import networks
+from networks.adapter import Adapter, AdapterSize, Dropouts
+from networks.lora import LoraAdapter
+from tests.networks_fixtures import randomise
+
+
+def adapter_types() -> list[type[Adapter]]:
+    """Every type that a module of the package defines: a new type is tested without an edit here."""
+    for info in pkgutil.iter_modules(networks.__path__):
+        importlib.import_module(f"networks.{info.name}")
+    found: list[type[Adapter]] = []
+    waiting = [Adapter]
+    while waiting:
+        for kind in waiting.pop().__subclasses__():
+            waiting.append(kind)
+            if kind.__module__.startswith("networks."):
+                found.append(kind)
+    return found
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(12, 20),
+    "linear without bias": lambda: nn.Linear(12, 20, bias=False),
+    "1x1": lambda: nn.Conv2d(12, 20, 1),
+    "3x3": lambda: nn.Conv2d(12, 20, 3, padding=1),
+    "3x3 stride 2": lambda: nn.Conv2d(12, 20, 3, stride=2, padding=1),
+}
+TYPES = {kind.__name__: kind for kind in adapter_types()}
+matrix = pytest.mark.parametrize(("kind", "shape"), [(kind, shape) for kind in TYPES for shape in LAYERS])
+
+
+def make(kind: str, shape: str, dtype: torch.dtype = torch.float32, **options: object) -> tuple[nn.Module, Adapter]:
+    torch.manual_seed(0)
+    layer = LAYERS[shape]().to(dtype).requires_grad_(False)
+    adapter = TYPES[kind]("lora_unet_x", layer, AdapterSize(4, 2.0), **options)  # type: ignore[arg-type]
+    adapter.attach()
+    return layer, adapter
+
+
+def inputs(layer: nn.Module, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(2, 12, 6, 6)] if isinstance(layer, nn.Conv2d) else [(2, 12), (2, 5, 12)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def plain(layer: nn.Module, x: Tensor) -> Tensor:
+    return type(layer).forward(layer, x)
+
+
+@matrix
+def test_a_new_adapter_changes_nothing(kind: str, shape: str) -> None:
+    layer, _ = make(kind, shape)
+    for x in inputs(layer):
+        assert torch.equal(layer(x), plain(layer, x))
+
+
+@matrix
+def test_merged_equals_attached_and_unmerge_is_exact(kind: str, shape: str) -> None:
+    layer, adapter = make(kind, shape, multiplier=0.7)
+    randomise(adapter)
+    before = layer.weight.clone()
+    attached = [layer(x) for x in inputs(layer)]
+    adapter.merge()
+    assert not torch.equal(layer.weight, before)
+    for x, expected in zip(inputs(layer), attached, strict=True):
+        torch.testing.assert_close(layer(x), expected, atol=2e-6, rtol=1e-5)
+    adapter.merge()  # again: not twice
+    torch.testing.assert_close(layer(inputs(layer)[0]), attached[0], atol=2e-6, rtol=1e-5)
+    adapter.unmerge()
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer(inputs(layer)[0]), attached[0])
+
+
+@matrix
+def test_default_combine_agrees_with_the_cheaper_one(kind: str, shape: str) -> None:
+    layer, adapter = make(kind, shape, multiplier=-1.5)
+    randomise(adapter)
+    for x in inputs(layer):
+        torch.testing.assert_close(layer(x), Adapter.combine(adapter, plain(layer, x), x), atol=5e-6, rtol=1e-5)
+
+
+@matrix
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_layers_take_float32_adapters_without_autocast(
+    kind: str, shape: str, dtype: torch.dtype
+) -> None:
+    layer, adapter = make(kind, shape, dtype)
+    randomise(adapter)
+    exact_layer, exact = make(kind, shape)
+    randomise(exact)
+    exact_layer.load_state_dict(layer.state_dict())
+    for x in inputs(layer, dtype):
+        y = layer(x)
+        assert y.dtype is dtype
+        torch.testing.assert_close(y.float(), exact_layer(x.float()), atol=0.04, rtol=0.04)
+        y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in adapter.parameters())
+    assert layer.weight.grad is None
+
+
+@matrix
+def test_autocast_over_float32_gives_the_same(kind: str, shape: str) -> None:
+    layer, adapter = make(kind, shape)
+    randomise(adapter)
+    for x in inputs(layer):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        torch.testing.assert_close(y.float(), layer(x), atol=0.04, rtol=0.04)
+
+
+@matrix
+def test_state_dict_has_the_named_tensors_and_alpha_decides_the_scale(kind: str, shape: str) -> None:
+    layer, adapter = make(kind, shape)
+    randomise(adapter)
+    state = adapter.state_dict()
+    assert tuple(state) == adapter.tensor_names
+    other_layer, other = make(kind, shape)
+    # the reference computed the scale once, so that a loaded alpha was saved but not used
+    other.load_state_dict({**state, "alpha": torch.tensor(8.0)})
+    assert other.scale == 2.0
+    torch.testing.assert_close(other.delta_weight(), adapter.delta_weight() * 4)
+    x = inputs(layer)[0]
+    change, stronger = layer(x) - plain(layer, x), other_layer(x) - plain(other_layer, x)
+    torch.testing.assert_close(stronger, change * 4, atol=1e-5, rtol=1e-5)
+    other.load_state_dict({name: tensor for name, tensor in state.items() if name != "alpha"})
+    assert other.scale == 1.0  # files without alpha: alpha is the rank
+    assert TYPES[kind].size_of(state) == AdapterSize(4, 2.0)
+
+
+@matrix
+def test_norm_and_scaling(kind: str, shape: str) -> None:
+    _, adapter = make(kind, shape)
+    randomise(adapter)
+    before = adapter.delta_weight()
+    torch.testing.assert_close(adapter.delta_norm(), before.norm())
+    adapter.scale_delta_(torch.tensor(0.25))
+    torch.testing.assert_close(adapter.delta_weight(), before / 4)
+
+
+@matrix
+def test_detach_restores_the_layer(kind: str, shape: str) -> None:
+    layer, first = make(kind, shape)
+    second = TYPES[kind]("lora_unet_y", layer, AdapterSize(2, 2.0))
+    second.attach()
+    randomise(first)
+    randomise(second, seed=9)
+    x = inputs(layer)[0]
+    both = layer(x) - plain(layer, x)
+    with pytest.raises(RuntimeError, match="later"):
+        first.detach()
+    second.detach()
+    alone = layer(x) - plain(layer, x)
+    assert (both - alone).abs().max() > 0.01  # stacked adapters add up
+    first.detach()
+    assert "forward" not in vars(layer)
+    assert torch.equal(layer(x), plain(layer, x))
+
+
+@matrix
+def test_layer_is_neither_child_nor_saved(kind: str, shape: str) -> None:
+    layer, adapter = make(kind, shape)
+    assert all(module is not layer for module in adapter.modules())
+    assert {id(p) for p in adapter.parameters()}.isdisjoint({id(p) for p in layer.parameters()})
+    assert set(layer.state_dict()) <= {"weight", "bias"}
+
+
+def test_module_dropout_leaves_zero_gradients_not_none() -> None:
+    """With several processes a missing gradient on one of them is an error."""
+    layer, adapter = make("LoraAdapter", "linear", dropouts=Dropouts(module=0.5))
+    randomise(adapter)
+    adapter.is_skipped = True
+    x = inputs(layer)[0]
+    y = layer(x)
+    assert torch.equal(y, plain(layer, x))
+    y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in adapter.parameters())
+    adapter.eval()
+    assert not torch.equal(layer(x), plain(layer, x))
+
+
+@pytest.mark.parametrize("shape", list(LAYERS))
+def test_rank_dropout_drops_whole_ranks_per_row_and_keeps_the_mean(shape: str) -> None:
+    layer, adapter = make("LoraAdapter", shape, dropouts=Dropouts(rank=0.4))
+    randomise(adapter)
+    assert isinstance(adapter, LoraAdapter)
+    x = inputs(layer)[-1][:1].expand(4000, *[-1] * (inputs(layer)[-1].dim() - 1))
+    hidden = adapter._operate(x, adapter.lora_down.weight)  # pyright: ignore[reportPrivateUsage]
+    dropped = adapter._dropped(hidden) / (adapter.factor / 0.6)  # pyright: ignore[reportPrivateUsage]
+    kept = (dropped / hidden).round()
+    rows = kept if kept.dim() == 2 else (kept.flatten(2).movedim(1, -1) if kept.dim() == 4 else kept)
+    if rows.dim() == 3:
+        assert torch.equal(rows, rows[:, :1].expand_as(rows))  # one mask for all tokens of a row
+        rows = rows[:, 0]
+    assert rows.float().mean().item() == pytest.approx(0.6, abs=0.02)
+    mean = (layer(x) - plain(layer, x)).mean(0)
+    adapter.eval()
+    expected = (layer(x) - plain(layer, x))[0]
+    assert (mean - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_neuron_dropout_is_inverted_dropout_on_the_rank_activations() -> None:
+    layer, adapter = make("LoraAdapter", "linear", dropouts=Dropouts(neuron=0.5))
+    randomise(adapter)
+    x = inputs(layer)[1]
+    torch.manual_seed(7)
+    got = layer(x)
+    torch.manual_seed(7)
+    down, up = adapter.lora_down.weight, adapter.lora_up.weight  # type: ignore[union-attr]
+    expected = plain(layer, x) + F.linear(F.dropout(F.linear(x, down), 0.5), up) * 0.5
+    torch.testing.assert_close(got, expected)
+
+
+def test_down_starts_uniform_within_the_fan_in_bound() -> None:
+    torch.manual_seed(0)
+    adapter = LoraAdapter("x", nn.Conv2d(64, 64, 3), AdapterSize(64, 1.0))
+    bound = 1 / (64 * 9) ** 0.5
+    values = adapter.lora_down.weight
+    assert values.abs().max() <= bound
+    assert values.abs().max() > 0.99 * bound
+    assert values.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert not adapter.lora_up.weight.any()
+
+
+def test_tensors_that_differ_by_trailing_ones_are_reshaped() -> None:
+    """SD2 files have 2-D or 4-D tensors for the same projection."""
+    layer, adapter = make("LoraAdapter", "linear")
+    down, up = torch.randn(4, 12, 1, 1), torch.randn(20, 4, 1, 1)
+    adapter.load_state_dict({"alpha": torch.tensor([2.0]), "lora_down.weight": down, "lora_up.weight": up})
+    assert torch.equal(adapter.lora_down.weight, down[:, :, 0, 0])  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        adapter.load_state_dict({"lora_down.weight": torch.randn(12, 4), "lora_up.weight": up})
+
+
+def test_wrong_layers_are_refused() -> None:
+    with pytest.raises(TypeError, match="LayerNorm"):
+        LoraAdapter("x", nn.LayerNorm(4), AdapterSize(4, 1.0))
+    with pytest.raises(ValueError, match="grouped"):
+        LoraAdapter("x", nn.Conv2d(4, 4, 3, groups=2), AdapterSize(4, 1.0))
+    with pytest.raises(ValueError, match="rank"):
+        LoraAdapter("x", nn.Linear(4, 4), AdapterSize(0, 1.0))

@@ -1,0 +1,62 @@
+"""Low-rank algebra against the dense product."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from networks.lowrank import product_norm, product_svd, stacked_product
+
+sides = st.integers(1, 12)
+seeds = st.integers(0, 2**31)
+
+
+def pair(seed: int, out: int, rank: int, inner: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    up = torch.randn(out, rank, generator=generator, dtype=torch.float64)
+    return up, torch.randn(rank, inner, generator=generator, dtype=torch.float64)
+
+
+@given(seeds, sides, sides, sides)
+def test_norm(seed: int, out: int, rank: int, inner: int) -> None:
+    up, down = pair(seed, out, rank, inner)
+    torch.testing.assert_close(product_norm(up, down), (up @ down).norm())
+    torch.testing.assert_close(product_norm(up.float(), down.float()), (up @ down).norm().float(), rtol=1e-4, atol=1e-5)
+
+
+@given(seeds, sides, sides, sides)
+def test_svd_rebuilds_the_product(seed: int, out: int, rank: int, inner: int) -> None:
+    up, down = pair(seed, out, rank, inner)
+    svd = product_svd(up, down)
+    torch.testing.assert_close(svd.left_OR @ torch.diag(svd.singular_R) @ svd.right_RI, up @ down)
+    dense = torch.linalg.svdvals(up @ down)[: len(svd.singular_R)]
+    torch.testing.assert_close(svd.singular_R, dense, atol=1e-9, rtol=1e-9)
+    assert len(svd.singular_R) == min(out, rank, inner)
+    identity = torch.eye(len(svd.singular_R), dtype=torch.float64)
+    torch.testing.assert_close(svd.left_OR.T @ svd.left_OR, identity)
+    torch.testing.assert_close(svd.right_RI @ svd.right_RI.T, identity)
+
+
+@given(seeds, st.integers(1, 4))
+def test_truncation_is_the_best_approximation(seed: int, rank: int) -> None:
+    up, down = pair(seed, 9, 5, 7)
+    small_up, small_down = product_svd(up, down).truncated(rank)
+    assert small_up.shape == (9, rank)
+    assert small_down.shape == (rank, 7)
+    left_over = torch.linalg.svdvals(up @ down)[rank:].norm()
+    torch.testing.assert_close((up @ down - small_up @ small_down).norm(), left_over)
+    torch.testing.assert_close(small_up.norm(dim=0), small_down.norm(dim=1))  # shared out evenly
+
+
+@given(seeds, st.lists(st.tuples(st.floats(-2, 2), st.integers(1, 5)), min_size=1, max_size=4))
+def test_stacked_product_is_the_exact_sum(seed: int, terms: list[tuple[float, int]]) -> None:
+    pairs = [(factor, *pair(seed + index, 6, rank, 8)) for index, (factor, rank) in enumerate(terms)]
+    up, down = stacked_product(pairs)
+    assert up.shape[1] == sum(rank for _, rank in terms)
+    expected = torch.stack([factor * (u @ d) for factor, u, d in pairs]).sum(0)
+    torch.testing.assert_close(up @ down, expected)
+
+
+def test_zero_product_has_norm_zero() -> None:
+    assert product_norm(torch.zeros(5, 2), torch.randn(2, 5)) == 0

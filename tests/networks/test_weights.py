@@ -1,0 +1,219 @@
+"""Network files: the reference's golden file, hashes, casts, names of Diffusers and PEFT, files of other kinds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from library.checkpoint.io import open_model_file, read_header
+from library.log import UserError
+from library.training.selfcheck import check_network_file
+from networks import lora
+from networks.weights import read_weights, to_weight_table, write_weights
+from tests.networks_fixtures import make_clip, make_unet, randomise, toy_models
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "data" / "lora_sd1_narrow.safetensors"
+NAMES = lora.LoraAdapter.tensor_names
+
+
+def test_golden_file_is_built_loaded_and_written_again(tmp_path: Path) -> None:
+    encoder, unet = make_clip(64, 12, 256), make_unet((32, 64, 64, 64), 64)
+    network, _ = lora.create_network_from_weights(1.0, str(GOLDEN), None, encoder, unet)
+    assert (network.count("text_encoder"), network.count("unet")) == (72, 192)
+    network.apply_to(encoder, unet)
+    report = network.load_weights(str(GOLDEN))
+    assert report.loaded == 264
+    assert (network.network_dim, network.network_alpha) == ("4", "1.0")
+    _, metadata = read_header(GOLDEN)
+    plain = {key: value for key, value in metadata.items() if not key.startswith("sshs_")}
+    network.save_weights(str(tmp_path / "again.safetensors"), None, plain)
+    infos, written = read_header(tmp_path / "again.safetensors")
+    assert infos == read_header(GOLDEN)[0]
+    # the same bytes as the reference wrote, by its own hash of them
+    assert written["sshs_model_hash"] == metadata["sshs_model_hash"]
+    assert written == metadata
+    check = check_network_file(GOLDEN)
+    assert (check.modules, dict(check.ranks), check.problems) == (264, {4: 264}, [])
+
+
+def test_hashes_are_those_of_the_bytes_written(tmp_path: Path) -> None:
+    tensors = {f"lora_unet_{n}.lora_up.weight": torch.randn(1000, 64 + n) for n in range(12)}
+    for dtype in (None, torch.float16, torch.bfloat16):
+        path = tmp_path / "net.safetensors"
+        write_weights(path, tensors, dtype, {"ss_x": "é"})
+        data = path.read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+        assert metadata["sshs_model_hash"] == hashlib.sha256(data[8 + length :]).hexdigest()
+        assert metadata["sshs_legacy_hash"] == hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "ckpt"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_tensor_is_cast_alpha_too(tmp_path: Path, suffix: str, dtype: torch.dtype) -> None:
+    encoder, unet = toy_models()
+    network = lora.create_network(1.0, 4, 3.0, None, encoder, unet)
+    network.apply_to(encoder, unet)
+    path = tmp_path / f"net.{suffix}"
+    network.save_weights(str(path), dtype, {"ss_x": "1"})
+    with open_model_file(path) as file:
+        assert {file.tensor(key).dtype for key in file.infos} == {dtype}
+        assert set(file.infos) == set(network.state_dict())
+        assert file.tensor("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha").shape == ()
+    assert read_weights(path, NAMES).flat().keys() == network.state_dict().keys()
+
+
+def test_missing_alpha_is_the_rank() -> None:
+    encoder, unet = toy_models()
+    tensors = {
+        "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(2, 64, 1, 1),
+        "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": torch.ones(64, 2, 1, 1),
+    }
+    network, weights = lora.create_network_from_weights(1.0, None, None, encoder, unet, weights_sd=tensors)
+    assert len(network.adapters) == 1
+    before = unet.mid_block.attentions[0].proj_in.weight.clone()
+    network.merge_to(encoder, unet, weights, torch.float32, "cpu")
+    torch.testing.assert_close(unet.mid_block.attentions[0].proj_in.weight, before + 2)
+
+
+FORMS = {
+    "PEFT": (
+        "unet.{u}.lora_A.weight",
+        "unet.{u}.lora_B.weight",
+        "text_encoder.{t}.lora_A.weight",
+        "text_encoder.{t}.lora_B.weight",
+    ),
+    "named PEFT adapter": (
+        "unet.{u}.lora_A.default.weight",
+        "unet.{u}.lora_B.default.weight",
+        "text_encoder.{t}.lora_A.default.weight",
+        "text_encoder.{t}.lora_B.default.weight",
+    ),
+    "old Diffusers": (
+        "unet.{u}.lora.down.weight",
+        "unet.{u}.lora.up.weight",
+        "text_encoder.{t}.lora_linear_layer.down.weight",
+        "text_encoder.{t}.lora_linear_layer.up.weight",
+    ),
+    "attention processors": (
+        "unet.{a}.processor.to_q_lora.down.weight",
+        "unet.{a}.processor.to_q_lora.up.weight",
+        "text_encoder.{t}.lora_linear_layer.down.weight",
+        "text_encoder.{t}.lora_linear_layer.up.weight",
+    ),
+    "bare PEFT model": ("base_model.model.{u}.lora_A.weight", "base_model.model.{u}.lora_B.weight"),
+}
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_names_of_diffusers_and_peft(form: str, wrapped: bool) -> None:
+    attention = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    text = f"{'text_model.' if wrapped else ''}encoder.layers.1.self_attn.out_proj"
+    down, up = torch.randn(2, 8), torch.randn(8, 2)
+    keys = [key.format(u=f"{attention}.to_q", a=attention, t=text) for key in FORMS[form]]
+    table = to_weight_table(dict(zip(keys, (down, up, down, up), strict=False)), NAMES, "file")
+    expected = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"}
+    expected |= {"lora_te_text_model_encoder_layers_1_self_attn_out_proj"} if len(keys) == 4 else set()
+    assert set(table.modules) == expected
+    for tensors in table.modules.values():
+        assert torch.equal(tensors["lora_down.weight"], down)
+        assert torch.equal(tensors["lora_up.weight"], up)
+
+
+def test_alpha_of_peft_configuration() -> None:
+    path = "mid_block.attentions.0.proj_in"
+    tensors = {f"unet.{path}.lora_A.weight": torch.ones(4, 8), f"unet.{path}.lora_B.weight": torch.ones(8, 4)}
+    name = f"lora_unet_{path.replace('.', '_')}"
+
+    def alpha(config: dict[str, object]) -> float:
+        metadata = {"lora_adapter_metadata": json.dumps(config)}
+        table = to_weight_table(tensors, NAMES, "file", metadata)
+        return lora.LoraAdapter.size_of(table.modules[name]).alpha
+
+    assert alpha({"unet.r": 4, "unet.lora_alpha": 8}) == 8
+    assert alpha({"unet.lora_alpha": 8, "unet.alpha_pattern": {"attentions.0.proj_in": 2}}) == 2
+    assert alpha({"unet.lora_alpha": 8, "unet.use_rslora": True}) == 16
+    assert alpha({}) == 0  # nothing said: the rank
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("lora_unet_x.hada_w1_a", "LoHa"),
+        ("lora_unet_x.lokr_w1", "LoKr"),
+        ("lora_unet_x.dora_scale", "DoRA"),
+        ("lora_te_x.diff", "full weight differences"),
+        ("lora_unet_x.lora_mid.weight", "Tucker"),
+        ("unet.x.lora_magnitude_vector", "no key of a LoRA file"),
+        ("model.diffusion_model.out.0.weight", "no key of a LoRA file"),
+    ],
+)
+def test_files_of_other_kinds(tmp_path: Path, key: str, kind: str) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({key: torch.ones(2, 2)}, path)
+    with pytest.raises(UserError, match=kind) as caught:
+        read_weights(path, NAMES)
+    assert str(path) in str(caught.value)
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    half = tmp_path / "half.safetensors"
+    half.write_bytes(GOLDEN.read_bytes()[:500_000])
+    with pytest.raises(UserError, match="cut short"):
+        read_weights(half, NAMES)
+    with pytest.raises(UserError, match="no file"):
+        read_weights(tmp_path / "absent.safetensors", NAMES)
+    lone = tmp_path / "lone.safetensors"
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, lone)
+    with pytest.raises(UserError, match=r"lora_unet_x has no lora_up\.weight"):
+        read_weights(lone, NAMES)
+    empty = tmp_path / "empty.safetensors"
+    save_file({}, empty)
+    with pytest.raises(UserError, match="no network weights"):
+        read_weights(empty, NAMES)
+
+
+def test_self_check_finds_what_is_wrong(tmp_path: Path) -> None:
+    encoder, unet = toy_models()
+    network = lora.create_network(1.0, 4, 2.0, None, encoder, unet)
+    network.apply_to(encoder, unet)
+    path = tmp_path / "net.safetensors"
+    network.save_weights(str(path), None, None)
+    check = check_network_file(path)
+    assert len(check.unmoved) == check.modules == 204
+    assert any("no layer moved" in problem for problem in check.problems)
+    randomise(network)
+    lazy = network.adapters[0]
+    torch.nn.init.zeros_(lazy.lora_up.weight)
+    network.save_weights(str(path), None, None)
+    check = check_network_file(path)
+    assert check.unmoved == (lazy.name,)
+    blocks = {change.block: change for change in check.blocks}
+    expected = sum(a.delta_weight().norm().item() ** 2 for a in network.adapters if "mid_block" in a.name) ** 0.5
+    assert blocks["mid_block"].norm == pytest.approx(expected, rel=1e-4)
+    assert (blocks["mid_block"].modules, blocks["text encoder"].modules) == (12, 12)
+    assert "1 layers did not move" in "\n".join(check.lines())
+    with torch.no_grad():
+        network.adapters[5].lora_up.weight[0, 0] = float("nan")
+    network.save_weights(str(path), None, None)
+    check = check_network_file(path)
+    assert check.not_finite == (f"{network.adapters[5].name}.lora_up.weight",)
+    assert any("NaN" in problem for problem in check.problems)
+
+
+def test_self_check_of_another_kind_counts_what_it_cannot_measure(tmp_path: Path) -> None:
+    path = tmp_path / "loha.safetensors"
+    save_file(
+        {"lora_unet_mid_block_x.hada_w1_a": torch.ones(2, 2), "lora_unet_mid_block_x.alpha": torch.ones(())}, path
+    )
+    check = check_network_file(path)
+    assert (check.modules, check.unmeasured, check.problems) == (1, 1, [])
+    measured = check_network_file(path, inspect=lambda tensors: {"lora_unet_mid_block_x": 2.0})
+    assert [(c.block, c.norm) for c in measured.blocks] == [("mid_block", 2.0)]

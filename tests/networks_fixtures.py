@@ -1,0 +1,84 @@
+"""Small models for the network tests, made straight from the model libraries' classes; full sizes exist only on meta."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+LEVELS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+UP_LEVELS = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+
+
+class TextEncoderView(nn.Module):
+    """What third-party networks expect: the encoder as attribute ``text_model``."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.text_model = encoder
+
+
+def make_unet(widths: tuple[int, ...], context: int, sd2: bool = False, heads: int = 4) -> UNet2DConditionModel:
+    config: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": widths,
+        "down_block_types": LEVELS,
+        "up_block_types": UP_LEVELS,
+        "layers_per_block": 2,
+        "cross_attention_dim": context,
+        "attention_head_dim": heads,
+        "use_linear_projection": sd2,
+        "norm_num_groups": 16 if widths[0] % 32 else 32,
+    }
+    return UNet2DConditionModel(**config).requires_grad_(False)
+
+
+def make_clip(width: int, layers: int, mlp: int, vocabulary: int = 100) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        eos_token_id=vocabulary - 1,
+    )
+    return CLIPTextModel(config).requires_grad_(False)
+
+
+def toy_models(sd2: bool = False, layers: int = 2) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+    """A text encoder and a U-Net of toy width with all blocks of the real ones; weights are always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make_clip(32, layers, 64), make_unet((32, 64, 64, 64), 32, sd2)
+
+
+def full_models(sd2: bool = False) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+    """SD1.5 or SD2.1 at full size, without memory for the weights."""
+    with torch.device("meta"):
+        if sd2:
+            return make_clip(1024, 23, 4096, 49408), make_unet((320, 640, 1280, 1280), 1024, True)
+        return make_clip(768, 12, 3072, 49408), make_unet((320, 640, 1280, 1280), 768)
+
+
+def run_unet(unet: nn.Module, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    """One prediction of a toy U-Net for fixed inputs, (2, 4, 8, 8)."""
+    generator = torch.Generator().manual_seed(seed)
+    latents_BCHW = torch.randn(2, 4, 8, 8, generator=generator).to(dtype)
+    context_BTD = torch.randn(2, 7, 32, generator=generator).to(dtype)
+    return unet(latents_BCHW, torch.tensor([10, 500]), context_BTD).sample
+
+
+def run_clip(encoder: nn.Module) -> Tensor:
+    """The last hidden state of a toy text encoder for fixed ids."""
+    return encoder(torch.tensor([[1, 5, 7, 99], [1, 9, 99, 99]])).last_hidden_state
+
+
+def randomise(network: nn.Module, seed: int = 3, size: float = 0.3) -> None:
+    """Give every trained tensor values, as if it had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(network.named_parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size / parameter.shape[0] ** 0.5)

@@ -1,0 +1,82 @@
+"""Tiny SD1- and SD2-shaped models for all tests: every block of the real ones, 5M parameters, made in a moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.models import build
+from library.models.save import save_folder, save_single_file
+from library.models.spec import ArchitectureSpec, PredictionType, TextEncoderSpec, UNetSpec, VaeSpec
+
+WIDTHS = (32, 64, 64, 64)
+
+
+def toy_spec(family: str = "sd1") -> ArchitectureSpec:
+    """The toy's architecture, equal to what is recognised from its file. Pictures of 64 px are its usual size."""
+    sd2 = family == "sd2"
+    unet = UNetSpec(
+        widths=WIDTHS,
+        heads=(1, 1, 1, 1) if sd2 else (8, 8, 8, 8),
+        context_width=64 if sd2 else 32,
+        linear_projection=sd2,
+        sample_size=8,
+    )
+    text = (
+        TextEncoderSpec(64, 128, 1, 2, "gelu", layout="openclip")
+        if sd2
+        else TextEncoderSpec(32, 64, 1, 2, "quick_gelu")
+    )
+    return ArchitectureSpec("sd2" if sd2 else "sd1", unet, (text,), VaeSpec(WIDTHS, layers_per_level=1))
+
+
+def toy_modules(
+    family: str = "sd1", seed: int = 0, spec: ArchitectureSpec | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, nn.Module]:
+    """text_encoder, unet and vae with weights that depend on ``seed`` only; outputs have a sensible size."""
+    spec = spec or toy_spec(family)
+    empty: dict[str, nn.Module] = {
+        "text_encoder": build.empty_text_encoder(spec.text_encoders[0]),
+        "unet": build.empty_unet(spec.unet),
+        "vae": build.empty_vae(spec.vae),
+    }
+    generator = torch.Generator().manual_seed(seed)
+    filled: dict[str, nn.Module] = {}
+    for name, module in empty.items():
+        shapes = build.shapes_of(module)
+        tensors = [(key, _weight(key, shape, generator)) for key, shape in sorted(shapes.items())]
+        filled[name] = build.fill(module, tensors, dtype, "cpu")
+    return filled
+
+
+def write_toy_checkpoint(
+    path: str | Path,
+    family: str = "sd1",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    metadata: dict[str, str] | None = None,
+) -> Path:
+    """A Stability single file (.safetensors) of the toy; the same arguments give the same bytes."""
+    save_single_file(Path(path), toy_spec(family), toy_modules(family, seed), dtype, metadata)
+    return Path(path)
+
+
+def write_toy_folder(
+    folder: str | Path, family: str = "sd1", seed: int = 0, prediction_type: PredictionType = "epsilon"
+) -> Path:
+    """A Diffusers folder of the toy, without tokenizer."""
+    save_folder(Path(folder), toy_spec(family), toy_modules(family, seed), prediction_type)
+    return Path(folder)
+
+
+def _weight(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if len(shape) == 1:
+        norm_weight = "norm" in key and key.endswith("weight")
+        return torch.ones(shape) if norm_weight else torch.zeros(shape)
+    noise = torch.randn(shape, generator=generator)
+    if "embedding.weight" in key:
+        return noise * 0.02
+    fan_in = torch.Size(shape[1:]).numel()
+    return noise / fan_in**0.5

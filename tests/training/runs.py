@@ -1,0 +1,63 @@
+"""Runs the trainer in this process on the toy model, as a user's command line would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from library.options.scripts import TRAIN_NETWORK
+from library.training.app import run
+from library.training.script import Script
+
+SCRIPT = Script(TRAIN_NETWORK, kind="library.training.kinds.adapter:AdapterTraining", tracker_name="network_train")
+
+
+def write_photos(folder: Path, sizes: list[tuple[int, int]], seed: int = 0) -> Path:
+    """Images of smooth random colours with a caption each, in ``folder/1_sks thing``; returns ``folder``."""
+    place = folder / "1_sks thing"
+    place.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    for index, (width, height) in enumerate(sizes):
+        pixels = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+        image.save(place / f"photo{index}.png")
+        (place / f"photo{index}.caption").write_text(f"a sks thing, number {index}, on a table")
+    return folder
+
+
+def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+    """A command line with what every run here has; ``more`` wins."""
+    return [
+        "--pretrained_model_name_or_path", str(model), "--network_module", "networks.lora", "--output_dir", str(out),
+        "--output_name", "toy", "--train_data_dir", str(data), "--resolution", "64", "--seed", "7",
+        "--learning_rate", "1e-3", "--max_train_steps", "4", "--max_data_loader_n_workers", "0", *more,
+    ]  # fmt: skip
+
+
+def train(model: Path, data: Path, out: Path, *more: str, script: Script = SCRIPT) -> int:
+    """Run to the end; returns the exit status."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return run(script, command(model, data, out, *more))
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file."""
+    with safe_open(str(path), "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file."""
+    with safe_open(str(path), "pt") as file:
+        return file.metadata()
+
+
+def state(folder: Path) -> dict[str, object]:
+    """state.json of a state folder."""
+    return json.loads((folder / "state.json").read_text())

@@ -1,0 +1,488 @@
+"""Latents made ahead, in memory and on disk: which files are believed, which names are taken, what is made again."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from library.data.cache import LatentStore, target_of
+from library.data.cache_files import BrokenArchive, read_array, read_facts, write_archive
+from library.data.images import UnreadableImage
+from library.data.records import Augmentation, Fit, ResolvedDataset
+from library.log import UserError
+from library.training.caching import (
+    CachingReport,
+    WorkShare,
+    bind_prepared_latents,
+    cache_latents,
+    caching_obstacles,
+    vae_fingerprint,
+)
+from tests.data_fixtures import AveragingVae, cover_fit, dataset, record, write_picture
+
+CPU = torch.device("cpu")
+
+
+def disk_store(vae: str = "vae-1", family: str = "sd") -> LatentStore:
+    return LatentStore(family, vae, to_disk=True)
+
+
+def run(
+    datasets: list[ResolvedDataset], store: LatentStore, vae: nn.Module | None = None, **options: object
+) -> tuple[tuple[ResolvedDataset, ...], CachingReport]:
+    settings = {"vae_batch_size": 2, "device": CPU, "dtype": torch.float32, "workers": 2} | options
+    return cache_latents(datasets, vae or AveragingVae(), store, **settings)  # type: ignore[arg-type]
+
+
+def one_image(
+    folder: Path,
+    name: str = "a.png",
+    size: tuple[int, int] = (80, 64),
+    bucket: tuple[int, int] = (64, 64),
+    **more: object,
+) -> ResolvedDataset:
+    path = folder / name
+    if not path.exists():
+        write_picture(path, size)
+    return dataset([record(path, size)], [cover_fit(size, bucket)], **more)  # type: ignore[arg-type]
+
+
+def archives(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.npz"))
+
+
+def latents_of(data: ResolvedDataset, store: LatentStore, flipped: bool = False, index: int = 0) -> torch.Tensor:
+    return store.load(target_of(data.records[index], data.fits[index]), flipped)
+
+
+def make_newer(path: Path, seconds: float) -> None:
+    moment = time.time_ns() + int(seconds * 1e9)
+    os.utime(path, ns=(moment, moment))
+
+
+# ---- what is written
+
+
+def test_the_file_has_the_references_members_and_ours(tmp_path: Path) -> None:
+    data = one_image(tmp_path, augmentation=Augmentation(flip_aug=True))
+    run([data], disk_store())
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:
+        assert set(archive.files) == {"latents", "latents_flipped", "original_size", "crop_ltrb", "fingerprint"}
+        assert (archive["latents"].dtype, archive["latents"].shape) == (np.float32, (4, 8, 8))
+        assert (archive["latents_flipped"].dtype, archive["latents_flipped"].shape) == (np.float32, (4, 8, 8))
+        assert archive["original_size"].tolist() == [80, 64]
+        assert archive["original_size"].dtype == np.array((1, 2)).dtype
+        assert (archive["crop_ltrb"].dtype, archive["crop_ltrb"].shape) == (np.float64, (4,))
+        fingerprint = json.loads(str(archive["fingerprint"]))
+    assert fingerprint["vae"] == "vae-1"
+    assert fingerprint["image_bytes"] == (tmp_path / "a.png").stat().st_size
+    assert str(tmp_path) not in json.dumps(fingerprint)
+
+
+def test_mirrored_latents_are_those_of_the_mirrored_picture(tmp_path: Path) -> None:
+    data = one_image(tmp_path, size=(64, 64), augmentation=Augmentation(flip_aug=True))
+    store = LatentStore("sd", "v")
+    run([data], store)
+    assert torch.allclose(latents_of(data, store, flipped=True), latents_of(data, store).flip(-1), atol=1e-6)
+    assert not torch.equal(latents_of(data, store, flipped=True), latents_of(data, store))
+
+
+def test_disk_and_memory_hold_the_same_latents(tmp_path: Path) -> None:
+    data = one_image(tmp_path)
+    disk, memory = disk_store(), LatentStore("sd", "vae-1")
+    run([data], disk, AveragingVae(deviation=0.5))
+    run([data], memory, AveragingVae(deviation=0.5))
+    assert torch.equal(latents_of(data, disk), latents_of(data, memory))
+
+
+def test_memory_holds_one_compact_array_per_image(tmp_path: Path) -> None:
+    paths = [write_picture(tmp_path / f"{index}.png", (64, 64), index) for index in range(4)]
+    data = dataset([record(path, (64, 64)) for path in paths], [cover_fit((64, 64), (64, 64))] * 4)
+    store = LatentStore("sd", "v", memory_dtype=torch.float16)
+    run([data], store, vae_batch_size=4)
+    for index in range(4):
+        latents = latents_of(data, store, index=index)
+        assert latents.dtype == torch.float16
+        assert latents.untyped_storage().nbytes() == 4 * 8 * 8 * 2  # no view that keeps the whole group
+    assert archives(tmp_path) == []
+
+
+# ---- posterior
+
+
+def test_the_draw_depends_on_the_image_and_not_on_its_group(tmp_path: Path) -> None:
+    paths = [write_picture(tmp_path / f"{index}.png", (64, 64)) for index in range(5)]  # five equal pictures
+    data = dataset([record(path, (64, 64)) for path in paths], [cover_fit((64, 64), (64, 64))] * 5)
+    results = []
+    for batch_size in (1, 3, 5):
+        store = LatentStore("sd", "v")
+        run([data], store, AveragingVae(deviation=1.0), vae_batch_size=batch_size)
+        results.append(torch.stack([latents_of(data, store, index=index) for index in range(5)]))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert not torch.allclose(results[0][0], results[0][1])
+    mean = nn.functional.avg_pool2d(results[0], 8)
+    assert mean.abs().max() < 3  # noise of deviation 1 around the picture, not a sum of several draws
+
+
+# ---- which archives are believed
+
+
+def test_a_second_run_makes_nothing(tmp_path: Path) -> None:
+    data = one_image(tmp_path)
+    run([data], disk_store())
+    before = (tmp_path / "a.npz").stat().st_mtime_ns
+    vae = AveragingVae()
+    _, report = run([data], disk_store(), vae)
+    assert (report.reused, report.encoded, vae.calls) == (1, 0, [])
+    assert (tmp_path / "a.npz").stat().st_mtime_ns == before
+
+
+def test_an_edited_image_of_the_same_size_is_encoded_again(tmp_path: Path) -> None:
+    data = one_image(tmp_path)
+    first = disk_store()
+    run([data], first)
+    old = latents_of(data, first)
+    write_picture(tmp_path / "a.png", (80, 64), seed=9)
+    make_newer(tmp_path / "a.png", -3600)  # even if its time lies before the archive's
+    second = disk_store()
+    _, report = run([data], second)
+    assert report.encoded == 1
+    assert archives(tmp_path) == ["a.npz"]  # replaced, not piled up
+    assert not torch.equal(latents_of(data, second), old)
+
+
+@pytest.mark.parametrize("change", ["vae", "family", "bucket", "resized"])
+def test_another_purpose_gets_its_own_file_and_both_stay_valid(tmp_path: Path, change: str) -> None:
+    data = one_image(tmp_path)
+    run([data], disk_store())
+    other, store = data, disk_store()
+    if change == "vae":
+        store = disk_store(vae="vae-2")
+    elif change == "family":
+        store = disk_store(family="sdxl")
+    elif change == "bucket":
+        other = one_image(tmp_path, bucket=(32, 32))
+    else:
+        other = replace(data, fits=(Fit((64, 64), (90, 72), (0, 0, 64, 64), 0.0),))
+    _, report = run([other], store)
+    assert report.encoded == 1
+    names = archives(tmp_path)
+    assert len(names) == 2
+    assert names[0] == "a.npz"
+    assert names[1].startswith("a_32x32_" if change == "bucket" else "a_64x64_")
+    for again, where in ((data, disk_store()), (other, disk_store(*(["vae-2"] if change == "vae" else ["vae-1"])))):
+        if change != "family":
+            assert run([again], where)[1].encoded == 0
+    assert archives(tmp_path) == names
+
+
+def test_two_data_sets_over_one_folder_in_one_run(tmp_path: Path) -> None:
+    small, large = one_image(tmp_path, bucket=(32, 32)), one_image(tmp_path, bucket=(64, 64))
+    store = disk_store()
+    run([small, large], store)
+    assert latents_of(small, store).shape == (4, 4, 4)
+    assert latents_of(large, store).shape == (4, 8, 8)
+    again = disk_store()
+    assert run([large, small], again)[1].encoded == 0
+
+
+def test_images_of_equal_stem_do_not_share_latents(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.jpg", tmp_path / "a.png"
+    write_picture(first, (64, 64), 1)
+    write_picture(second, (64, 64), 5)
+    data = dataset([record(first, (64, 64)), record(second, (64, 64))], [cover_fit((64, 64), (64, 64))] * 2)
+    for store in (disk_store(), disk_store()):
+        _, report = run([data], store)
+        assert not torch.allclose(latents_of(data, store), latents_of(data, store, index=1), atol=1e-3)
+        assert len(archives(tmp_path)) == 2
+    assert report.encoded == 0
+
+
+def test_flip_asked_for_later_extends_the_file_and_still_serves_without(tmp_path: Path) -> None:
+    plain, flipping = one_image(tmp_path), one_image(tmp_path, augmentation=Augmentation(flip_aug=True))
+    run([plain], disk_store())
+    assert run([flipping], disk_store())[1].encoded == 1
+    assert archives(tmp_path) == ["a.npz"]
+    assert run([plain], disk_store())[1].encoded == 0
+    assert run([flipping], disk_store())[1].encoded == 0
+
+
+def test_mixed_flip_settings_are_each_images_own(tmp_path: Path) -> None:
+    # the reference uses the flag of the last image for all
+    paths = [write_picture(tmp_path / f"{index}.png", (64, 64), index) for index in range(3)]
+    records = [record(path, (64, 64), subset=index % 2) for index, path in enumerate(paths)]
+    data = dataset(records, [cover_fit((64, 64), (64, 64))] * 3, subsets=2)
+    subsets = (replace(data.spec.subsets[0], augmentation=Augmentation(flip_aug=True)), data.spec.subsets[1])
+    data = replace(data, spec=replace(data.spec, subsets=subsets))
+    vae = AveragingVae()
+    run([data], disk_store(), vae, vae_batch_size=3)
+    assert [shape[0] for shape, _ in vae.calls] == [3, 2]
+    flipped = ["latents_flipped" in read_facts(tmp_path / f"{index}.npz").names for index in range(3)]  # type: ignore[union-attr]
+    assert flipped == [True, False, True]
+
+
+def write_foreign(path: Path, size: tuple[int, int], shape: tuple[int, ...], flipped: bool = False) -> None:
+    arrays = {
+        "latents": np.full(shape, 7, np.float32),
+        "original_size": np.array(size),
+        "crop_ltrb": np.zeros(4, np.float64),
+    }
+    if flipped:
+        arrays["latents_flipped"] = np.full(shape, -7, np.float32)
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def test_files_of_the_reference_are_used_and_that_is_said(tmp_path: Path) -> None:
+    data = one_image(tmp_path)
+    write_foreign(tmp_path / "a.npz", (80, 64), (4, 8, 8))
+    store = disk_store()
+    _, report = run([data], store)
+    assert report.encoded == 0
+    assert latents_of(data, store).unique().tolist() == [7.0]
+    assert "without a fingerprint" in report.notes[0]
+
+
+@pytest.mark.parametrize("wrong", ["shape", "older", "size", "missing key", "flip"])
+def test_files_of_the_reference_that_do_not_fit_are_not_used(tmp_path: Path, wrong: str) -> None:
+    data = one_image(tmp_path, augmentation=Augmentation(flip_aug=wrong == "flip"))
+    file = tmp_path / "a.npz"
+    write_foreign(file, (64, 80) if wrong == "size" else (80, 64), (4, 8, 9) if wrong == "shape" else (4, 8, 8))
+    if wrong == "older":
+        make_newer(tmp_path / "a.png", 60)
+    if wrong == "missing key":
+        np.savez(file, latents=np.zeros((4, 8, 8), np.float32))
+    before = file.read_bytes()
+    store = disk_store()
+    _, report = run([data], store)
+    assert report.encoded == 1
+    assert latents_of(data, store).unique().tolist() != [7.0]
+    is_same_purpose = wrong in ("older", "flip")
+    assert (file.read_bytes() != before) == is_same_purpose  # what serves another purpose is left alone
+    assert run([data], disk_store())[1].encoded == 0
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "bit"])
+def test_broken_archives_are_made_again(tmp_path: Path, damage: str) -> None:
+    data = one_image(tmp_path)
+    file = tmp_path / "a.npz"
+    run([data], disk_store())
+    whole = file.read_bytes()
+    broken = {"empty": b"", "cut": whole[: len(whole) // 2], "text": b"no archive"}.get(damage)
+    file.write_bytes(broken if broken is not None else whole[:400] + b"\xff" * 64 + whole[464:])
+    store = disk_store()
+    _, report = run([data], store)
+    if damage == "bit":  # the checksum of the latents is only seen when they are read
+        with pytest.raises(UnreadableImage, match=r"a\.npz.*damaged"):
+            latents_of(data, store)
+        _, report = run([data], disk_store())
+        assert report.encoded == 1
+        return
+    assert report.encoded == 1
+    assert "unreadable" in report.notes[0]
+    assert file.read_bytes()[-22:] == whole[-22:]
+    assert archives(tmp_path) == ["a.npz"]
+
+
+def test_pickles_and_giant_members_are_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.npz"
+    np.savez(file, latents=np.array([{"code": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(BrokenArchive):
+        read_array(file, "latents")
+    np.savez_compressed(file, fingerprint=np.zeros(1 << 20, np.uint8))
+    with pytest.raises(BrokenArchive, match="bytes"):
+        read_facts(file)
+
+
+def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(UserError, match="space"):
+        write_archive(tmp_path / "a.npz", {}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- what is refused, what is left out
+
+
+def test_augmentations_that_change_pixels_are_refused(tmp_path: Path) -> None:
+    data = one_image(tmp_path, augmentation=Augmentation(color_aug=True, random_crop=True))
+    assert len(caching_obstacles([data, data])) == 2
+    with pytest.raises(UserError, match=r"color_aug.*\n.*random_crop"):
+        run([data], disk_store())
+
+
+def broken_pair(folder: Path) -> ResolvedDataset:
+    good, bad = write_picture(folder / "good.png", (64, 64)), folder / "bad.png"
+    bad.write_bytes(good.read_bytes()[:200])
+    changed = write_picture(folder / "changed.png", (64, 70))
+    records = [record(path, (64, 64)) for path in (bad, good, changed)]
+    return dataset(records, [cover_fit((64, 64), (64, 64))] * 3)
+
+
+@pytest.mark.parametrize("to_disk", [True, False])
+def test_bad_images_are_listed_together_or_left_out(tmp_path: Path, to_disk: bool) -> None:
+    data = broken_pair(tmp_path)
+    with pytest.raises(UserError) as caught:
+        run([data], LatentStore("sd", "v", to_disk=to_disk))
+    assert "bad.png" in str(caught.value)
+    assert "changed.png" in str(caught.value)
+    store = LatentStore("sd", "v", to_disk=to_disk)
+    (left,), report = run([data], store, on_bad_image="skip")
+    assert [Path(one.path).name for one in left.records] == ["good.png"]
+    assert len(left.fits) == 1
+    assert [Path(problem.path).name for problem in report.problems] == ["bad.png", "changed.png"]
+    assert target_of(left.records[0], left.fits[0]) in store
+
+
+def test_no_image_left_is_said(tmp_path: Path) -> None:
+    data = one_image(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="no image is left"):
+        run([data], disk_store(), on_bad_image="skip")
+
+
+@pytest.mark.parametrize("to_disk", [True, False])
+def test_not_finite_latents_are_made_again_in_float32(tmp_path: Path, to_disk: bool) -> None:
+    paths = [write_picture(tmp_path / f"{index}.png", (64, 64), index) for index in range(4)]
+    write_picture(tmp_path / "2.png", (64, 64))
+    from PIL import Image
+
+    Image.new("RGB", (64, 64), (250, 250, 250)).save(paths[2])
+    data = dataset([record(path, (64, 64)) for path in paths], [cover_fit((64, 64), (64, 64))] * 4)
+    store = LatentStore("sd", "v", to_disk=to_disk)
+    vae = AveragingVae(overflow_above=0.8)
+    _, report = run([data], store, vae, dtype=torch.bfloat16, vae_batch_size=4)
+    assert [Path(name).name for name in report.float32_retries] == ["2.png"]
+    assert vae.calls == [((4, 3, 64, 64), torch.bfloat16), ((1, 3, 64, 64), torch.float32)]
+    assert vae.gain.dtype == torch.bfloat16
+    assert report.encoded == 4
+    assert all(bool(latents_of(data, store, index=index).isfinite().all()) for index in range(4))
+
+
+def test_latents_that_stay_not_finite_are_a_problem(tmp_path: Path) -> None:
+    class Hopeless(AveragingVae):
+        def encode(self, images_BCHW: torch.Tensor) -> object:  # type: ignore[override]
+            result = super().encode(images_BCHW)
+            result.latent_dist.mean.fill_(float("inf"))
+            return result
+
+    with pytest.raises(UserError, match=r"a\.png.*not finite"):
+        run([one_image(tmp_path)], disk_store(), Hopeless())
+    assert archives(tmp_path) == []
+
+
+# ---- processes, groups, memory
+
+
+def test_processes_share_the_work_on_disk(tmp_path: Path) -> None:
+    paths = [write_picture(tmp_path / f"{index}.png", (64, 64 if index % 3 else 96), index) for index in range(9)]
+    sizes = [(64, 64 if index % 3 else 96) for index in range(9)]
+    data = dataset(
+        [record(path, size) for path, size in zip(paths, sizes, strict=True)], [cover_fit(size, size) for size in sizes]
+    )
+    (tmp_path / "4.png").write_bytes(b"broken")
+    barrier = threading.Barrier(2, timeout=20)
+    vaes, stores = [AveragingVae(), AveragingVae()], [disk_store(), disk_store()]
+    results: dict[int, object] = {}
+
+    def process(rank: int) -> None:
+        share = WorkShare(rank, 2, lambda: barrier.wait() and None)
+        results[rank] = run([data], stores[rank], vaes[rank], share=share, on_bad_image="skip")
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    (first, first_report), (second, second_report) = results[0], results[1]  # type: ignore[misc]
+    assert first == second
+    assert len(first[0].records) == 8
+    assert first_report.problems == second_report.problems
+    assert first_report.encoded + second_report.encoded == 8
+    assert min(first_report.encoded, second_report.encoded) >= 3
+    for index in range(8):
+        assert torch.equal(latents_of(first[0], stores[0], index=index), latents_of(first[0], stores[1], index=index))
+
+
+def test_groups_hold_one_bucket_and_each_image_once(tmp_path: Path) -> None:
+    sizes = [(64, 32), (32, 64)] * 4  # equal areas interleave in the reference
+    paths = [write_picture(tmp_path / f"{index}.png", size, index) for index, size in enumerate(sizes)]
+    records = [record(path, size) for path, size in zip(paths, sizes, strict=True)]
+    data = dataset(records, [cover_fit(size, size) for size in sizes])
+    vae = AveragingVae()
+    run([data, data], LatentStore("sd", "v"), vae, vae_batch_size=3)
+    assert [shape for shape, _ in vae.calls] == [
+        (3, 3, 64, 32),
+        (1, 3, 64, 32),
+        (3, 3, 32, 64),
+        (1, 3, 32, 64),
+    ]
+
+
+def test_decoding_runs_a_bounded_way_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import library.training.caching as caching
+
+    paths = [write_picture(tmp_path / f"{index}.png", (32, 32), index) for index in range(30)]
+    data = dataset([record(path, (32, 32)) for path in paths], [cover_fit((32, 32), (32, 32))] * 30)
+    decoded: list[str] = []
+    real = caching.read_image
+    monkeypatch.setattr(caching, "read_image", lambda path: decoded.append(path) or real(path))
+
+    class Watching(AveragingVae):
+        def encode(self, images_BCHW: torch.Tensor) -> object:  # type: ignore[override]
+            time.sleep(0.003)
+            assert len(decoded) <= 2 * (len(self.calls) + 1 + 2 * 2)
+            return super().encode(images_BCHW)
+
+    run([data], LatentStore("sd", "v"), Watching())
+    assert len(decoded) == 30
+
+
+def test_after_group_is_called_for_each_group(tmp_path: Path) -> None:
+    calls: list[int] = []
+    run([one_image(tmp_path)], disk_store(), after_group=lambda: calls.append(1))
+    assert calls == [1]
+
+
+def test_vae_fingerprint_sees_values_and_names() -> None:
+    one, two = nn.Linear(3, 3), nn.Linear(3, 3)
+    assert vae_fingerprint(one) == vae_fingerprint(one) != vae_fingerprint(two)
+    two.load_state_dict(one.state_dict())
+    assert vae_fingerprint(one) == vae_fingerprint(two)
+    assert vae_fingerprint(nn.Sequential(one)) != vae_fingerprint(one)
+    assert len(vae_fingerprint(one.to(torch.bfloat16))) == 16
+
+
+# ---- latents prepared ahead by the preparation script (metadata names them)
+
+
+def test_prepared_latents_are_bound_without_a_vae(tmp_path: Path) -> None:
+    data = one_image(tmp_path)
+    prepared = tmp_path / "elsewhere" / "a.npz"
+    prepared.parent.mkdir()
+    write_foreign(prepared, (80, 64), (4, 8, 8), flipped=True)
+    data = replace(data, records=(replace(data.records[0], npz_path=str(prepared)),))
+    store = LatentStore("sd", "v")
+    assert bind_prepared_latents([data], store) == 1
+    assert latents_of(data, store).unique().tolist() == [7.0]
+    (tmp_path / "a.png").unlink()  # latents without their image train too
+    assert bind_prepared_latents([data], LatentStore("sd", "v")) == 1
+    for augmentation in (Augmentation(color_aug=True), Augmentation(random_crop=True)):
+        changing = replace(
+            data, spec=replace(data.spec, subsets=(replace(data.spec.subsets[0], augmentation=augmentation),))
+        )
+        assert bind_prepared_latents([changing], LatentStore("sd", "v")) == 0
+    data_wrong = replace(data, fits=(cover_fit((80, 64), (32, 32)),))
+    assert bind_prepared_latents([data_wrong], LatentStore("sd", "v")) == 0

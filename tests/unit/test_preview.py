@@ -1,0 +1,227 @@
+"""When previews are drawn, by whom, under which names; and that they disturb nothing."""
+
+import logging
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from library.diffusion.schedule import make_schedule
+from library.families.sd import SdFamily
+from library.generation.pipeline import GenerationSettings
+from library.log import UserError
+from library.training import preview
+from library.training.clock import Clock
+from library.training.preview import Previewer, evaluating
+from tests.text_diffusion_fixtures import toy_parts
+
+PARTS = toy_parts()
+SETTINGS = GenerationSettings(make_schedule(), torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Options:
+    sample_prompts: str | None = None
+    sample_at_first: bool = False
+    sample_every_n_steps: int | None = None
+    sample_every_n_epochs: int | None = None
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat --d 7 --s 2\na dog --s 2\na bird --d 9 --s 2\n", encoding="utf-8")
+    return path
+
+
+def previewer(folder: Path, options: Options, **extra: Any) -> Previewer:
+    settings = {"output_dir": folder / "out", "output_name": "my", **extra}
+    return Previewer(options, SdFamily(), PARTS, SETTINGS, **settings)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "out" / "sample").glob("*"))
+
+
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace the drawing by notes of what would be drawn."""
+    drawn: list[str] = []
+
+    def note(*args: Any) -> Image.Image:
+        drawn.append(args[2].prompt)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(preview, "generate", note)
+    return drawn
+
+
+def test_names_and_pictures(tmp_path: Path, prompts: Path) -> None:
+    drawer = previewer(tmp_path, Options(str(prompts), sample_at_first=True))
+    drawer.at_start(Clock(10, 2))
+    first, second, third = files(tmp_path)
+    assert first.startswith("my_e000000_00_20")
+    assert first.endswith("_7.png")
+    assert second.startswith("my_e000000_01_20")
+    assert second.count("_") == 3  # no seed was given
+    assert third.endswith("_9.png")
+    with Image.open(tmp_path / "out" / "sample" / first) as picture:
+        assert (picture.mode, picture.size) == ("RGB", (64, 64))
+        assert np.asarray(picture).std() > 5
+
+
+def moments(folder: Path, options: Options, **extra: Any) -> list[str]:
+    """A run of 2 epochs of 5 steps; returns the moments in the names of what it drew."""
+    drawer = previewer(folder, options, output_name=None, **extra)
+    clock = Clock(10, 2)
+    drawer.at_start(clock)
+    for _ in range(2):
+        for _ in range(5):
+            clock.advance()
+            drawer.after_step(clock)
+        drawer.after_epoch(clock)
+        clock.next_epoch()
+    return sorted({name.split("_")[0] for name in files(folder)})
+
+
+def test_cadence(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_drawing(monkeypatch)
+    steps = Options(str(prompts), sample_every_n_steps=4)
+    assert moments(tmp_path / "a", steps) == ["000004", "000008"]
+    both = replace(steps, sample_every_n_epochs=1, sample_at_first=True)
+    assert moments(tmp_path / "b", both) == ["e000000", "e000001", "e000002"]  # the step rule is off
+    assert moments(tmp_path / "c", replace(steps, sample_every_n_steps=None, sample_every_n_epochs=2)) == ["e000002"]
+    assert moments(tmp_path / "d", Options(str(prompts))) == []
+
+
+def test_a_resumed_run_does_not_begin_again(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = no_drawing(monkeypatch)
+    previewer(tmp_path, Options(str(prompts), sample_at_first=True)).at_start(Clock(10, 2, step=3))
+    assert drawn == []
+
+
+def test_prompts_are_shared_out_over_processes(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = no_drawing(monkeypatch)
+    barriers: list[int] = []
+    for rank in (0, 1):
+        drawer = previewer(
+            tmp_path, Options(str(prompts), sample_at_first=True), rank=rank, processes=2,
+            barrier=lambda rank=rank: barriers.append(rank),
+        )  # fmt: skip
+        drawer.at_start(Clock(10, 2))
+    assert drawn == ["a cat", "a bird", "a dog"]
+    assert barriers == [0, 1]
+    assert len(files(tmp_path)) == 3
+
+
+def test_modes_and_random_states_are_untouched(tmp_path: Path, prompts: Path) -> None:
+    network = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2))
+    network.train()
+    network[1].eval()
+    PARTS.unet.train()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    try:
+        previewer(tmp_path, Options(str(prompts), sample_at_first=True), trained=[network]).at_start(Clock(1, 1))
+        assert PARTS.unet.training
+        assert all(part.training for part in PARTS.unet.modules())
+    finally:
+        PARTS.unet.eval()
+    assert [part.training for part in network.modules()] == [True, True, False]
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])  # noqa: NPY002
+
+
+def test_eval_mode_holds_inside_and_is_undone_after_an_error() -> None:
+    network = nn.Sequential(nn.Dropout(0.5))
+    network.train()
+
+    def draw() -> None:
+        with evaluating([network]):
+            assert not network[0].training
+            raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011
+        draw()
+    assert network.training
+    assert network[0].training
+
+
+def test_a_failed_preview_is_a_warning_and_the_others_are_drawn(
+    tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail_first(*args: Any) -> Image.Image:
+        if args[2].prompt == "a cat":
+            raise RuntimeError("out of memory")
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(preview, "generate", fail_first)
+    with caplog.at_level(logging.WARNING):
+        previewer(tmp_path, Options(str(prompts), sample_at_first=True)).at_start(Clock(1, 1))
+    assert "out of memory" in caplog.text
+    assert len(files(tmp_path)) == 2
+
+
+def test_prompts_are_read_again_and_a_spoilt_file_is_a_warning(
+    tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    drawn = no_drawing(monkeypatch)
+    drawer = previewer(tmp_path, Options(str(prompts), sample_every_n_epochs=1))
+    prompts.write_text("a horse", encoding="utf-8")
+    drawer.after_epoch(Clock(1, 1, epoch=1))
+    prompts.write_text("a horse --zz", encoding="utf-8")
+    with caplog.at_level(logging.WARNING):
+        drawer.after_epoch(Clock(1, 1, epoch=2))
+    assert drawn == ["a horse", "a horse"]
+    assert "--zz" in caplog.text
+
+
+def test_mistakes_show_before_training(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="sample_prompts"):
+        previewer(tmp_path, Options(sample_every_n_steps=1))
+    with pytest.raises(UserError, match=r"absent\.txt"):
+        previewer(tmp_path, Options("absent.txt", sample_at_first=True))
+
+
+class Tracker:
+    """Notes what it is given."""
+
+    name = "wandb"
+
+    def __init__(self) -> None:
+        self.images: dict[str, tuple[tuple[int, ...], int]] = {}
+
+    def log_images(self, values: dict[str, np.ndarray], step: int) -> None:
+        self.images.update({name: (array.shape, step) for name, array in values.items()})
+
+
+def test_pictures_of_all_processes_reach_the_trackers(
+    tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_drawing(monkeypatch)
+    tracker, options = Tracker(), Options(str(prompts), sample_every_n_steps=1)
+    previewer(tmp_path, options, rank=1, processes=2).after_step(Clock(9, 1, step=2))
+    previewer(tmp_path, options, rank=0, processes=2, trackers=[tracker]).after_step(Clock(9, 1, step=2))
+    assert tracker.images == {f"sample_{index}": ((1, 8, 8, 3), 2) for index in range(3)}
+
+
+def test_tensorboard_takes_the_pictures(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from accelerate import Accelerator
+    from accelerate.tracking import TensorBoardTracker
+
+    no_drawing(monkeypatch)
+    Accelerator(cpu=True)
+    tracker = TensorBoardTracker("run", str(tmp_path / "logs"))
+    tracker.start()
+    drawer = previewer(tmp_path, Options(str(prompts), sample_every_n_steps=1), trackers=[tracker])
+    drawer.after_step(Clock(9, 1, step=4))
+    tracker.finish()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "logs" / "run"))
+    events.Reload()
+    assert sorted(events.Tags()["images"]) == ["sample_0", "sample_1", "sample_2"]

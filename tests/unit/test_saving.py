@@ -1,0 +1,99 @@
+"""Names, cadence and removal of saved files."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("library.options")
+
+from library.options import SaveOptions
+from library.training.clock import Clock, due_counts, is_due
+from library.training.loop import StepReport
+from library.training.saving import SavePlan, Saver, outdated, stem
+
+REPORT = StepReport(loss=0.0, keys=(), sample_count=1, grad_norm=0.0)
+
+
+def options(folder: Path, **values) -> SaveOptions:
+    return SaveOptions(output_dir=str(folder), output_name="cat", **values)
+
+
+def saver(opts: SaveOptions, num_epochs: int = 9) -> Saver:
+    def write_model(path: Path, clock: Clock, finished_epochs: int) -> None:
+        path.write_text(f"step {clock.step}")
+
+    def write_state(folder: Path, clock: Clock) -> None:
+        folder.mkdir(exist_ok=True)
+
+    return Saver(
+        opts,
+        SavePlan.of(opts, num_epochs),
+        ".safetensors",
+        is_main=True,
+        wait=lambda: None,
+        write_model=write_model,
+        write_state=write_state,
+        after_write=lambda path, is_state, is_last: None,
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_names_are_the_references():
+    assert stem("cat", "epoch", 2) == "cat-000002"
+    assert stem("cat", "step", 100) == "cat-step00000100"
+    assert [stem(None, "epoch", 2), stem(None, "step", 3), stem(None, "end", 0)] == ["epoch-000002", "at-step00000003", "last"]
+
+
+def test_is_due():
+    assert [count for count in range(10) if is_due(count, 3)] == [3, 6, 9] == list(due_counts(9, 3))
+    assert not is_due(5, None)
+
+
+def test_every_10_keep_30_removes_step_10_at_step_50():
+    assert outdated([10, 20, 30, 40, 50], 50, "step", keep_n=30, every_n=10) == [10]
+    assert outdated([10, 20, 30, 40], 40, "step", keep_n=30, every_n=10) == []
+
+
+def test_epochs_are_rotated(tmp_path):
+    work = saver(options(tmp_path, save_every_n_epochs=2, save_last_n_epochs=2))
+    for epoch in range(1, 9):
+        work.after_epoch(Clock(max_train_steps=90, num_epochs=9, epoch=epoch, step=epoch * 10))
+    assert names(tmp_path) == ["cat-000006.safetensors", "cat-000008.safetensors"]
+
+
+def test_the_last_epoch_writes_only_the_final_file(tmp_path):
+    work = saver(options(tmp_path, save_every_n_epochs=1), num_epochs=2)
+    clock = Clock(max_train_steps=20, num_epochs=2, epoch=2, step=20)
+    work.after_epoch(clock)
+    work.at_end(clock)
+    assert names(tmp_path) == ["cat.safetensors"]
+
+
+def test_epoch_ratio_becomes_an_interval(tmp_path):
+    plan = SavePlan.of(options(tmp_path, save_n_epoch_ratio=4), num_epochs=10)
+    assert plan.epoch_saves(10) == [2, 4, 6, 8]
+
+
+def test_an_earlier_runs_file_is_kept_under_a_numbered_name(tmp_path):
+    (tmp_path / "cat.safetensors").write_text("treasure")
+    (tmp_path / "cat.old1.safetensors").write_text("older treasure")
+    saver(options(tmp_path)).at_end(Clock(max_train_steps=1, num_epochs=1, step=1))
+    assert (tmp_path / "cat.old2.safetensors").read_text() == "treasure"
+    assert (tmp_path / "cat.old1.safetensors").read_text() == "older treasure"
+    assert (tmp_path / "cat.safetensors").read_text() == "step 1"
+
+
+def test_own_file_is_replaced_in_place(tmp_path):
+    work = saver(options(tmp_path, save_every_n_steps=1))
+    clock = Clock(max_train_steps=5, num_epochs=1, step=3)
+    work.after_step(clock, REPORT)
+    work.at_stop(clock)
+    assert names(tmp_path) == ["cat-step00000003-state", "cat-step00000003.safetensors"]
+
+
+def test_a_stop_always_leaves_a_state(tmp_path):
+    saver(options(tmp_path)).at_stop(Clock(max_train_steps=5, num_epochs=1, step=2))
+    assert "cat-step00000002-state" in names(tmp_path)

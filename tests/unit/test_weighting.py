@@ -1,0 +1,111 @@
+"""Loss weightings: check values, SNR 0, the relation of noise and velocity losses, and the order of factors."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from library.diffusion.objective import velocity, weighted_losses
+from library.diffusion.schedule import make_schedule
+from library.diffusion.weighting import WEIGHTINGS, loss_factors
+
+
+@dataclass(frozen=True)
+class Settings:
+    min_snr_gamma: float | None = None
+    scale_v_pred_loss_like_noise_pred: bool = False
+    v_pred_like_loss: float | None = None
+    debiased_estimation_loss: bool = False
+
+
+OFF = Settings()
+TIMES = torch.tensor([0, 250, 500, 999])
+
+
+def factors(settings: Settings, prediction: str = "epsilon", zero: bool = False) -> list[float]:
+    found = loss_factors(TIMES, make_schedule(prediction, zero), settings)
+    assert found is not None
+    return found.tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "prediction", "expected"),
+    [
+        (Settings(min_snr_gamma=5), "epsilon", [0.00425372, 1, 1, 1]),
+        (Settings(min_snr_gamma=5), "v_prediction", [0.00425011, 0.6737923, 0.2763325, 0.00466009]),
+        (
+            Settings(scale_v_pred_loss_like_noise_pred=True),
+            "v_prediction",
+            [0.9990010, 0.6737923, 0.2763325, 0.0046601],
+        ),
+        (Settings(v_pred_like_loss=0.5), "epsilon", [1.5005, 1.7420684, 2.8094146, 108.29397]),
+        (Settings(debiased_estimation_loss=True), "epsilon", [0.0316228, 0.6957994, 1.6182798, 14.614648]),
+    ],
+)
+def test_check_values(settings: Settings, prediction: str, expected: list[float]) -> None:
+    assert factors(settings, prediction) == pytest.approx(expected, rel=2e-6)
+
+
+def test_nothing_active_is_no_factor() -> None:
+    assert loss_factors(TIMES, make_schedule(), OFF) is None
+    assert loss_factors(TIMES, make_schedule(), Settings(min_snr_gamma=0, v_pred_like_loss=0)) is None
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", [name for name, _ in WEIGHTINGS])
+def test_every_weighting_is_finite_at_zero_snr(name: str, prediction: str) -> None:
+    every = torch.arange(1000)
+    found = loss_factors(every, make_schedule(prediction, zero_terminal_snr=True), Settings(**{name: 1}))
+    assert found is not None
+    assert bool(found.isfinite().all())
+    assert bool((found >= 0).all())
+    plain = loss_factors(every, make_schedule(prediction), Settings(**{name: 1}))
+    assert plain is not None
+    assert found.max() <= plain.max() * 1.001  # the change of the schedule lets no weight explode
+
+
+def test_weights_use_the_schedule_in_use() -> None:
+    plain, zero = (factors(Settings(min_snr_gamma=1), "v_prediction", zero)[2] for zero in (False, True))
+    assert plain == pytest.approx(0.2763325, rel=1e-5)
+    assert zero == pytest.approx(0.24101855, rel=1e-5)
+
+
+@given(st.integers(0, 999), st.integers(0, 2**31))
+def test_debiased_weights_the_same_error_alike_as_noise_and_as_velocity(time: int, seed: int) -> None:
+    """A model that predicts v is a model that predicts noise: the weighted loss of one error must be the same."""
+    generator = torch.Generator().manual_seed(seed)
+    latents, noise, noise_hat = (torch.randn(1, 4, 4, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    times = torch.tensor([time])
+    plain, v = make_schedule("epsilon"), make_schedule("v_prediction")
+    a = plain.alphas_cumprod_T.double()[times].view(-1, 1, 1, 1)
+    noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+    latents_hat = (noisy - (1 - a).sqrt() * noise_hat) / a.sqrt()
+    settings, one = Settings(debiased_estimation_loss=True), torch.ones(1)
+    as_noise = weighted_losses(noise_hat, noise, times, one, plain, settings)
+    v_hat, v_true = (velocity(x, e, times, v) for x, e in ((latents_hat, noise_hat), (latents, noise)))
+    as_velocity = weighted_losses(v_hat, v_true, times, one, v, settings)
+    if time > 5:  # below, SNR passes the cap of 1000
+        torch.testing.assert_close(as_velocity, as_noise, rtol=2e-3, atol=0)
+
+
+def test_sample_weights_scale_their_sample_only() -> None:
+    schedule = make_schedule()
+    pred, target = torch.zeros(3, 4, 8, 8), torch.ones(3, 4, 8, 8)
+    weights = torch.tensor([1.0, 0.5, 0.0])
+    losses = weighted_losses(pred, target, torch.tensor([1, 2, 3]), weights, schedule, OFF)
+    assert losses.tolist() == [1.0, 0.5, 0.0]
+
+
+def test_factors_multiply() -> None:
+    together = factors(Settings(min_snr_gamma=5, scale_v_pred_loss_like_noise_pred=True), "v_prediction")
+    first = factors(Settings(min_snr_gamma=5), "v_prediction")
+    second = factors(Settings(scale_v_pred_loss_like_noise_pred=True), "v_prediction")
+    assert together == pytest.approx([a * b for a, b in zip(first, second, strict=True)])
+
+
+def test_loss_is_in_float32_for_half_predictions() -> None:
+    pred = torch.full((1, 4, 8, 8), 300.0, dtype=torch.float16)  # its square is beyond float16
+    losses = weighted_losses(pred, torch.zeros(1, 4, 8, 8), torch.tensor([5]), torch.ones(1), make_schedule(), OFF)
+    assert losses.item() == pytest.approx(90000.0)
