@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -168,7 +168,7 @@ def _peak_process_bytes() -> int:
 
 
 @contextmanager
-def one_process_at_a_time(enabled: bool) -> Iterator[None]:
+def one_process_at_a_time(enabled: bool) -> Generator[None]:
     """With ``enabled`` (lowram) local processes run the block in turn, so that their loading peaks do not add up."""
     import torch
 

@@ -77,7 +77,7 @@ def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS
     """
     from huggingface_hub import snapshot_download
 
-    local = _local_snapshot(repo_id)
+    local = _local_snapshot(repo_id, parts)
     if local is not None and files_of_model(_listing(local), parts) is not None:
         logger.info("%s: using the copy in %s", repo_id, local)
         return local
@@ -94,11 +94,14 @@ def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS
     return _told(fetch, f"{option} {repo_id}: no such file or folder here, and it could not be fetched from the hub")
 
 
-def _local_snapshot(repo_id: str) -> Path | None:
+def _local_snapshot(repo_id: str, parts: Sequence[str]) -> Path | None:
     from huggingface_hub import snapshot_download
 
+    # Without patterns a snapshot that lacks files which were never asked for counts as incomplete.
+    configs = ["config.json"] if parts == ("vae",) else []
+    configs += [f"{part}/config.json" for part in parts]
     try:
-        folder: Any = snapshot_download(repo_id, local_files_only=True)
+        folder: Any = snapshot_download(repo_id, local_files_only=True, allow_patterns=configs)
     except (OSError, ValueError):  # LocalEntryNotFoundError is both, a wrong id is a ValueError
         return None
     return Path(folder)
@@ -110,11 +113,11 @@ def _listing(folder: Path) -> list[str]:
 
 def _told(action: Callable[[], Path], start: str) -> Path:
     """Run a download; network and hub errors become one line."""
-    import httpx
-
     try:
         return action()
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the client's HTTP library, and so its errors, change between versions
         raise UserError(f"{start} ({_short(error)}); check the name, the network and HF_TOKEN") from error
 
 
@@ -196,11 +199,9 @@ class Uploader:
 
     def check(self) -> None:
         """Make sure before training that the repository is there or can be made. Raises UserError."""
-        import httpx
-
         try:
             self._create()
-        except (OSError, ValueError, httpx.HTTPError) as error:
+        except Exception as error:  # see `_told`
             raise UserError(
                 f"--huggingface_repo_id {self._repo_id}: the hub does not accept uploads ({_short(error)}); "
                 "check the name and the token (HF_TOKEN)"

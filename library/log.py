@@ -129,6 +129,7 @@ def setup_logging(level: str | None = None, file: str | None = None, simple: boo
     root.addHandler(handler)
     lowest = getattr(logging, level or "INFO")
     root.setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here needs
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(lowest if process_index() == 0 else max(lowest, logging.WARNING))
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from library.log import UserError
+
 
 class NetworkModule(Protocol):
     """Functions that a network module offers at top level."""
@@ -66,14 +68,16 @@ class Network(Protocol):
 def load_network_module(name: str) -> Any:
     """Import a network module by its dotted name.
 
-    Raises ValueError with one line if it is missing, or lacks ``create_network``.
+    Raises UserError with one line if it is missing, or lacks ``create_network``.
     """
     try:
         module = importlib.import_module(name)
     except ImportError as error:
         if error.name and name.startswith(error.name):
-            raise ValueError(f"--network_module: there is no module {name!r}; install its package or fix the name") from error
-        raise ValueError(f"--network_module {name}: it needs the package {error.name!r}; install it") from error
+            raise UserError(
+                f"--network_module: there is no module {name}; install its package or fix the name"
+            ) from error
+        raise UserError(f"--network_module {name}: it needs the package {error.name!r}; install it") from error
     if not callable(getattr(module, "create_network", None)):
-        raise ValueError(f"--network_module {name}: the module has no create_network function, it is no network module")
+        raise UserError(f"--network_module {name}: the module has no create_network function, it is no network module")
     return module

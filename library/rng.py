@@ -1,7 +1,7 @@
 """Named seed streams: every random draw of the program is a function of (seed, names), never of a global state.
 
-A stream's name says what the draw is for, for example ``seed_of(seed, "noise", epoch, image_key, repeat)``. So the order in
-which work is done, the number of workers and a resumed run change no draw.
+A stream's name says what the draw is for, for example ``seed_of(seed, "noise", epoch, image_key, repeat)``. So the
+order in which work is done, the number of workers and a resumed run change no draw.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The base of all adapters: a small trained module that changes what one frozen layer computes.
 
-A type of adapter names its tensors and says what weight difference they stand for (`delta_weight`); with that alone it can be
-attached, merged, saved and measured. A cheaper `combine` is what training runs.
+A type of adapter names its tensors and says what weight difference they stand for (`delta_weight`); with that alone it
+can be attached, merged, saved and measured. A cheaper `combine` is what training runs.
 
 Shape legend: B batch rows, T tokens, H W latent height and width, I input width, O output width, R rank, K kernel side.
 """
@@ -22,7 +22,8 @@ from torch.nn import functional as F
 class Dropouts:
     """Probabilities, each 0 or more and less than 1; they act only in training.
 
-    ``neuron``: elements of the rank activations; ``rank``: whole ranks per batch row; ``module``: whole adapters per step.
+    ``neuron``: elements of the rank activations; ``rank``: whole ranks per batch row; ``module``: whole adapters per
+    step.
     """
 
     neuron: float = 0.0
@@ -42,7 +43,7 @@ class AdapterSize:
 
 
 class Factor(nn.Module):
-    """One trained tensor, named ``weight`` in state dicts. Takes tensors that differ only in trailing 1s of the shape."""
+    """One trained tensor, ``weight`` in state dicts. Takes tensors that differ only in trailing 1s of the shape."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class Factor(nn.Module):
 
     @property
     def slot(self) -> dict[str, nn.Parameter | None]:
-        """The module's own table, in which ``weight`` is always the present parameter: quick to read in a forward pass."""
+        """The module's own table, whose ``weight`` is always the present parameter: quick to read in a forward pass."""
         return self._parameters
 
 
@@ -68,10 +69,10 @@ def _without_ones(shape: torch.Size) -> tuple[int, ...]:
 
 
 class Adapter(nn.Module, ABC):
-    """An adapter of one Linear or Conv2d layer. The layer is held, not registered: it is neither saved nor moved with it.
+    """An adapter of one Linear or Conv2d layer. The layer is held, not registered: it is not saved or moved with it.
 
-    ``multiplier`` is the strength asked for by the user; ``factor`` is what the raw product of the factors is multiplied
-    with: multiplier · alpha / rank.
+    ``multiplier`` is the strength asked for by the user; ``factor`` is what the raw product of the factors is
+    multiplied with: multiplier · alpha / rank.
     """
 
     tensor_names: ClassVar[tuple[str, ...]]

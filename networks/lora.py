@@ -1,7 +1,8 @@
 """LoRA: the weight difference of a layer as a product of two thin matrices, ΔW = alpha/rank · up · down.
 
-LoRA-LierLa adapts Linear layers and 1x1 convolutions; LoRA-C3Lier (with ``conv_dim``) also 3x3 convolutions and the rest of
-the U-Net's blocks. E. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
+LoRA-LierLa adapts Linear layers and 1x1 convolutions; LoRA-C3Lier (with ``conv_dim``) also 3x3 convolutions and
+the rest of the U-Net's blocks. E. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685,
+section 4.1.
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ def create_network(
 ) -> AdapterNetwork:
     """A new network (the plug-in protocol's factory). It changes nothing until `AdapterNetwork.apply_to` and training.
 
-    ``network_dim`` absent: rank 4; ``network_alpha`` absent: 1, and 0: the rank. ``network_args``: see docs/networks.md.
-    Raises UserError for arguments that cannot be.
+    ``network_dim`` absent: rank 4; ``network_alpha`` absent: 1, and 0: the rank. ``network_args``: see
+    docs/networks.md. Raises UserError for arguments that cannot be.
     """
     args = read_lora_args(network_args)
     rank = network_dim or DEFAULT_RANK
@@ -188,7 +189,7 @@ def _sizes_from_table(table: WeightTable) -> Callable[[Target], AdapterSize | No
 
 
 def _sizes_from_args(args: LoraArgs, plain: AdapterSize) -> Callable[[Target], AdapterSize | None]:
-    """Rank and alpha per layer: 3x3 convolutions take the ``conv_*`` arguments, U-Net layers the block's where given."""
+    """Rank and alpha per layer: 3x3 convolutions take the ``conv_*`` arguments, U-Net layers their block's."""
     spatial_rank, spatial_alpha = args.conv_dim or 0, 1.0 if args.conv_alpha is None else args.conv_alpha
     factors = args.block_factors
 

@@ -1,7 +1,7 @@
 """Pure algebra of products ``up @ down`` of two thin matrices, without ever forming the product.
 
-Shape legend: O output width, I flattened input width, R rank. All functions take matrices, ``up_OR`` and ``down_RI``, and
-compute in float32, or in float64 if that is what they are given.
+Shape legend: O output width, I flattened input width, R rank. All functions take matrices, ``up_OR`` and ``down_RI``,
+and compute in float32, or in float64 if that is what they are given.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A set of adapters over the layers of a model, with the plug-in protocol's methods. Knows no type of adapter by name."""
+"""A set of adapters over the layers of a model, with the plug-in protocol's methods. Knows no type by name."""
 
 from __future__ import annotations
 
@@ -176,8 +176,8 @@ class AdapterNetwork(nn.Module):
         ]
         if unknown:
             raise UserError(
-                f"{table.source}: {len(unknown)} of its {len(table.modules)} layers do not exist in this network, first "
-                f"{unknown[0]}; it was made for another base model, or needs --dim_from_weights (or conv_dim)"
+                f"{table.source}: {len(unknown)} of its {len(table.modules)} layers do not exist in this network, "
+                f"first {unknown[0]}; it was made for another base model, or needs --dim_from_weights (or conv_dim)"
             )
 
     def _load(self, table: WeightTable) -> LoadReport:
@@ -186,12 +186,15 @@ class AdapterNetwork(nn.Module):
         found = [entry for entry in chosen if entry.target.name in table.modules]
         if not found:
             raise UserError(f"{table.source} has no weights for any layer of this network")
+        alpha = self.network_alpha
         problems = [text for entry in found for text in self._load_one(entry, table)]
         if problems:
             raise UserError(
                 f"{table.source}: {len(problems)} layers do not fit, first {problems[0]}; "
                 "--dim_from_weights takes the ranks of the file"
             )
+        if self.network_alpha != alpha:
+            logger.warning("%s: its alpha %s replaces %s", table.source, self.network_alpha, alpha)
         fresh = tuple(entry.target.name for entry in chosen if entry.target.name not in table.modules)
         return LoadReport(table.source, len(found), fresh, len(table.modules) - len(found))
 
@@ -216,8 +219,8 @@ class AdapterNetwork(nn.Module):
     ) -> list[dict[str, Any]]:
         """Optimizer groups with ``params``, ``lr`` (absent: the optimizer's own) and the logged name ``lr_name``.
 
-        One group a text encoder (one for all if the rate is a single number), then one for the U-Net, or one a block with
-        block factors. What has rate 0 is frozen and left out.
+        One group a text encoder (one for all if the rate is a single number), then one for the U-Net, or one a block
+        with block factors. What has rate 0 is frozen and left out.
         """
         members: dict[tuple[str, float | None], list[Placed]] = {}
         for entry in self._applied:
@@ -314,7 +317,7 @@ class AdapterNetwork(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Add ``weights_sd`` (None: the adapters' own weights) to the layers for good, computed in float32 on ``device``.
+        """Add ``weights_sd`` (None: the adapters' own weights) to the layers for good, in float32 on ``device``.
 
         Layers keep their own type, whatever ``dtype`` says: a parameter cannot change it in place.
         """

@@ -1,4 +1,4 @@
-"""Typed reading of ``--network_args``: unknown keys, wrong types and impossible values are errors, all listed at once."""
+"""Typed reading of ``--network_args``: unknown keys, wrong types and impossible values are listed all at once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which layers of a model get an adapter, found by path, and what they are called in files.
 
-Class names of the model libraries play no part. The set of layers that the model's structure promises is compared with what
-is there, so a renamed or missing layer is an error and never a silently smaller network.
+Class names of the model libraries play no part. The set of layers that the model's structure promises is compared with
+what is there, so a renamed or missing layer is an error and never a silently smaller network.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def text_encoder_targets(text_encoder: TextEncoders) -> list[Target]:
 def unet_targets(unet: nn.Module, with_convolutions: bool) -> list[Target]:
     """The U-Net's layers in the order in which the model holds them.
 
-    Without convolutions: everything inside the transformers. With: every weight of two or more dimensions inside the down,
-    up and middle blocks (so also ResNets, their shortcuts and the samplers). Never the first and last convolution and the
-    embedding layers. Raises UserError if the blocks hold other layers than their structure promises.
+    Without convolutions: everything inside the transformers. With: every weight of two or more dimensions inside the
+    down, up and middle blocks (so also ResNets, their shortcuts and the samplers). Never the first and last convolution
+    and the embedding layers. Raises UserError if the blocks hold other layers than their structure promises.
     """
     modules = dict(unet.named_modules())
     if "add_embedding.linear_1" in modules:
@@ -146,6 +146,6 @@ def _require(expected: Sequence[str], modules: dict[str, nn.Module], what: str) 
     missing = [path for path in expected if not _is_layer(modules.get(path))]
     if missing:
         raise UserError(
-            f"{what}: {len(missing)} of {len(expected)} layers that should get an adapter are missing, first {missing[0]}; "
-            "the installed diffusers or transformers may have renamed its layers"
+            f"{what}: {len(missing)} of {len(expected)} layers that should get an adapter are missing, "
+            f"first {missing[0]}; the installed diffusers or transformers may have renamed its layers"
         )

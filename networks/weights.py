@@ -1,4 +1,4 @@
-"""Network files and the tensors in them: reading (also the names of Diffusers and PEFT), grouping by module, writing."""
+"""Network files and their tensors: reading (also the names of Diffusers and PEFT), grouping by module, writing."""
 
 from __future__ import annotations
 
@@ -181,8 +181,8 @@ def write_weights(
 ) -> None:
     """Write a network file whole or not at all: safetensors by that extension, else a pickled state dict.
 
-    ``dtype`` is what all tensors (alpha too) are cast to. Safetensors files carry ``metadata`` and the ``sshs_*`` hashes of
-    the bytes that are written; pickles have no place for them.
+    ``dtype`` is what all tensors (alpha too) are cast to. Safetensors files carry ``metadata`` and the ``sshs_*``
+    hashes of the bytes that are written; pickles have no place for them.
     """
     if Path(path).suffix.lower() == ".safetensors":
         save_safetensors(path, tensors, network_hashes(tensors, metadata or {}, dtype), dtype)

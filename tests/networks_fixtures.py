@@ -1,4 +1,4 @@
-"""Small models for the network tests, made straight from the model libraries' classes; full sizes exist only on meta."""
+"""Small models for the network tests, made from the model libraries' classes; full sizes exist only on meta."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         cache_ahead(settings)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; what was written is whole, and the next start goes on from there", file=sys.stderr)

@@ -28,6 +28,7 @@ class Crop:
 
 CAT = "cat/4_sks cat"
 CUP = "cup/4_sks cup"
+SUBJECTS = "subjects/1_photo"
 
 CROPS = (
     Crop(CAT, "whole", "chelsea.png", None, "a photo of sks cat, looking to the right"),
@@ -42,13 +43,13 @@ CROPS = (
     Crop(CUP, "square", "coffee.png", (85, 0, 485, 400), "a photo of sks cup, red saucer, spoon"),
     Crop(CUP, "close", "coffee.png", (110, 5, 440, 335), "a close photo of sks cup, coffee"),
     Crop(CUP, "tall", "coffee.png", (130, 0, 430, 400), "a photo of sks cup, red saucer"),
-    Crop("subjects", "astronaut", "astronaut.png", (56, 0, 456, 400), "a photo of an astronaut"),
-    Crop("subjects", "rocket", "rocket.jpg", (107, 0, 534, 427), "a photo of a rocket"),
-    Crop("subjects", "galaxies", "hubble_deep_field.jpg", (240, 60, 640, 460), "a photo of galaxies"),
-    Crop("subjects", "photographer", "camera.png", (0, 20, 440, 460), "a photo of a photographer"),
-    Crop("subjects", "bricks", "brick.png", (0, 0, 256, 256), "a photo of bricks"),
-    Crop("subjects", "grass", "grass.png", (0, 0, 256, 256), "a photo of grass"),
-    Crop("subjects", "gravel", "gravel.png", (0, 0, 256, 256), "a photo of gravel"),
+    Crop(SUBJECTS, "astronaut", "astronaut.png", (56, 0, 456, 400), "a photo of an astronaut"),
+    Crop(SUBJECTS, "rocket", "rocket.jpg", (107, 0, 534, 427), "a photo of a rocket"),
+    Crop(SUBJECTS, "galaxies", "hubble_deep_field.jpg", (240, 60, 640, 460), "a photo of galaxies"),
+    Crop(SUBJECTS, "photographer", "camera.png", (0, 20, 440, 460), "a photo of a photographer"),
+    Crop(SUBJECTS, "bricks", "brick.png", (0, 0, 256, 256), "a photo of bricks"),
+    Crop(SUBJECTS, "grass", "grass.png", (0, 0, 256, 256), "a photo of grass"),
+    Crop(SUBJECTS, "gravel", "gravel.png", (0, 0, 256, 256), "a photo of gravel"),
 )
 
 

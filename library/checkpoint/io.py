@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -55,7 +55,7 @@ class WriteError(UserError, OSError):
 
 
 @contextlib.contextmanager
-def atomic_path(target: StrPath, *, durable: bool = True) -> Iterator[Path]:
+def atomic_path(target: StrPath, *, durable: bool = True) -> Generator[Path]:
     """Give a temporary path in the target's folder; rename it to ``target`` when the block ends well.
 
     The temporary name is hidden and keeps the target's suffix (numpy and others append one otherwise). On any
@@ -77,7 +77,7 @@ def atomic_path(target: StrPath, *, durable: bool = True) -> Iterator[Path]:
             _flush_to_disk(temporary)
         os.replace(temporary, final)
         if durable:
-            _flush_folder(final.parent)
+            flush_folder(final.parent)
     except OSError as error:
         reason = _write_problem(error, final, temporary)
         if reason is None:
@@ -109,7 +109,8 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut, where the system can."""
     if os.name == "nt":  # folders cannot be opened there
         return
     with contextlib.suppress(OSError):
@@ -216,7 +217,8 @@ class _SafetensorsFile(ModelFile):
         info = self.infos[key]
         result = torch.empty(info.shape, dtype=info.torch_dtype)
         if result.numel():
-            view = memoryview(result.reshape(-1).view(torch.uint8).numpy())
+            array: Any = result.reshape(-1).view(torch.uint8).numpy()
+            view = memoryview(array)
             self._file.seek(self._starts[key])
             done = 0
             while done < len(view):
@@ -414,7 +416,8 @@ def tensor_bytes(value: Tensor | LazyTensor, cast: dtype | None) -> memoryview:
 
     tensor = value.read() if isinstance(value, LazyTensor) else value
     flat = tensor.detach().to("cpu", stored_dtype(value, cast)).contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def save_safetensors(

@@ -41,7 +41,7 @@ def key_map(spec: ArchitectureSpec) -> KeyMap:
         *_prefixed("text_encoder", TEXT_PREFIXES[text.layout], text_rows(text)),
         *_prefixed("vae", VAE_PREFIX, vae_rows(spec.vae)),
     ]
-    ignorable = list(_IGNORABLE)
+    ignorable: list[str] = [*_IGNORABLE]
     if text.layout == "openclip":  # the layers after the last one that is kept
         ignorable.append(rf"^{re.escape(OPENCLIP_PREFIX)}transformer\.resblocks\.{text.layers}\.")
     return KeyMap(tuple(rows), (UNET_PREFIX, TEXT_PREFIXES[text.layout], VAE_PREFIX), re.compile("|".join(ignorable)))

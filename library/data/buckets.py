@@ -82,7 +82,8 @@ def letterbox(size: Size, bucket: Size) -> tuple[float, float, float, float]:
         inner_width, inner_height = height * ratio, float(height)
     else:
         inner_width, inner_height = float(width), width / ratio
-    left, top = math.floor((width - inner_width) / 2), math.floor((height - inner_height) / 2)
+    # Rounding may make the box a hair larger than the bucket.
+    left, top = max(0, math.floor((width - inner_width) / 2)), max(0, math.floor((height - inner_height) / 2))
     return float(left), float(top), left + inner_width, top + inner_height
 
 

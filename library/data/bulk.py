@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Generator
 
 
 @contextlib.contextmanager
-def many_objects() -> Iterator[None]:
+def many_objects() -> Generator[None, None, None]:
     """Hold back the search for reference cycles inside the block.
 
     Plain records have no cycles, but each few thousand of them start a search through all objects that there are:

@@ -110,11 +110,6 @@ class LatentStore:
         """True if the target's latents are kept in memory."""
         return isinstance(self._entries.get(target), _Entry)
 
-    @property
-    def on_disk(self) -> bool:
-        """True if some latents are read from archives at each visit."""
-        return any(isinstance(entry, Path) for entry in self._entries.values())
-
     def load(self, target: LatentTarget, flipped: bool) -> torch.Tensor:
         """Latents CHW of a target in the store; float32 from disk. Raises `UnreadableImage` for a broken archive."""
         entry = self._entries[target]

@@ -92,9 +92,10 @@ class TrainImages:
         pairs = zip(resolved.records, resolved.fits, strict=True)
         return all(store.in_memory(target_of(record, fit)) for record, fit in pairs)
 
-    def reads_files(self) -> bool:
-        """True if a batch may need files: pixels, or latents kept on the disk."""
-        return self._store is None or self._store.on_disk or not all(self._gives_latents)
+    def path_of(self, key: str) -> str:
+        """The file of an image by its key; the key itself if there is none such. For messages: it searches."""
+        records = (record for dataset in self.datasets for record in dataset.records)
+        return next((record.path for record in records if record.key == key), key)
 
     def sample_seed(self, record: ImageRecord, epoch: int, repeat: int) -> int:
         """The seed that all draws of one visit of an image come from."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from library.checkpoint.io import atomic_path, atomic_write_text
-from library.data.dataset import OnBadImage, TrainImages
-from library.data.plan import plan_epoch
-from library.data.records import Batch, CaptionClock, MicroBatch, ResolvedDataset, Size
+from library.data.dataset import TrainImages
+from library.data.records import Batch, CaptionClock, MicroBatch, Size, StepPlan
 
 _COLUMNS = 4
 _LONGEST_SIDE = 384  # of a picture on a sheet, in pixels
@@ -38,26 +37,17 @@ class _Shown:
 
 
 def write_debug_sheets(
-    datasets: Sequence[ResolvedDataset],
-    folder: Path,
-    *,
-    seed: int,
-    max_train_steps: int = 1,
-    on_bad_image: OnBadImage = "error",
-    batches_per_bucket: int = 2,
+    images: TrainImages, plan: Iterable[StepPlan], folder: Path, clock: CaptionClock, batches_per_bucket: int = 2
 ) -> list[Path]:
     """Draw the first batches of each bucket of each data set into PNG sheets; captions go to ``captions.txt`` too.
 
-    They are the samples that one process meets in epoch 1 with this seed, captions as at step 0 of
-    ``max_train_steps``. Returns the files written. Raises UserError for images that cannot be decoded, unless
-    ``on_bad_image`` is "skip".
+    ``images`` must give pixels (no latent store); ``plan`` is an epoch of one process. Returns the files written.
+    Raises UserError as `TrainImages.load` does.
     """
-    images = TrainImages(datasets, None, seed, on_bad_image)
-    clock = CaptionClock(epoch=1, step=0, max_train_steps=max_train_steps)
     written: list[Path] = []
     text: list[str] = []
     chosen: dict[tuple[int, Size], list[MicroBatch]] = {}
-    for micro in (micro for step in plan_epoch(datasets, seed, 1, 1, 1) for micro in step.micro_batches):
+    for micro in (micro for step in plan for micro in step.micro_batches):
         bucket = images.datasets[micro.dataset].fits[micro.samples[0].record].bucket
         batches = chosen.setdefault((micro.dataset, bucket), [])
         if len(batches) < batches_per_bucket:

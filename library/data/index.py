@@ -158,22 +158,22 @@ class _Memory:
         return cls(folder, {"images": {}, "captions": {}})
 
     def size_of(self, name: str, stamp: _Stamp) -> Size:
-        match self._old["images"].get(name):
-            case [int(length), int(time), int(width), int(height)] if (length, time) == stamp:
-                size = width, height
-            case _:
-                size = measure(os.path.join(self._folder, name))
-                self._learned += 1
+        entry: Any = self._old["images"].get(name)
+        if _is_current(entry, stamp):
+            size = entry[2], entry[3]
+        else:
+            size = measure(os.path.join(self._folder, name))
+            self._learned += 1
         self._new["images"][name] = [*stamp, *size]
         return size
 
     def caption_of(self, name: str, stamp: _Stamp) -> Caption:
-        match self._old["captions"].get(name):
-            case [int(length), int(time), str(text), bool(more)] if (length, time) == stamp:
-                caption = Caption(text, more)
-            case _:
-                caption = _read_caption(os.path.join(self._folder, name))
-                self._learned += 1
+        entry: Any = self._old["captions"].get(name)
+        if _is_current(entry, stamp):
+            caption = Caption(entry[2], entry[3])
+        else:
+            caption = _read_caption(os.path.join(self._folder, name))
+            self._learned += 1
         self._new["captions"][name] = [*stamp, caption.text, caption.has_more_lines]
         return caption
 
@@ -191,6 +191,10 @@ class _Memory:
 
     def _is_shorter(self) -> bool:
         return any(len(self._new[kind]) < len(self._old[kind]) for kind in self._new)
+
+
+def _is_current(entry: Any, stamp: _Stamp) -> bool:
+    return isinstance(entry, list) and len(entry) == 4 and entry[0] == stamp[0] and entry[1] == stamp[1]
 
 
 def _memory_paths(folder: str) -> tuple[Path, Path]:

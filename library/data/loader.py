@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 def prefetch(
     jobs: Iterable[Job], load: Callable[[Job], Result], workers: int, ahead: int | None = None
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield ``load(job)`` for each job, in order, computed by ``workers`` threads (0: in the caller, one by one).
 
     At most ``ahead`` results (default: twice the workers) wait or are in the making, so memory stays bounded. An

@@ -207,9 +207,9 @@ class StepPlan:
 class Batch:
     """What one process takes in one forward pass. B = samples, C = channels, H and W = pixels (latents: an eighth).
 
-    Exactly one of ``images_BCHW`` (RGB, -1..1, float32) and ``latents_BCHW`` (as the VAE gives them, not scaled) is set.
-    ``seeds`` holds one seed per sample, a function of (run seed, epoch, image key, repeat): noise, timestep and posterior
-    draws come from it, so no arrangement of batches changes them.
+    Exactly one of ``images_BCHW`` (RGB, -1..1, float32) and ``latents_BCHW`` (as the VAE gives them, not scaled) is
+    set. ``seeds`` holds one seed per sample, a function of (run seed, epoch, image key, repeat): noise, timestep and
+    posterior draws come from it, so no arrangement of batches changes them.
     """
 
     keys: tuple[str, ...]

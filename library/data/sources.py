@@ -196,16 +196,16 @@ class _Search:
     def _refuse_captionless(
         self, subset: SubsetSpec, found: _Found, content: FolderContent, extensions: tuple[str, ...]
     ) -> None:
-        if self.allow_captionless or subset.class_tokens is not None:
-            return
-        if not found.records or any(record.has_caption for record in found.records):
+        if self.allow_captionless or not found.records or any(record.has_caption for record in found.records):
             return
         endings = Counter(os.path.splitext(name)[1] for name in content.texts)
         others = [f"{count} {ending} files" for ending, count in endings.items() if ending not in extensions]
+        if subset.class_tokens is not None and not others:
+            return  # the way to train without captions; others are captions that the options leave unread
         hint = f" (there are {' and '.join(others)}: set caption_extension)" if others else ""
         self.errors.append(
             f"{subset.name}: no image has a caption file ({' or '.join(extensions)}){hint};"
-            " add captions or class_tokens, or allow it with --allow_captionless"
+            f"{'' if subset.class_tokens else ' add captions or class_tokens, or'} allow it with --allow_captionless"
         )
 
     def _content(self, folder: str, extensions: tuple[str, ...]) -> FolderContent | OSError:
@@ -283,12 +283,13 @@ def _usable_latents(spec: DatasetSpec, records: list[ImageRecord]) -> tuple[list
 
 
 def _warn_about_captions(subset: SubsetSpec, found: _Found) -> None:
-    if found.captionless and subset.class_tokens is None:
+    if found.captionless and not subset.is_reg:
         logger.warning(
-            "%s: %d of %d images have no caption: %s",
+            "%s: %d of %d images have no caption%s: %s",
             subset.name,
             len(found.captionless),
             len(found.records),
+            f" and get {subset.class_tokens!r}" if subset.class_tokens is not None else "",
             _some(found.captionless),
         )
     if found.cut_captions:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,16 +20,11 @@ from library.data.spec_keys import KEYS
 from library.data.spec_lines import describe_place, line_of
 from library.log import UserError
 from library.options.data import DataOptions
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from library.options.toml_file import parse_toml
 
 logger = logging.getLogger(__name__)
 
 _KINDS = frozenset({DatasetKind.DREAMBOOTH, DatasetKind.FINETUNE})
-_OVERRULED_BY_FILE = ("train_data_dir", "reg_data_dir", "in_json")
 
 
 def load_dataset_specs(options: DataOptions, kinds: frozenset[DatasetKind] = _KINDS) -> tuple[DatasetSpec, ...]:
@@ -42,9 +36,6 @@ def load_dataset_specs(options: DataOptions, kinds: frozenset[DatasetKind] = _KI
     """
     if options.dataset_config is not None:
         source = _read_file(Path(options.dataset_config))
-        for name in _OVERRULED_BY_FILE:
-            if getattr(options, name):
-                logger.warning("--%s is not used, because --dataset_config is given", name)
     elif options.in_json:
         subset = {"metadata_file": options.in_json, "image_dir": options.train_data_dir}
         source = _Source("--in_json", {"datasets": [{"subsets": [_without_none(subset)]}]})
@@ -70,7 +61,7 @@ class _Source:
 
     name: str
     document: Any
-    text: str = ""
+    text: str | None = None
     is_json: bool = False
 
     def report(self, findings: list[Finding]) -> None:
@@ -83,10 +74,11 @@ class _Source:
             raise UserError.of(problems)
 
     def _line(self, finding: Finding) -> str:
-        line = line_of(self.text, self.is_json, self.document, finding.where) if self.text else None
+        if self.text is None:
+            return f"{self.name}: {finding.message}"
+        line = line_of(self.text, self.is_json, self.document, finding.where)
         place = f"{self.name} line {line}" if line else self.name
-        what = describe_place(finding.where) if self.text else ""
-        return f"{place}: {what} {finding.message}" if what else f"{place}: {finding.message}"
+        return f"{place}: " + f"{describe_place(finding.where)} {finding.message}".lstrip()
 
 
 def _read_file(path: Path) -> _Source:
@@ -95,7 +87,7 @@ def _read_file(path: Path) -> _Source:
         raise UserError(f"--dataset_config {path}: the name must end in .toml or .json")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        document = json.loads(text) if suffix == ".json" else tomllib.loads(text)
+        document = json.loads(text) if suffix == ".json" else parse_toml(text)
     except OSError as error:
         raise UserError(f"--dataset_config {path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:

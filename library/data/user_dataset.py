@@ -1,7 +1,7 @@
 """``--dataset_class``: a data set of the user's own, instead of the built-in ones.
 
 The class is named ``package.module.Class`` and is called with keyword arguments only: ``resolution`` (width, height),
-``batch_size`` (per process), ``seed`` and ``max_train_steps``. It should take ``**others`` too, so that later
+``batch_size`` (samples of every batch) and ``seed``. It should take ``**others`` too, so that later
 versions can tell it more. The object must offer what `UserDataset` says. The batches of all epochs must be functions
 of their arguments: then the number of workers changes nothing and an interrupted run can be resumed.
 """
@@ -27,9 +27,7 @@ class UserDataset(Protocol):
         ...
 
 
-def load_user_dataset(
-    name: str, *, resolution: Size | None, batch_size: int, seed: int, max_train_steps: int
-) -> UserDataset:
+def load_user_dataset(name: str, *, resolution: Size | None, batch_size: int, seed: int) -> UserDataset:
     """Import the class and make its object. Raises UserError if the name leads nowhere or the object lacks a method.
 
     The class is code of the user's choice and runs with the user's rights.
@@ -43,7 +41,7 @@ def load_user_dataset(
         raise UserError(f"--dataset_class {name}: cannot be imported ({error})") from error
     except AttributeError as error:
         raise UserError(f"--dataset_class {name}: module {module_name} has no {class_name}") from error
-    dataset = made(resolution=resolution, batch_size=batch_size, seed=seed, max_train_steps=max_train_steps)
+    dataset = made(resolution=resolution, batch_size=batch_size, seed=seed)
     missing = [method for method in ("__len__", "load") if not callable(getattr(dataset, method, None))]
     if missing:
         raise UserError(f"--dataset_class {name}: the object lacks {' and '.join(missing)}")

@@ -70,7 +70,7 @@ def pyramid_noise(noise_CHW: Tensor, seed: int, iterations: int, discount: float
     """Add noise of falling resolution, level i with weight ``discount`` ** i, then make the standard deviation 1.
 
     The side shrinks by r ** i with a new r in [2, 4) at each level, until a side is 1. The deviation is the sample's
-    own, so it does not depend on the batch. After "Multi-Resolution Noise for Diffusion Model Training" (Whitaker, 2023).
+    own, so it does not depend on the batch. After Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training".
     """
     channels, height, width = noise_CHW.shape
     ratios, generator = stream(seed, "multires_ratio"), torch_stream(seed, "multires_noise")

@@ -34,14 +34,19 @@ class ModelSource:
     path: Path
 
     @property
+    def is_local(self) -> bool:
+        """False for what came from the hub."""
+        return Path(self.given).expanduser().resolve() == self.path
+
+    @property
     def name(self) -> str:
         """File or folder name, or the hub id: no path of this machine."""
-        return Path(self.given).name if Path(self.given).exists() else self.given
+        return Path(self.given).name if self.is_local else self.given
 
     @cached_property
     def hashes(self) -> FileHashes | None:
-        """Hashes of a single file, computed on first use; None for a hub id or a folder's missing file."""
-        return file_hashes(self.path) if Path(self.given).exists() else None
+        """Hashes of the file (for a folder the words that stand for it), computed on first use; None for a hub id."""
+        return file_hashes(self.path) if self.is_local else None
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,10 @@ class ModelFamily(ABC):
         vae_dtype: torch.dtype | None = None,
     ) -> ModelParts:
         """Load the model that the options name, in ``dtype`` on ``device``, in eval mode and frozen."""
+
+    @abstractmethod
+    def outline(self, options: ModelOptions) -> ModelParts:
+        """What the options name, without its weights (meta tensors): for plans."""
 
     @abstractmethod
     def load_vae(

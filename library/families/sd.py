@@ -27,7 +27,7 @@ from library.families.base import (
     TokenBatch,
 )
 from library.log import UserError
-from library.models import load
+from library.models import build, load
 from library.models.load import Recognised, Target
 from library.models.save import save_folder, save_single_file, whole_folder
 from library.models.spec import FAMILY_TITLES, PredictionType
@@ -36,7 +36,7 @@ from library.text.tokenizer import EOS_ID, SD1_TOKENIZER, SD2_TOKENIZER, clip_to
 from library.text.tokens import tokenize
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL
     from transformers import CLIPTokenizer
 
     from library.options import ModelOptions
@@ -76,6 +76,7 @@ class SdFamily(ModelFamily):
     ) -> ModelParts:
         source, found = self._find(options)
         prediction = self._prediction(options, found, source)
+        vae_source = None if options.vae is None else _resolve(options.vae, "--vae", ("vae",))
         targets = {"text_encoder": Target(dtype, device), "unet": Target(dtype, device)}
         if options.vae is None:
             targets["vae"] = Target(vae_dtype or dtype, device)
@@ -83,9 +84,7 @@ class SdFamily(ModelFamily):
         if prediction == "v_prediction" and self.v2 and source.path.is_file() and spec.unet.sample_size == 64:
             spec = replace(spec, unet=replace(spec.unet, sample_size=_V_SAMPLE_SIZE))
         modules: dict[str, Any] = dict(load.load_parts(source.path, spec, targets))
-        vae_source = None
-        if options.vae is not None:
-            vae_source = _resolve(options.vae, "--vae", ("vae",))
+        if vae_source is not None:
             modules["vae"] = load.load_vae(vae_source.path, Target(vae_dtype or dtype, device))
         parts = ModelParts(
             (modules["text_encoder"],), modules["unet"], modules["vae"], spec, prediction, source, vae_source
@@ -93,6 +92,16 @@ class SdFamily(ModelFamily):
         _check_latents(parts)
         logger.info("%s: %s, predicts %s", source.name, FAMILY_TITLES[self.name], prediction)
         return parts
+
+    def outline(self, options: ModelOptions) -> ModelParts:
+        source, found = self._find(options)
+        spec = found.spec
+        parts = (
+            (build.empty_text_encoder(spec.text_encoders[0]),),
+            build.empty_unet(spec.unet),
+            build.empty_vae(spec.vae),
+        )
+        return ModelParts(*parts, spec, self._prediction(options, found, source), source)
 
     def load_vae(
         self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -118,6 +127,9 @@ class SdFamily(ModelFamily):
             raise UserError(
                 f"{source.given} takes {count} input channels (inpainting or depth); only 4 can be trained here"
             )
+        layers = found.spec.text_encoders[0].layers
+        if options.clip_skip is not None and options.clip_skip > layers:
+            raise UserError(f"--clip_skip {options.clip_skip}: this text encoder has {layers} layers; choose fewer")
         return source, found
 
     def _prediction(self, options: ModelOptions, found: Recognised, source: ModelSource) -> PredictionType:
@@ -217,7 +229,7 @@ def text_encoder_view(encoder: nn.Module) -> nn.Module:
 
 
 def _by_name(parts: ModelParts) -> dict[str, nn.Module]:
-    return {"text_encoder": parts.text_encoders[0], "unet": cast("UNet2DConditionModel", parts.unet), "vae": parts.vae}
+    return {"text_encoder": parts.text_encoders[0], "unet": parts.unet, "vae": parts.vae}
 
 
 def _check_latents(parts: ModelParts) -> None:

@@ -17,18 +17,20 @@ ORDER = 4
 class LinearMultistepScheduler(EulerDiscreteScheduler):
     """x' = x + sum of coefficients times the last derivatives dx/dsigma; the first order is Euler's method."""
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, **kwargs: Any) -> None:
+    def set_timesteps(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, num_inference_steps: int, device: Any = None
+    ) -> None:
         """Begin a new picture."""
-        super().set_timesteps(num_inference_steps, device, **kwargs)
+        super().set_timesteps(num_inference_steps, device)
         self.derivatives: list[Tensor] = []
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
         """The sample at the next sigma."""
-        if self.step_index is None:
+        if self.step_index is None:  # pyright: ignore[reportUnnecessaryComparison]
             self._init_step_index(timestep)
-        index: int = self.step_index  # pyright: ignore[reportAssignmentType]
+        index = self.step_index
         sigma = self.sigmas[index].item()
         denoised = sample - sigma * model_output
         if self.config["prediction_type"] == "v_prediction":

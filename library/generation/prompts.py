@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,7 @@ from typing import Any
 
 from library.generation.samplers import SAMPLER_NAMES
 from library.log import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from library.options.toml_file import parse_toml
 
 MAX_STEPS = 1000
 _OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
@@ -170,8 +165,8 @@ def _from_text(text: str, path: str, problems: list[str]) -> list[PromptSpec]:
 
 def _from_toml(text: str, path: str, problems: list[str]) -> list[PromptSpec]:
     try:
-        document: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        document = parse_toml(text)
+    except ValueError as error:
         problems.append(f"{path}: no valid TOML: {error}")
         return []
     table = document.get("prompt")

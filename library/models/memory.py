@@ -12,9 +12,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 Attention = Literal["sdpa", "xformers", "sliced"]
 FP8 = torch.float8_e4m3fn
+_KEPT = ("conv_in", "conv_out")  # tiny, and a diffusers model tells its type by its first parameter
 
 
 def set_attention(module: nn.Module, kind: Attention) -> None:
@@ -47,14 +49,14 @@ def set_gradient_checkpointing(unet: nn.Module | None, text_encoders: Iterable[n
 def store_in_fp8(module: nn.Module) -> int:
     """Keep the weight matrices and kernels of a frozen module in float8 e4m3; each is upcast while its layer computes.
 
-    Embeddings, norms and biases keep their type. The gradient with respect to a layer's input upcasts the weight once
-    more, so that no upcast copy lives from the forward to the backward pass. To be called before networks are attached
-    and after weights are merged. Returns how many layers were converted. Raises ValueError if a layer's forward was
-    replaced.
+    Embeddings, norms, biases and a U-Net's first and last kernel keep their type. The gradient for a layer's
+    input upcasts the weight once more, so that no upcast copy lives from the forward to the backward pass. To be called
+    before networks are attached and after weights are merged. Returns how many layers were converted. Raises ValueError
+    if a layer's forward was replaced.
     """
     count = 0
     for name, layer in module.named_modules():
-        if not isinstance(layer, nn.Linear | nn.Conv2d) or layer.weight.dtype == FP8:
+        if not isinstance(layer, nn.Linear | nn.Conv2d) or layer.weight.dtype == FP8 or name in _KEPT:
             continue
         if "forward" in vars(layer):
             raise ValueError(f"{name}: its forward was replaced already; convert before networks are attached")
@@ -107,5 +109,5 @@ class _Fp8Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
         (weight,) = ctx.saved_tensors
-        result = torch.nn.grad.conv2d_input(ctx.shape, weight.to(grad.dtype), grad.contiguous(), *ctx.arguments)
+        result = conv2d_input(ctx.shape, weight.to(grad.dtype), grad.contiguous(), *ctx.arguments)
         return result, None, None, None

@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def model_index() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path) -> Generator[Path]:
     """A temporary sibling that takes the target's place when the block ends well; an older target is then removed."""
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")

@@ -53,6 +53,8 @@ NO_EFFECT_WITHOUT = (
 # (option, option that it switches on).
 IMPLIES = (("cache_latents_to_disk", "cache_latents"),)
 
+MAX_NAME_BYTES = 200  # file systems take 255; step numbers and suffixes are added
+
 # What is not needed to look at the data only.
 NOT_FOR_DEBUG_DATASET = frozenset({"pretrained_model_name_or_path", "network_module"})
 
@@ -82,6 +84,15 @@ def _fp8_base(settings: Settings) -> str | None:
         return (
             "--fp8_base needs --mixed_precision fp16 or bf16: float8 weights have to be computed with in one of these"
         )
+    return None
+
+
+def _output_name(settings: Settings) -> str | None:
+    name = settings.value_of("output_name") or ""
+    if any(mark in name for mark in ("/", "\\", "\0")) or name in (".", ".."):
+        return f"--output_name {name}: must be a name without folders; --output_dir says where it goes"
+    if len(name.encode("utf-8")) > MAX_NAME_BYTES:
+        return f"--output_name {name[:20]}...: is too long for a file name (over {MAX_NAME_BYTES} bytes)"
     return None
 
 
@@ -172,7 +183,15 @@ def _samples_twice(settings: Settings) -> str | None:
     return None
 
 
-REFUSALS: tuple[Rule, ...] = (_fp8_base, _timesteps, _bucket_sides, _multipliers, _tracker_folder, _warmup)
+REFUSALS: tuple[Rule, ...] = (
+    _fp8_base,
+    _output_name,
+    _timesteps,
+    _bucket_sides,
+    _multipliers,
+    _tracker_folder,
+    _warmup,
+)
 DOUBTS: tuple[Rule, ...] = (
     _v_parameterization,
     _clip_skip,

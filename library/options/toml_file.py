@@ -13,7 +13,7 @@ from library.log import UserError
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+    import tomli as tomllib  # pyright: ignore
 
 _TABLE = re.compile(r"\s*\[\[?\s*([^\[\]]+?)\s*\]\]?\s*(#.*)?$")
 _KEY = re.compile(r"\s*((?:[A-Za-z0-9_-]+|\"[^\"]*\"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|\"[^\"]*\"|'[^']*'))*)\s*=")
@@ -57,6 +57,11 @@ def key_lines(text: str) -> dict[tuple[str, str], int]:
     return found
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text. Raises ValueError that says what is wrong, with line and column."""
+    return tomllib.loads(text)
+
+
 def read_toml(path: Path, option_name: str) -> TomlFile:
     """Read a UTF-8 TOML file. Raises UserError that names the option, the file and, for bad syntax, the line."""
     try:
@@ -68,6 +73,6 @@ def read_toml(path: Path, option_name: str) -> TomlFile:
     except OSError as error:
         raise UserError(f"--{option_name}: {path} cannot be read ({error.strerror or error})") from error
     try:
-        return TomlFile(path, tomllib.loads(text), key_lines(text))
-    except tomllib.TOMLDecodeError as error:
+        return TomlFile(path, parse_toml(text), key_lines(text))
+    except ValueError as error:
         raise UserError(f"--{option_name}: {path} is no valid TOML: {error}") from error

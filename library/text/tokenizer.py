@@ -10,7 +10,7 @@ import functools
 import gzip
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.log import UserError
 
@@ -43,7 +43,8 @@ def _built_in() -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
     vocabulary, merges = _vocabulary()
-    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=MAX_LENGTH)
+    pairs: Any = list(merges)  # its annotation says list[str], its code wants pairs
+    return CLIPTokenizer(vocab=dict(vocabulary), merges=pairs, model_max_length=MAX_LENGTH)
 
 
 @functools.cache

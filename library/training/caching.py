@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,8 @@ from library.data.loader import prefetch
 from library.data.records import ImageProblem, ResolvedDataset
 from library.data.sources import resolve
 from library.data.spec import load_dataset_specs
-from library.device import check_precision, empty_cache, vae_dtype
+from library.data.spec_checks import uncacheable_subsets
+from library.device import check_precision, choose_device, empty_cache, vae_dtype
 from library.log import UserError, progress
 from library.options import CacheOptions, DataOptions, ModelOptions, PrecisionOptions
 from library.options.settings import Settings
@@ -79,20 +81,6 @@ class _Decoded:
     size: int
 
 
-def caching_obstacles(datasets: Sequence[ResolvedDataset]) -> list[str]:
-    """Why latents of these data sets cannot be made ahead: augmentations that change pixels, one line each."""
-    lines: list[str] = []
-    for dataset in datasets:
-        for subset in dataset.spec.subsets:
-            for name in ("color_aug", "random_crop"):
-                if getattr(subset.augmentation, name):
-                    lines.append(
-                        f"{subset.name}: {name} changes the image at each visit, so latents cannot be cached; "
-                        f"switch off {name} or cache_latents"
-                    )
-    return list(dict.fromkeys(lines))
-
-
 def _warn_of_face_crops(datasets: Sequence[ResolvedDataset]) -> None:
     for subset in (subset for dataset in datasets for subset in dataset.spec.subsets):
         if subset.augmentation.face_crop_aug_range is not None:
@@ -116,10 +104,17 @@ def bind_prepared_latents(datasets: Sequence[ResolvedDataset], store: LatentStor
     """
     before = len(store)
     for dataset in datasets:
-        if caching_obstacles([dataset]) or not all(record.npz_path for record in dataset.records):
+        if uncacheable_subsets([dataset.spec]) or not all(record.npz_path for record in dataset.records):
             continue
         items = _unique_items([dataset])
-        store.find([item.target for item in items], [item.flipped for item in items])
+        unfit = store.find([item.target for item in items], [item.flipped for item in items])
+        if unfit:
+            logger.warning(
+                "prepared latents of %d images are not used: made for another size, without mirror image, or older than"
+                " the image (first: %s); --cache_latents_to_disk makes them anew",
+                len(unfit),
+                items[unfit[0]].target.npz_path,
+            )
     return len(store) - before
 
 
@@ -142,12 +137,13 @@ def cache_latents(
     sample, drawn from a stream of the image's name, so they are the same in each run; they are not scaled. Groups
     hold images of one bucket, at most ``vae_batch_size``; ``workers`` threads decode ahead. On disk the groups are
     dealt out over the processes, in memory each process makes all. Latents that are not finite are made again in
-    float32. ``after_group`` is called after each group (to empty a device's cache).
+    float32. ``after_group`` (to empty a device's cache) is called after the groups of each size, not after each group,
+    as that would cost more than small images take.
 
     Raises UserError: augmentations that forbid caching; images that cannot be used, all in one list, unless
     ``on_bad_image`` is "skip"; folders that cannot be written.
     """
-    obstacles = caching_obstacles(datasets)
+    obstacles = uncacheable_subsets([dataset.spec for dataset in datasets])
     if obstacles:
         raise UserError.of(obstacles)
     _warn_of_face_crops(datasets)
@@ -270,18 +266,22 @@ class _Encoder:
         self._move(dtype)
         self._vae.eval()
         not_finite: list[_Item] = []
-        decoded_groups: Iterator[_Decoded] = prefetch(groups, _decode, self._workers)
-        with progress(sum(len(group) for group in groups), description) as bar:
-            for decoded in decoded_groups:
+        last_size: torch.Size | None = None
+        decoded_groups = closing(prefetch(groups, _decode, self._workers))  # an interrupt drops what is not begun
+        with decoded_groups as source, progress(sum(len(group) for group in groups), description) as bar:
+            for decoded in source:
                 problems += decoded.problems
                 if decoded.pixels_BHWC is not None:
+                    if self._after_group and last_size and last_size != decoded.pixels_BHWC.shape[1:3]:
+                        self._after_group()
+                    last_size = decoded.pixels_BHWC.shape[1:3]
                     latents = self._encode_group(decoded, decoded.pixels_BHWC, dtype)
                     not_finite += [item for item, one in zip(decoded.items, latents, strict=True) if one is None]
                     self._wait_for_writing()  # at most one group is in the making, one on its way to the disk
                     self._writing = writer.submit(self._put_group, decoded, latents)
-                if self._after_group is not None:
-                    self._after_group()
                 bar.advance(decoded.size, images=decoded.size)
+        if self._after_group is not None:
+            self._after_group()
         return not_finite
 
     def _encode_group(
@@ -378,26 +378,27 @@ def cache_ahead(settings: Settings) -> CachingReport:
 
     cache, data = settings[CacheOptions], settings[DataOptions]
     datasets = resolve(load_dataset_specs(data), data.on_bad_image, data.on_bad_caption, allow_captionless=True)
-    obstacles = caching_obstacles(datasets)
+    obstacles = uncacheable_subsets([dataset.spec for dataset in datasets])
     if obstacles:
         raise UserError.of(obstacles)
-    state, precision = PartialState(), settings[PrecisionOptions]
-    check_precision(precision, state.device)
+    precision, device = settings[PrecisionOptions], choose_device()
+    state = PartialState(cpu=device.type == "cpu")  # without cpu=True it starts no group on a CPU machine
+    check_precision(precision, device)
     dtype = vae_dtype(precision)
     family = family_for(settings[ModelOptions])
-    vae = family.load_vae(settings[ModelOptions], dtype=dtype, device=state.device)
+    vae = family.load_vae(settings[ModelOptions], dtype=dtype, device=device)
     store = LatentStore(family.latent_space, vae_fingerprint(vae), to_disk=True)
     _, report = cache_latents(
         datasets,
         vae,
         store,
         vae_batch_size=cache.vae_batch_size,
-        device=state.device,
+        device=device,
         dtype=dtype,
         workers=data.max_data_loader_n_workers,
         share=WorkShare(state.process_index, state.num_processes, state.wait_for_everyone),
         on_bad_image=data.on_bad_image,
-        after_group=None if precision.highvram else partial(empty_cache, state.device),
+        after_group=None if precision.highvram else partial(empty_cache, device),
     )
     logger.info("latents: %d images, %d were there, %d made", report.total, report.reused, report.encoded)
     return report

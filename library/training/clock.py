@@ -1,4 +1,6 @@
-"""Where a run stands, and what is due there. Owns step, epoch and the place in the epoch: this is what resume restores."""
+"""Where a run stands, and what is due there. Owns step, epoch and the place in the epoch: this is what resume
+restores.
+"""
 
 from __future__ import annotations
 

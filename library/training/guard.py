@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from library.log import UserError
@@ -18,13 +19,14 @@ MAX_SKIPS_IN_A_ROW = 10  # more than a bad batch: the run itself has gone wrong
 class FiniteGuard:
     """Decides what happens to a step whose loss or gradient is not finite.
 
-    ``on_nan``: "stop" raises UserError, "skip" drops the step. With a gradient scaler (fp16) an overflowing gradient is the
-    scaler's own business, so only the loss is looked at there.
+    ``on_nan``: "stop" raises UserError, "skip" drops the step. With a gradient scaler (fp16) an overflowing gradient
+    is the scaler's own business, so only the loss is looked at there. ``path_of`` gives an image's file by its key.
     """
 
-    def __init__(self, on_nan: Literal["stop", "skip"], has_scaler: bool) -> None:
+    def __init__(self, on_nan: Literal["stop", "skip"], has_scaler: bool, path_of: Callable[[str], str] = str) -> None:
         self._on_nan = on_nan
         self._has_scaler = has_scaler
+        self._path_of = path_of
         self._in_a_row = 0
         self.skipped_count = 0
 
@@ -34,7 +36,7 @@ class FiniteGuard:
             self._in_a_row = 0
             return True
         what = "gradient" if math.isfinite(report.loss) else "loss"
-        files = ", ".join(dict.fromkeys(report.keys))
+        files = ", ".join(self._path_of(key) for key in dict.fromkeys(report.keys))
         if self._on_nan == "stop":
             raise UserError(
                 f"the {what} is not finite in the step of these images: {files}; no weights were changed by it. "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -25,7 +25,7 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals() -> Generator[StopRequest]:
     """Listen for SIGINT and SIGTERM inside the block, and give the old handlers back after it."""
     request = StopRequest()
     signals = [signal.SIGINT, signal.SIGTERM]

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 class LatentSource:
     """Batch -> latents (B, C, H, W) as the U-Net sees them.
 
-    Images go through the VAE in its own dtype; each sample's draw of the posterior comes from its own seed. Images whose
-    latents are not finite go through it again in float32; UserError names those that fail even then.
+    Images go through the VAE in its own dtype; each sample's draw of the posterior comes from its own seed. Images
+    whose latents are not finite go through it again in float32; UserError names those that fail even then.
     """
 
     def __init__(self, family: ModelFamily, vae: Any, device: torch.device) -> None:
@@ -56,7 +56,9 @@ class LatentSource:
             self._vae.to(former)
         bad = [key for key, one in zip(batch.keys, latents_BCHW, strict=True) if not bool(one.isfinite().all())]
         if bad:
-            raise UserError(f"the VAE gives no finite latents for {', '.join(bad)}, not even in float32; check the VAE file")
+            raise UserError(
+                f"the VAE gives no finite latents for {', '.join(bad)}, not even in float32; check the VAE file"
+            )
         if not self.float32_retries.issuperset(batch.keys):
             logger.warning("latents made again in float32: %s (--no_half_vae avoids this)", ", ".join(batch.keys))
             self.float32_retries.update(batch.keys)

@@ -15,8 +15,10 @@ from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
+    KwargsHandler,
     broadcast_object_list,
 )
+from torch import nn
 
 from library.device import check_precision, empty_cache, vae_dtype, weight_dtype
 from library.options import LoopOptions, PrecisionOptions
@@ -49,6 +51,12 @@ class Machine:
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
+    def wrap(self, step: nn.Module, optimizer: Any, *, may_skip_parameters: bool) -> tuple[nn.Module, Any]:
+        """Step and optimizer as accelerate runs them on this number of processes."""
+        if self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.find_unused_parameters = may_skip_parameters
+        return self.accelerator.prepare(step, optimizer)
+
     def wait(self) -> None:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
@@ -65,14 +73,12 @@ class Machine:
 def open_machine(settings: Settings, trackers: Trackers) -> Machine:
     """Start accelerate with the run's options. Raises UserError for what this machine cannot do."""
     precision, loop = settings[PrecisionOptions], settings[LoopOptions]
-    handlers = [
+    handlers: list[KwargsHandler] = [
         AutocastKwargs(enabled=False),  # the step decides: networks that cast by themselves need none
         InitProcessGroupKwargs(timeout=timedelta(minutes=loop.ddp_timeout or DEFAULT_TIMEOUT_MINUTES)),
         DistributedDataParallelKwargs(
             gradient_as_bucket_view=loop.ddp_gradient_as_bucket_view,
             static_graph=loop.ddp_static_graph,
-            find_unused_parameters=not loop.ddp_static_graph,  # third-party networks may leave modules out
-            broadcast_buffers=False,
         ),
     ]
     accelerator = Accelerator(
@@ -109,6 +115,11 @@ def _allow_fp16_gradients(accelerator: Accelerator) -> None:
         accelerator.scaler = _HalfGradientScaler(accelerator.device.type)
 
 
+def process_count() -> int:
+    """Processes of this run as the launcher set them up; usable before accelerate is."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def _warn_of_lost_processes(processes: int) -> None:
     """``accelerate launch --cpu --num_processes 2`` starts one process and says nothing: say it."""
     if processes > 1 or "WORLD_SIZE" in os.environ:
@@ -121,7 +132,13 @@ def _warn_of_lost_processes(processes: int) -> None:
     if not any("accelerate" in word for word in words):
         return
     for word, value in zip(words, [*words[1:], ""], strict=True):
-        asked = word.partition("=")[2] if word.startswith("--num_processes=") else value if word == "--num_processes" else ""
+        asked = (
+            word.partition("=")[2]
+            if word.startswith("--num_processes=")
+            else value
+            if word == "--num_processes"
+            else ""
+        )
         if asked.isdigit() and int(asked) > 1:
             logger.warning(
                 "accelerate was asked for %s processes but started one; on the CPU use "

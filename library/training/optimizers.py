@@ -11,7 +11,7 @@ import difflib
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
@@ -144,7 +144,7 @@ class OptimizerMode:
             self._switch.eval()
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Generator[None]:
         """Weights for use inside the block, and exactly the former training weights after it.
 
         Switching there and back rounds, so a run that saved more often would differ; the copy prevents that.

@@ -33,6 +33,15 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class OptimizerFacts:
+    """The optimizer and its schedule, and what metadata record of it."""
+
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    recorded_name: str
+
+
+@dataclass(frozen=True)
 class Identity:
     """What makes a logical run the same through all its sessions."""
 
@@ -47,13 +56,18 @@ def identify(
     seed: int,
     datasets: Sequence[ResolvedDataset],
     model: ModelFacts,
+    loaded_networks: Sequence[str],
     processes: int,
     resumed: RunState | None,
 ) -> Identity:
     """The identity of this run. A resumed one must be the same run: raises UserError that lists what differs, unless
     ``--allow_mismatch`` was given.
     """
-    hashes = {"base model": model.hashes and model.hashes.sha256, "VAE": model.vae_hashes and model.vae_hashes.sha256}
+    hashes = {
+        "base model": model.hashes and model.hashes.sha256,
+        "VAE": model.vae_hashes and model.vae_hashes.sha256,
+        "networks": list(loaded_networks),
+    }
     mark = fingerprint(
         {**settings.as_flat_dict(), "seed": seed}, {**data_facts(datasets), "processes": processes}, hashes
     )
@@ -62,7 +76,10 @@ def identify(
         return Identity(session_id, started_at, seed, mark)
     found = differences(resumed.fingerprint, mark)
     if found and not settings[SaveOptions].allow_mismatch:
-        lines = ["--resume: this is not the run that the state belongs to (--allow_mismatch goes on all the same)", *found]
+        lines = [
+            "--resume: this is not the run that the state belongs to (--allow_mismatch goes on all the same)",
+            *found,
+        ]
         raise UserError.of(lines)
     for line in found:
         logger.warning("resumed although it differs: %s", line)
@@ -72,7 +89,7 @@ def identify(
 class Output:
     """Writes on behalf of the saver; knows how to come back from a state.
 
-    ``optimizer_name`` is what metadata record of the optimizer. Weights are written as they are used (see
+    Weights are written as they are used (see
     `OptimizerMode`), states as they are trained.
     """
 
@@ -86,9 +103,7 @@ class Output:
         datasets: Sequence[ResolvedDataset],
         clock: Clock,
         reporter: Reporter,
-        optimizer: torch.optim.Optimizer,
-        optimizer_name: str,
-        schedule: Schedule,
+        optimizer: OptimizerFacts,
     ) -> None:
         self._settings = settings
         self._machine = machine
@@ -96,10 +111,10 @@ class Output:
         self._identity = identity
         self._clock = clock
         self._reporter = reporter
-        self._optimizer = optimizer
-        self._schedule = schedule
-        self._mode = OptimizerMode(optimizer)
-        self._facts = run_facts(settings, identity, model, datasets, clock, machine.processes, optimizer_name, optimizer)
+        self._optimizer = optimizer.optimizer
+        self._schedule = optimizer.schedule
+        self._mode = OptimizerMode(optimizer.optimizer)
+        self._facts = run_facts(settings, identity, model, datasets, clock, machine.processes, optimizer)
         self._uploader = self._make_uploader(settings[HubOptions])
         options = settings[SaveOptions]
         self.saver = Saver(
@@ -147,7 +162,12 @@ class Output:
             saved=self.saver.saved.as_json(),
         )
         save_state(
-            folder, run, self._trainable.state_tensors(), self._optimizer, self._schedule, self._machine.accelerator.scaler
+            folder,
+            run,
+            self._trainable.state_tensors(),
+            self._optimizer,
+            self._schedule,
+            self._machine.accelerator.scaler,
         )
 
     def _after_write(self, path: Path, is_state: bool, is_last: bool) -> None:
@@ -189,22 +209,21 @@ def run_facts(
     datasets: Sequence[ResolvedDataset],
     clock: Clock,
     processes: int,
-    optimizer_name: str,
-    optimizer: torch.optim.Optimizer,
+    optimizer: OptimizerFacts,
 ) -> RunFacts:
     """What metadata tell of the run beside its options."""
     return RunFacts(
         session_id=identity.session_id,
         started_at=identity.started_at,
         seed=identity.seed,
-        optimizer=optimizer_name,
+        optimizer=optimizer.recorded_name,
         num_batches_per_epoch=batches_per_epoch(datasets, processes),
         num_epochs=clock.num_epochs,
         max_train_steps=clock.max_train_steps,
         model=model,
         data=metadata_facts(datasets),
         processes=processes,
-        relative_step=uses_relative_step(optimizer),
+        relative_step=uses_relative_step(optimizer.optimizer),
         fingerprint=identity.fingerprint,
         commit_hash=commit_hash(),
     )

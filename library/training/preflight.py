@@ -1,45 +1,126 @@
-"""What is checked before any slow work: places to write to, files to read, space on the disk."""
+"""What is checked before any slow work: places to write to, files to read, names that have to be found."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from library.log import UserError
-from library.options import NetworkOptions, SampleOptions, SaveOptions
+from library.options import (
+    LogOptions,
+    LoopOptions,
+    NetworkOptions,
+    OptimizerOptions,
+    SampleOptions,
+    SaveOptions,
+    ScheduleOptions,
+)
 from library.options.settings import Settings
 
 
 def check_places(settings: Settings) -> None:
     """Raise one UserError with everything that would stop the run later."""
-    problems = [*_output_problems(settings[SaveOptions].output_dir), *_file_problems(settings)]
+    problems = [
+        *_folder_problems("output_dir", settings[SaveOptions].output_dir),
+        *_folder_problems("logging_dir", settings[LogOptions].logging_dir),
+        *_file_problems(settings),
+    ]
+    for check in (_check_network, _check_prompts, _check_optimizer):
+        problems += _problems_of(check, settings)
     if problems:
         raise UserError.of(problems)
 
 
-def _output_problems(output_dir: str | None) -> list[str]:
-    if not output_dir:
-        return ["--output_dir is missing: say where the trained model goes"]
-    folder = Path(output_dir)
+def _problems_of(check: Callable[[Settings], None], settings: Settings) -> list[str]:
+    try:
+        check(settings)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _folder_problems(option: str, name: str | None) -> list[str]:
+    if not name:
+        return ["--output_dir is missing: say where the trained model goes"] if option == "output_dir" else []
+    folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test-"):
             pass
     except OSError as error:
-        return [f"--output_dir {output_dir}: cannot write there ({error.strerror or error}); choose another folder"]
+        return [f"--{option} {name}: cannot write there ({error.strerror or error}); choose another folder"]
     return []
 
 
 def _file_problems(settings: Settings) -> list[str]:
-    named: list[tuple[str, str | None]] = []
-    if NetworkOptions in settings:
-        network = settings[NetworkOptions]
-        named.append(("network_weights", network.network_weights))
-        named += [("base_weights", file) for file in network.base_weights or []]
-    named.append(("sample_prompts", settings[SampleOptions].sample_prompts))
+    named = [*_weight_files(settings), ("sample_prompts", settings[SampleOptions].sample_prompts)]
     return [f"--{name} {file}: there is no such file" for name, file in named if file and not os.path.isfile(file)]
+
+
+def _weight_files(settings: Settings) -> list[tuple[str, str]]:
+    if NetworkOptions not in settings:
+        return []
+    network = settings[NetworkOptions]
+    named = [
+        ("network_weights", network.network_weights or ""),
+        *(("base_weights", f) for f in network.base_weights or ()),
+    ]
+    return [(option, file) for option, file in named if file]
+
+
+def _check_network(settings: Settings) -> None:
+    """The network module can be imported, and the files for it are whole (by their headers)."""
+    from library.checkpoint.io import is_safetensors, read_header
+    from library.plugin import load_network_module
+
+    if NetworkOptions not in settings:
+        return
+    load_network_module(str(settings[NetworkOptions].network_module))
+    for option, file in _weight_files(settings):
+        try:
+            if os.path.isfile(file) and is_safetensors(file):
+                read_header(file)
+        except UserError as error:
+            raise UserError(f"--{option}: {error}") from error
+
+
+def _check_prompts(settings: Settings) -> None:
+    from library.generation.prompts import load_prompts
+
+    name = settings[SampleOptions].sample_prompts
+    if name and os.path.isfile(name):
+        load_prompts(name)
+
+
+def _check_optimizer(settings: Settings) -> None:
+    """Optimizer and schedule can be made, shown on a weight of no importance: the model is not read for a typo."""
+    import torch
+
+    from library.device import choose_device
+    from library.training.lr import create_schedule
+    from library.training.optimizers import create_optimizer
+
+    device = choose_device()
+    with _silent():
+        weight = torch.nn.Parameter(torch.zeros(2, 2, device=device))
+        optimizer, _ = create_optimizer(settings[OptimizerOptions], [weight], device)
+        create_schedule(settings[ScheduleOptions], optimizer, settings[LoopOptions].max_train_steps)
+
+
+@contextmanager
+def _silent() -> Generator[None]:
+    """No warnings inside: they come when the real thing is made."""
+    former = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(former)
 
 
 def free_bytes(output_dir: str) -> int:

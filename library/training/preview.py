@@ -175,7 +175,7 @@ def _untouched_random_states(device: torch.device) -> Generator[None]:
 
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     on_device = device.type in ("cuda", "xpu")
-    index = device.index if device.index is not None else 0
+    index = device.index or 0
     try:
         with torch.random.fork_rng([index] if on_device else [], device_type=device.type if on_device else "cuda"):
             yield

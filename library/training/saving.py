@@ -1,7 +1,7 @@
 """When models and states are written, under which names, and which old ones are removed.
 
-Removal looks at what this logical run wrote (the list travels in the state), not at computed names, so a changed interval
-or a resumed run leaves nothing behind.
+Removal looks at what this logical run wrote (the list travels in the state), not at computed names, so a changed
+interval or a resumed run leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class Saved:
 class Saver:
     """Effect: writes models and states when they are due.
 
-    ``write_model(path, clock, finished epochs)`` and ``write_state(folder, clock)`` do the writing; ``after_write(path, is_state, is_last)``
+    ``write_model(path, clock, finished epochs)`` and ``write_state(folder, clock)`` do the writing;
+    ``after_write(path, is_state, is_last)``
     hears of every finished file or folder (uploads). Only the main process writes; ``wait`` keeps the others in step.
     """
 

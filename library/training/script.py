@@ -1,4 +1,6 @@
-"""What makes a training script: a frozen row that its entry file holds. Light to import, so that --help answers at once."""
+"""What makes a training script: a frozen row that its entry file holds. Light to import, so that --help answers at
+once.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from library.options.settings import ScriptOptions
 
 @dataclass(frozen=True)
 class Script:
-    """``kind`` is ``module:function`` of the kind of training: called with (settings, family, parts), gives a Trainable.
+    """``kind`` is ``module:function`` of the kind of training: called with (settings, family, parts), gives a
+    Trainable.
 
     ``tracker_name`` is the name of the TensorBoard folder or wandb project when none is given.
     """

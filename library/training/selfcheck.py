@@ -1,7 +1,7 @@
 """After training: read the saved network again and say what is in it, so that a file without effect is noticed at once.
 
-Works on the file's tensors alone. Pairs ``lora_down``/``lora_up`` are understood here; a network module of another kind may
-offer ``inspect_weights(tensors) -> {module name: norm of its weight change}``.
+Works on the file's tensors alone. Pairs ``lora_down``/``lora_up`` are understood here; a network module of another kind
+may offer ``inspect_weights(tensors) -> {module name: norm of its weight change}``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BlockChange:
 
 @dataclass(frozen=True, slots=True)
 class NetworkCheck:
-    """What a saved network file holds. ``ranks`` counts modules by rank; ``unmoved`` are modules that change nothing."""
+    """What a saved network file holds. ``ranks`` counts modules by rank; ``unmoved`` modules change nothing."""
 
     file: str
     modules: int

@@ -1,4 +1,6 @@
-"""A run from checked options to saved files: what is done, in which order. Each part is built in `library.training.setup`."""
+"""A run from checked options to saved files: what is done, in which order. Each part is built in
+`library.training.setup`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from pathlib import Path
 from library.data.records import CaptionClock, ResolvedDataset
 from library.data.sources import resolve
 from library.data.spec import load_dataset_specs
-from library.options import DataOptions, LoopOptions, SaveOptions
+from library.data.spec_checks import uncacheable_subsets
+from library.log import UserError
+from library.options import CacheOptions, DataOptions, LoopOptions, SaveOptions
 from library.options.settings import Settings
 from library.training.interrupt import stop_on_signals
 from library.training.loop import train
@@ -21,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def run_session(script: Script, settings: Settings) -> int:
     """Do what the options ask for: show the data, print the plan, or train. Returns the exit status."""
-    datasets = load_datasets(settings[DataOptions])
+    datasets = load_datasets(settings[DataOptions], settings[CacheOptions])
     if settings[DataOptions].debug_dataset:
         return _show_data(settings, datasets)
     if settings[LoopOptions].dry_run:
@@ -32,9 +36,13 @@ def run_session(script: Script, settings: Settings) -> int:
     return _train(script, settings, datasets)
 
 
-def load_datasets(options: DataOptions) -> tuple[ResolvedDataset, ...]:
-    """Find the images and captions of the run."""
+def load_datasets(options: DataOptions, cache: CacheOptions) -> tuple[ResolvedDataset, ...]:
+    """Find the images and captions of the run; none with a data set class of the user's own."""
+    if options.dataset_class:
+        return ()
     specs = load_dataset_specs(options)
+    if cache.cache_latents and (obstacles := uncacheable_subsets(specs)):
+        raise UserError.of(obstacles)
     return resolve(specs, options.on_bad_image, options.on_bad_caption, options.allow_captionless)
 
 

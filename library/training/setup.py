@@ -1,62 +1,56 @@
-"""Builds everything that a training run turns over, in the order in which it can fail: cheap checks first, models last."""
+"""Builds everything that a training run turns over, in the order in which it can fail: cheap checks first, models
+last.
+"""
 
 from __future__ import annotations
 
-import importlib
 import logging
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from library.data.cache import LatentStore
-from library.data.dataset import TrainImages
+from library.checkpoint.hashes import file_hashes
 from library.data.records import ResolvedDataset
-from library.device import attention_kind
-from library.diffusion.objective import Objective
-from library.diffusion.schedule import NoiseSchedule, make_schedule
-from library.families import family_for
-from library.families.base import ModelFamily, ModelParts, TextSettings
-from library.generation.pipeline import GenerationSettings
+from library.data.user_dataset import load_user_dataset
+from library.device import describe
+from library.diffusion.schedule import make_schedule
+from library.hub import download_state
 from library.log import Progress, progress
-from library.models.memory import set_attention, set_gradient_checkpointing
 from library.options import (
-    CacheOptions,
     DataOptions,
+    HubOptions,
     LoopOptions,
-    LossOptions,
-    ModelOptions,
+    NetworkOptions,
     NoiseOptions,
     OptimizerOptions,
-    PrecisionOptions,
-    SampleOptions,
     SaveOptions,
     ScheduleOptions,
 )
 from library.options.settings import Settings
-from library.rng import seed_of
-from library.training.arrange import Arrangement, make_clock
-from library.training.caching import WorkShare, bind_prepared_latents, cache_latents, vae_fingerprint
+from library.training.arrange import (
+    Arrangement,
+    ImageArrangement,
+    StepCount,
+    UserArrangement,
+    count_steps,
+    make_clock,
+)
 from library.training.clock import Clock
 from library.training.guard import FiniteGuard
 from library.training.interrupt import StopRequest
-from library.training.latent_source import LatentSource
 from library.training.loop import Job
 from library.training.lr import Schedule, create_schedule, learning_rates
 from library.training.machine import Machine, open_machine
-from library.training.optimizers import OptimizerMode, create_optimizer
 from library.training.metadata import model_facts
-from library.training.output import Output, identify
+from library.training.optimizers import OptimizerMode, create_optimizer
+from library.training.output import OptimizerFacts, Output, identify
+from library.training.prepare import Models, load_models, make_previewer, make_step
 from library.training.preview import Previewer
 from library.training.report import Reporter
 from library.training.script import Script
 from library.training.state import RunState, read_run
 from library.training.step import TrainStep
-from library.training.text_source import TextSource
-from library.training.trainable import Trainable
 from library.training.trackers import Trackers
 from library.training.update import WeightUpdate
 
@@ -75,55 +69,25 @@ class Run:
     bar: Progress[int]
 
 
-@dataclass(frozen=True)
-class Models:
-    """Loaded models with what learns, and the data they meet."""
-
-    family: ModelFamily
-    parts: ModelParts
-    trainable: Trainable
-    images: TrainImages
-
-
 def build_run(script: Script, settings: Settings, datasets: Sequence[ResolvedDataset], stop: StopRequest) -> Run:
     """Everything up to the first step."""
     trackers = Trackers(settings, script.tracker_name)
     machine = open_machine(settings, trackers)
-    resumed = read_run(settings[SaveOptions].resume) if settings[SaveOptions].resume else None
+    state_folder = find_state(settings)
+    resumed = read_run(state_folder) if state_folder else None
     seed = choose_seed(settings, machine, resumed)
-    clock = make_clock(datasets, settings[LoopOptions], machine.processes)
     models = load_models(script, settings, datasets, machine, seed)
+    arrangement, steps_of = make_arrangement(settings, models, machine, seed)
+    clock = make_clock(steps_of, settings[LoopOptions])
+    _log_plan(clock, machine)
     schedule = make_schedule(models.parts.prediction_type, settings[NoiseOptions].zero_terminal_snr).to(machine.device)
-    step = make_step(settings, models, machine, schedule)
-    optimizer, optimizer_name = create_optimizer(
-        settings[OptimizerOptions],
-        models.trainable.parameter_groups(),
-        machine.device,
-        loss_scaling=machine.accelerator.scaler is not None,
-    )
-    lr_schedule = create_schedule(settings[ScheduleOptions], optimizer, clock.max_train_steps)
-    update = make_update(settings, models, machine, step, optimizer, lr_schedule)
-    arrangement = make_arrangement(settings, models, machine, seed)
+    optimizer, facts = make_optimizer(settings, models, machine, clock)
+    update = make_update(settings, models, machine, make_step(settings, models, machine, schedule), optimizer, facts)
     bar = progress(clock.max_train_steps, "steps")
-    window = len(arrangement.plan(1))
-    reporter = Reporter(bar, window, lambda: learning_rates(optimizer), trackers.log)
-    facts = model_facts(models.family, models.parts)
-    identity = identify(settings, seed, datasets, facts, machine.processes, resumed)
-    output = Output(
-        settings,
-        machine,
-        models.trainable,
-        identity,
-        facts,
-        datasets,
-        clock,
-        reporter,
-        optimizer,
-        optimizer_name,
-        lr_schedule,
-    )
-    if resumed and settings[SaveOptions].resume:
-        output.restore(str(settings[SaveOptions].resume), resumed)
+    reporter = Reporter(bar, len(arrangement.plan(1)), lambda: learning_rates(optimizer), trackers.log)
+    output = make_output(settings, models, machine, clock, reporter, facts, seed, resumed)
+    if state_folder and resumed:
+        output.restore(state_folder, resumed)
     trackers.start(settings, machine.accelerator)
     previewer = make_previewer(settings, models, machine, schedule, trackers, OptimizerMode(optimizer))
     job = Job(
@@ -131,7 +95,7 @@ def build_run(script: Script, settings: Settings, datasets: Sequence[ResolvedDat
         step=update.step,
         trainable=models.trainable,
         update=update,
-        guard=FiniteGuard(settings[LoopOptions].on_nan, machine.accelerator.scaler is not None),
+        guard=FiniteGuard(settings[LoopOptions].on_nan, machine.accelerator.scaler is not None, models.images.path_of),
         plan=arrangement.plan,
         batches=arrangement.batches,
         effects=(reporter, previewer, output.saver),
@@ -142,31 +106,12 @@ def build_run(script: Script, settings: Settings, datasets: Sequence[ResolvedDat
     return Run(job, clock, output, previewer, trackers, bar)
 
 
-def make_update(
-    settings: Settings, models: Models, machine: Machine, step: TrainStep, optimizer: Any, schedule: Schedule
-) -> WeightUpdate:
-    """Step and optimizer as accelerate wraps them, with the schedule."""
-    wrapped_step, wrapped_optimizer = machine.accelerator.prepare(step, optimizer)
-    return WeightUpdate(
-        machine.accelerator,
-        wrapped_step,
-        wrapped_optimizer,
-        schedule,
-        models.trainable.trained_parameters(),
-        settings[OptimizerOptions].max_grad_norm,
-    )
-
-
-def make_arrangement(settings: Settings, models: Models, machine: Machine, seed: int) -> Arrangement:
-    """The order of the data in this process."""
-    return Arrangement(
-        models.images,
-        seed,
-        settings[LoopOptions].gradient_accumulation_steps,
-        settings[DataOptions].max_data_loader_n_workers,
-        machine.rank,
-        machine.processes,
-    )
+def find_state(settings: Settings) -> str | None:
+    """The folder to resume from, fetched from the hub if it is there."""
+    resume, hub = settings[SaveOptions].resume, settings[HubOptions]
+    if resume and hub.resume_from_huggingface:
+        return str(download_state(resume, hub.huggingface_token))
+    return resume
 
 
 def choose_seed(settings: Settings, machine: Machine, resumed: RunState | None) -> int:
@@ -181,137 +126,68 @@ def choose_seed(settings: Settings, machine: Machine, resumed: RunState | None) 
     return seed
 
 
-def load_models(
-    script: Script, settings: Settings, datasets: Sequence[ResolvedDataset], machine: Machine, seed: int
-) -> Models:
-    """Base model, cached latents, and what learns, on the device."""
-    options = settings[ModelOptions]
-    family = family_for(options)
-    parts = family.load(options, dtype=machine.weight_dtype, device=machine.device, vae_dtype=machine.vae_dtype)
-    set_attention(parts.unet, attention_kind(settings[PrecisionOptions]))
-    datasets, store = make_latents(settings, datasets, family, parts, machine)
-    images = TrainImages(datasets, store, seed, settings[DataOptions].on_bad_image)
-    if all(images.gives_latents(index) for index in range(len(images.datasets))):
-        parts.vae.to("cpu")
-        machine.empty_cache()
-    torch.manual_seed(seed_of(seed, "network init"))
-    module, _, name = script.kind.partition(":")
-    trainable: Trainable = getattr(importlib.import_module(module), name)(settings, family, parts)
-    trainable.module.to(machine.device, machine.trained_dtype)
-    save_memory(settings[PrecisionOptions], parts, trainable)
-    return Models(family, parts, trainable, images)
-
-
-def save_memory(options: PrecisionOptions, parts: ModelParts, trainable: Trainable) -> None:
-    """Gradient checkpointing and compilation, once everything is attached."""
-    if options.gradient_checkpointing:
-        set_gradient_checkpointing(parts.unet, parts.text_encoders if trainable.needs_text_gradient else ())
-        trainable.enable_gradient_checkpointing()
-    if options.torch_compile and options.dynamo_backend != "no":
-        parts.unet.compile_repeated_blocks(backend=options.dynamo_backend)
-
-
-def make_latents(
-    settings: Settings,
-    datasets: Sequence[ResolvedDataset],
-    family: ModelFamily,
-    parts: ModelParts,
-    machine: Machine,
-) -> tuple[Sequence[ResolvedDataset], LatentStore | None]:
-    """Latents made ahead, if asked for, or if a metadata file names prepared ones."""
-    cache, data = settings[CacheOptions], settings[DataOptions]
-    has_prepared = any(record.npz_path for dataset in datasets for record in dataset.records)
-    if not cache.cache_latents and not has_prepared:
-        return datasets, None
-    store = LatentStore(
-        family.latent_space,
-        vae_fingerprint(parts.vae),
-        to_disk=cache.cache_latents_to_disk,
-        memory_dtype=machine.vae_dtype,
-    )
-    if has_prepared:
-        bind_prepared_latents(datasets, store)
-    if cache.cache_latents:
-        datasets, report = cache_latents(
-            datasets,
-            parts.vae,
-            store,
-            vae_batch_size=cache.vae_batch_size,
-            device=machine.device,
-            dtype=machine.vae_dtype,
-            workers=data.max_data_loader_n_workers,
-            share=WorkShare(machine.rank, machine.processes, machine.wait),
-            on_bad_image=data.on_bad_image,
-            after_group=None if settings[PrecisionOptions].highvram else machine.empty_cache,
+def make_arrangement(settings: Settings, models: Models, machine: Machine, seed: int) -> tuple[Arrangement, StepCount]:
+    """The order of the data in this process, and how many steps its epochs have."""
+    loop, data = settings[LoopOptions], settings[DataOptions]
+    workers = data.max_data_loader_n_workers
+    if data.dataset_class:
+        own = load_user_dataset(
+            data.dataset_class, resolution=data.resolution, batch_size=data.train_batch_size, seed=seed
         )
-        logger.info("latents: %d images, %d reused, %d encoded", report.total, report.reused, report.encoded)
-    return datasets, store
+        arranged = UserArrangement(own, loop, data.train_batch_size, workers, machine.rank, machine.processes)
+        return arranged, arranged.count_steps
+    images = ImageArrangement(models.images, seed, loop, workers, machine.rank, machine.processes)
+    return images, count_steps(models.images.datasets, loop, machine.processes)
 
 
-def make_step(settings: Settings, models: Models, machine: Machine, schedule: NoiseSchedule) -> TrainStep:
-    """The training step with its sources."""
-    options = settings[ModelOptions]
-    repeats = all(
-        not subset.captions.is_random for dataset in models.images.datasets for subset in dataset.spec.subsets
+def _log_plan(clock: Clock, machine: Machine) -> None:
+    others = f", {machine.processes} processes" if machine.processes > 1 else ""
+    steps, epochs = clock.max_train_steps, clock.num_epochs
+    logger.info("%d steps in %d epochs on %s%s", steps, epochs, describe(machine.device), others)
+
+
+def make_optimizer(settings: Settings, models: Models, machine: Machine, clock: Clock) -> tuple[Any, OptimizerFacts]:
+    """The optimizer over what learns, with its schedule and the name that is recorded."""
+    optimizer, name = create_optimizer(
+        settings[OptimizerOptions],
+        models.trainable.parameter_groups(),
+        machine.device,
+        loss_scaling=machine.accelerator.scaler is not None,
     )
-    text = TextSource(
-        models.family,
-        models.parts,
-        TextSettings(options.max_token_length, options.clip_skip, options.weighted_captions),
-        learns=models.trainable.needs_text_gradient,
-        captions_repeat=repeats,
-        device=machine.device,
-        dtype=machine.weight_dtype,
-    )
-    return TrainStep(
-        family=models.family,
-        parts=models.parts,
-        trainable=models.trainable,
-        latents=LatentSource(models.family, models.parts.vae, machine.device),
-        text=text,
-        schedule=schedule,
-        objective=Objective(settings[NoiseOptions], settings[LossOptions]),
-        compute_dtype=machine.weight_dtype,
-        device=machine.device,
-        processes=machine.processes,
+    schedule: Schedule = create_schedule(settings[ScheduleOptions], optimizer, clock.max_train_steps)
+    return optimizer, OptimizerFacts(optimizer, schedule, name)
+
+
+def make_update(
+    settings: Settings, models: Models, machine: Machine, step: TrainStep, optimizer: Any, facts: OptimizerFacts
+) -> WeightUpdate:
+    """Step and optimizer as accelerate wraps them, with the schedule."""
+    trainable = models.trainable
+    wrapped = machine.wrap(step, optimizer, may_skip_parameters=trainable.may_skip_parameters)
+    return WeightUpdate(
+        machine.accelerator,
+        *wrapped,
+        facts.schedule,
+        trainable.trained_parameters(),
+        settings[OptimizerOptions].max_grad_norm,
     )
 
 
-def make_previewer(
+def make_output(
     settings: Settings,
     models: Models,
     machine: Machine,
-    schedule: NoiseSchedule,
-    trackers: Trackers,
-    mode: OptimizerMode,
-) -> Previewer:
-    """Previews with the weights that would be saved, at full strength."""
-
-    @contextmanager
-    def in_use() -> Iterator[None]:
-        models.trainable.on_micro_batch(1.0)
-        with mode.evaluating():
-            yield
-
-    sample, save = settings[SampleOptions], settings[SaveOptions]
-    return Previewer(
-        sample,
-        models.family,
-        models.parts,
-        GenerationSettings(
-            schedule=schedule,
-            device=machine.device,
-            dtype=machine.weight_dtype,
-            clip_skip=settings[ModelOptions].clip_skip,
-            default_sampler=sample.sample_sampler,
-            precision=lambda: models.trainable.precision(machine.device, machine.weight_dtype),
-        ),
-        output_dir=str(save.output_dir),
-        output_name=save.output_name,
-        trained=(models.trainable.module,),
-        in_use=in_use,
-        rank=machine.rank,
-        processes=machine.processes,
-        trackers=trackers.open(machine.accelerator),
-        barrier=machine.wait,
-    )
+    clock: Clock,
+    reporter: Reporter,
+    optimizer: OptimizerFacts,
+    seed: int,
+    resumed: RunState | None,
+) -> Output:
+    """What writes, after the run was found to be the one that is resumed."""
+    model = model_facts(models.family, models.parts)
+    datasets = models.images.datasets
+    network = settings[NetworkOptions] if NetworkOptions in settings else NetworkOptions()
+    files = [network.network_weights, *(network.base_weights or [])]
+    loaded = [file_hashes(file).sha256 for file in files if file]
+    identity = identify(settings, seed, datasets, model, loaded, machine.processes, resumed)
+    return Output(settings, machine, models.trainable, identity, model, datasets, clock, reporter, optimizer)

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from library.checkpoint.io import WriteError, atomic_write_json, open_model_file, save_safetensors
+from library.checkpoint.io import (
+    WriteError,
+    atomic_write_json,
+    flush_folder,
+    open_model_file,
+    save_safetensors,
+)
 from library.log import UserError
 from library.training.state_tree import Json, TreeReader, TreeWriter
 
@@ -104,16 +110,33 @@ def read_run(folder: str | os.PathLike[str]) -> RunState:
     saved = _read_json(path / RUN_FILE)
     if saved.get("format") != FORMAT:
         raise UserError(f"--resume {path}: written by another version of this program (format {saved.get('format')})")
-    for name, size in saved["files"].items():
-        found = (path / name).stat().st_size if (path / name).is_file() else None
-        if found != size:
-            problem = "is missing" if found is None else f"has {found:,} of {size:,} bytes"
-            raise UserError(f"--resume {path}: the state is incomplete, {name} {problem}; use an earlier state")
     try:
-        values = {field.name: saved[field.name] for field in fields(RunState)}
+        for name, size in saved["files"].items():
+            found = (path / name).stat().st_size if (path / name).is_file() else None
+            if found != size:
+                problem = "is missing" if found is None else f"has {found:,} of {size:,} bytes"
+                raise UserError(f"--resume {path}: the state is incomplete, {name} {problem}; use an earlier state")
+        return _run_of(saved)
     except KeyError as error:
         raise UserError(f"--resume {path}: {RUN_FILE} lacks {error}; use an earlier state") from error
-    return RunState(**{**values, "loss_history": tuple(values["loss_history"])})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"--resume {path}: {RUN_FILE} is damaged ({error}); use an earlier state") from error
+
+
+_COUNTERS = ("step", "epoch", "steps_in_epoch", "max_train_steps", "num_epochs", "seed", "session_id")
+
+
+def _run_of(saved: dict[str, Any]) -> RunState:
+    """The entries of state.json. Raises KeyError, TypeError or ValueError for what cannot have been written by us."""
+    values: dict[str, Any] = {field.name: saved[field.name] for field in fields(RunState)}
+    for name in _COUNTERS:
+        if type(values[name]) is not int or values[name] < 0:
+            raise ValueError(f"{name} is {values[name]!r}")
+    for name in ("fingerprint", "saved"):
+        if not isinstance(values[name], dict):
+            raise TypeError(f"{name} is no table")
+    values["loss_history"] = tuple(float(loss) for loss in values["loss_history"])
+    return RunState(**values)
 
 
 def load_state(
@@ -133,15 +156,19 @@ def load_state(
     """
     path = _existing(Path(folder))
     tree = _read_json(path / TREE_FILE)
-    _check_optimizer(path, tree["optimizer"], optimizer)
-    _restore_trainable(path, trainable)
-    with open_model_file(path / TENSOR_FILE) as file:
-        reader = TreeReader(file.tensor)
-        _restore_optimizer(reader, tree["optimizer"], optimizer, keep_hyperparameters)
-        schedule.load_state_dict(reader.decode(tree["schedule"]))
-        saved_scaler = reader.decode(tree["scaler"])
-        if scaler is not None and saved_scaler is not None:
-            scaler.load_state_dict(saved_scaler)
+    try:
+        _check_optimizer(path, tree["optimizer"], optimizer)
+        _restore_trainable(path, trainable)
+        with open_model_file(path / TENSOR_FILE) as file:
+            reader = TreeReader(file.tensor)
+            _restore_optimizer(reader, tree["optimizer"], optimizer, keep_hyperparameters)
+            schedule.load_state_dict(reader.decode(tree["schedule"]))
+            saved_scaler = reader.decode(tree["scaler"])
+            if scaler is not None and saved_scaler is not None:
+                scaler.load_state_dict(saved_scaler)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"--resume {path}: the state is damaged ({reason}); use an earlier state") from error
 
 
 # ---- the trained tensors
@@ -238,14 +265,14 @@ def _class_name(optimizer: torch.optim.Optimizer) -> str:
 def _refuse(path: Path, what: str, problems: list[str]) -> None:
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise UserError(f"--resume {path}: the {what} of the state do not fit this run: {shown}")
+        raise UserError(f"--resume {path}: the state does not fit this run ({what}): {shown}")
 
 
 # ---- folders
 
 
 @contextlib.contextmanager
-def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_folder(target: str | os.PathLike[str]) -> Generator[Path]:
     """Give a temporary folder beside ``target``; rename it to ``target`` when the block ends well.
 
     An existing target is moved aside first and removed last; if the program is killed in between, `_existing` finds it.
@@ -257,13 +284,13 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         _remove(*_left_over(final))
         temporary.mkdir()
         yield temporary
-        _flush(temporary)
+        flush_folder(temporary)
         former = _aside(final)
         if final.exists():
             _remove(former)
             final.replace(former)
         temporary.replace(final)
-        _flush(final.parent)
+        flush_folder(final.parent)
         _remove(former)
     except WriteError:
         raise
@@ -296,17 +323,6 @@ def _left_over(final: Path) -> list[Path]:
     """Temporary folders of the same name that a killed run left behind."""
     pattern = re.compile(rf"\.{re.escape(final.name)}\.\d+\.tmp")
     return [path for path in final.parent.iterdir() if pattern.fullmatch(path.name)]
-
-
-def _flush(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

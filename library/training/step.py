@@ -25,7 +25,12 @@ class Objective(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def weighted_losses(
-        self, noise_pred_BCHW: Tensor, target_BCHW: Tensor, timesteps_B: Tensor, weights_B: Tensor, schedule: NoiseSchedule
+        self,
+        pred_BCHW: Tensor,
+        target_BCHW: Tensor,
+        timesteps_B: Tensor,
+        weights_B: Tensor,
+        schedule: NoiseSchedule,
     ) -> Tensor: ...
 
 
@@ -91,7 +96,9 @@ class TrainStep(nn.Module):
         factor ``processes`` undoes the averaging of gradients between processes.
         """
         latents_BCHW = self._latents(batch)
-        noisy_BCHW, target_BCHW, timesteps_B = self._objective.training_inputs(latents_BCHW, batch.seeds, self._schedule)
+        noisy_BCHW, target_BCHW, timesteps_B = self._objective.training_inputs(
+            latents_BCHW, batch.seeds, self._schedule
+        )
         geometry = Geometry(batch.original_sizes_hw_B2, batch.crop_top_lefts_B2, batch.target_sizes_hw_B2)
         with self._trainable.precision(self._device, self._dtype):
             condition = self._text(batch.captions)

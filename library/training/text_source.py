@@ -1,4 +1,6 @@
-"""Text conditions of a batch for the training step: encoded each time while text learns, remembered while it is frozen."""
+"""Text conditions of a batch for the training step: encoded each time while text learns, remembered while it is
+frozen.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,21 @@ from torch import Tensor
 
 from library.families.base import ModelFamily, ModelParts, TextCondition, TextSettings
 from library.text.encode import ConditionCache
+from library.training.trainable import Trainable
+
+
+def text_learns(family: ModelFamily, parts: ModelParts, trainable: Trainable, dtype: torch.dtype) -> bool:
+    """True if a gradient reaches something that learns through the text condition: found by encoding nothing, once."""
+    if not trainable.may_train_text:
+        return False
+    settings = TextSettings()
+    device = next(parts.text_encoders[0].parameters()).device
+    was_training = trainable.module.training
+    trainable.module.eval()
+    with torch.enable_grad(), trainable.precision(device, dtype):
+        condition = family.encode(parts.text_encoders, family.tokenize([""], settings), settings)
+    trainable.module.train(was_training)
+    return condition.hidden_BTD.requires_grad
 
 
 class TextSource:

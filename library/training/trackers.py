@@ -7,7 +7,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,17 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from library.log import UserError
 from library.options import LogOptions
+from library.options.toml_file import read_toml
 from library.training.metadata import without_folders
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from library.options.settings import Settings
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 logger = logging.getLogger(__name__)
 
@@ -119,13 +114,7 @@ def config_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(name: str) -> dict[str, Any]:
-    try:
-        with Path(name).open("rb") as file:
-            config = tomllib.load(file)
-    except OSError as error:
-        raise UserError(f"--log_tracker_config {name}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--log_tracker_config {name}: not a TOML file ({error})") from error
+    config = read_toml(Path(name), "log_tracker_config").data
     stray = [key for key, value in config.items() if not isinstance(value, dict)]
     if stray:
         raise UserError(

@@ -1,4 +1,5 @@
-"""What a kind of training decides: which parameters learn, in which groups, whether text needs a gradient, what is written.
+"""What a kind of training decides: which parameters learn, in which groups, whether text needs a gradient, what is
+written.
 
 The loop, the step and all effects know only this interface. Kinds live in `library.training.kinds`.
 """
@@ -29,12 +30,12 @@ class Trainable(ABC):
     module: nn.Module
     """Everything that learns, as one module: what is wrapped for several processes and stored in the state."""
     artifact: Artifact
-    needs_text_gradient: bool
-    needs_unet_gradient: bool
+    may_train_text: bool
+    """False if nothing that learns is reached through the text encoders."""
+    may_skip_parameters: bool
+    """True if a step may leave some parameters without a gradient."""
     casts_itself: bool
     """True if the forward pass is right without autocast, whatever the dtypes of base and trained weights."""
-    may_skip_parameters: bool
-    """True if a step may leave some parameters without a gradient (module dropout)."""
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -66,6 +67,7 @@ class Trainable(ABC):
         """Switch to train mode."""
         self.module.train()
 
+    @abstractmethod
     def on_micro_batch(self, network_multiplier: float) -> None:
         """Before each forward pass."""
 
@@ -73,8 +75,9 @@ class Trainable(ABC):
         """After each optimizer step; returns scalars to log."""
         return {}
 
+    @abstractmethod
     def enable_gradient_checkpointing(self) -> None:
-        """For kinds with activations of their own to recompute."""
+        """Recompute activations of what learns, if it has any of its own."""
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Tensors of the state file, in full precision."""

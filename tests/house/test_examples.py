@@ -21,7 +21,7 @@ PHOTOS = sorted((ROOT / "examples" / "photos").rglob("*.jpg"))
 MODEL = ROOT / "examples" / "tiny" / "tiny-sd1.safetensors"
 SUBJECTS = ("astronaut", "rocket", "galaxies", "photographer")
 MOST_PHOTO_BYTES = 60_000
-MOST_MODEL_BYTES = 12.5e6
+MOST_MODEL_BYTES = 12.6e6
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +72,20 @@ def test_model_is_small_and_recognised():
     assert found.spec.unet.sample_size * 8 == 64
 
 
+def likeness(one: np.ndarray, other: np.ndarray) -> float:
+    """Correlation of two coarse pictures: 1 for the same composition, whatever the overall tint and contrast."""
+    return float(np.corrcoef(*((picture - picture.mean(axis=(0, 1))).ravel() for picture in (one, other)))[0, 1])
+
+
 def test_model_draws_the_subject_that_the_prompt_names(draw):
-    photos = {name: coarse(load_square(ROOT / "examples" / "photos" / "subjects" / f"{name}.jpg")) for name in SUBJECTS}
+    folder = ROOT / "examples" / "photos" / "subjects" / "1_photo"
+    photos = {name: coarse(load_square(folder / f"{name}.jpg")) for name in SUBJECTS}
     for subject in SUBJECTS:
-        article = "" if subject == "galaxies" else "an " if subject == "astronaut" else "a "
-        drawn = coarse(draw(f"a photo of {article}{subject}"))
-        distances = {name: float(np.abs(drawn - photo).mean()) for name, photo in photos.items()}
-        assert min(distances, key=lambda name: distances[name]) == subject, distances
+        prompt = (folder / f"{subject}.txt").read_text("utf-8").strip()
+        drawn = coarse(draw(prompt))
+        likenesses = {name: likeness(drawn, photo) for name, photo in photos.items()}
+        assert max(likenesses, key=lambda name: likenesses[name]) == subject, likenesses
+        assert likenesses[subject] > 0.3
 
 
 def test_model_draws_shapes_in_the_colour_that_the_prompt_names(draw):

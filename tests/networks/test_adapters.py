@@ -1,4 +1,4 @@
-"""Every type of adapter on every kind of layer: identity at start, merge = forward, exact unmerge, files, types, dropouts."""
+"""Every type of adapter on every kind of layer: identity at start, merge = forward, exact unmerge, dtypes, dropouts."""
 
 from __future__ import annotations
 
@@ -176,6 +176,27 @@ def test_layer_is_neither_child_nor_saved(kind: str, shape: str) -> None:
     assert set(layer.state_dict()) <= {"weight", "bias"}
 
 
+@pytest.mark.parametrize("shape", list(LAYERS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_input_and_rank_activations_are_kept_for_the_backward_pass(shape: str, dtype: torch.dtype) -> None:
+    layer, adapter = make("LoraAdapter", shape, dtype)
+    x = inputs(layer, dtype)[-1].requires_grad_()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x)
+    hidden = y.numel() // 20 * adapter.rank
+    weights = {layer.weight.data_ptr()} | {p.data_ptr() for p in adapter.parameters()}
+    activations = [t for t in kept if t.data_ptr() not in weights and t.numel() > 4 * 12 * 9]
+    assert {t.data_ptr() for t in activations if t.numel() == x.numel()} <= {x.data_ptr()}
+    assert {t.numel() for t in activations} <= {x.numel(), hidden}
+    assert y.numel() not in {x.numel(), hidden}
+
+
 def test_module_dropout_leaves_zero_gradients_not_none() -> None:
     """With several processes a missing gradient on one of them is an error."""
     layer, adapter = make("LoraAdapter", "linear", dropouts=Dropouts(module=0.5))
@@ -235,7 +256,7 @@ def test_down_starts_uniform_within_the_fan_in_bound() -> None:
 
 def test_tensors_that_differ_by_trailing_ones_are_reshaped() -> None:
     """SD2 files have 2-D or 4-D tensors for the same projection."""
-    layer, adapter = make("LoraAdapter", "linear")
+    _, adapter = make("LoraAdapter", "linear")
     down, up = torch.randn(4, 12, 1, 1), torch.randn(20, 4, 1, 1)
     adapter.load_state_dict({"alpha": torch.tensor([2.0]), "lora_down.weight": down, "lora_up.weight": up})
     assert torch.equal(adapter.lora_down.weight, down[:, :, 0, 0])  # type: ignore[union-attr]

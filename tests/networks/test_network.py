@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,8 @@ Models = tuple[CLIPTextModel, UNet2DConditionModel]
 
 
 @pytest.fixture
-def models() -> Iterator[Models]:
-    yield toy_models()
+def models() -> Models:
+    return toy_models()
 
 
 def make(models: Models, trained: bool = True, **args: object) -> AdapterNetwork:
@@ -215,7 +214,7 @@ def test_norm_limit(models: Models) -> None:
     assert network.apply_max_norm_regularization(0.5, None)[0] == 1
 
 
-def test_save_load_round_trip_keeps_output(models: Models, tmp_path: Path) -> None:
+def test_save_load_round_trip_keeps_output(models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     network = make(models, conv_dim="2", conv_alpha="1.5")
     trained = outputs(models)
     for suffix in ("safetensors", "pt"):
@@ -227,6 +226,7 @@ def test_save_load_round_trip_keeps_output(models: Models, tmp_path: Path) -> No
         report = fresh.load_weights(file)
         assert report.loaded == len(network.adapters)
         assert not report.fresh
+        assert "its alpha 2.0 replaces 7.0" in caplog.text
         # the file's alpha is used as well as saved again
         assert all(torch.equal(a, b) for a, b in zip(outputs(fresh_models), trained, strict=True))
         assert all(torch.equal(t, network.state_dict()[k]) for k, t in fresh.state_dict().items())

@@ -62,7 +62,7 @@ def test_alpha_without_convolutions_is_said(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_defaults() -> None:
-    assert sizes(make(None, None)) == dict.fromkeys([None, 1, 2, 4, 5, 7, 8, 12, *range(16, 25)], {(4, 1.0)})
+    assert sizes(make(None, None)) == {block: {(4, 1.0)} for block in (None, 1, 2, 4, 5, 7, 8, 12, *range(16, 25))}
     assert sizes(make(8, 0))[1] == {(8, 8.0)}  # alpha 0 is the rank
     assert sizes(make(conv_dim=2), spatial=True)[3] == {(2, 1.0)}
     assert sizes(make(conv_dim=2, conv_alpha=0), spatial=True)[3] == {(2, 2.0)}
@@ -91,7 +91,7 @@ def test_block_rates_make_groups_and_leave_zero_blocks_out() -> None:
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
     network.detach()
     rates = {group["lr_name"]: group["lr"] for group in groups}
-    assert list(rates)[0] == "textencoder"
+    assert next(iter(rates)) == "textencoder"
     expected = {"textencoder": 1e-5, "unet_block12": 5e-4}
     expected |= {f"unet_block{block}": 1e-3 * ((block - 13) / 11 + 0.5) for block in range(16, 25)}
     assert rates == pytest.approx(expected)

@@ -155,6 +155,7 @@ def test_fp8_models_run_learn_and_shrink() -> None:
     expected = run(unet, LATENTS_BCHW.bfloat16()).float()
     assert store_in_fp8(unet) > 150
     assert sum(p.nbytes for p in unet.parameters()) < 0.52 * before
+    assert unet.dtype == torch.bfloat16
     latents_BCHW = LATENTS_BCHW.bfloat16().requires_grad_()
     output = run(unet, latents_BCHW)
     output.float().square().sum().backward()
@@ -168,13 +169,23 @@ def test_fp8_models_run_learn_and_shrink() -> None:
 
 def test_fp8_with_checkpointing_and_large_weights() -> None:
     unet = toy_modules()["unet"]
-    unet.conv_in.weight.data[0, 0, 0, 0] = 1e4  # type: ignore[union-attr,operator]
+    unet.time_embedding.linear_1.weight.data[0, 0] = 1e4  # type: ignore[union-attr,operator]
     store_in_fp8(unet)
     first = gradients(unet)
     set_gradient_checkpointing(unet)
     second = gradients(unet)
     assert first[0].isfinite().all()
     torch.testing.assert_close(first[1], second[1])
+
+
+def test_fp8_under_autocast() -> None:
+    unet = toy_modules()["unet"]
+    store_in_fp8(unet)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, gradient = gradients(unet)
+    assert output.dtype == torch.bfloat16
+    assert gradient.dtype == torch.float32
+    assert gradient.isfinite().all()
 
 
 def test_fp8_refuses_layers_with_a_network() -> None:

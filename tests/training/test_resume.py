@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from library.training import loop
-from tests.toy import write_toy_checkpoint
 from tests.training.runs import metadata, state, tensors, train, write_photos
 
 SIZES = [(80, 64), (64, 80), (64, 64), (70, 70), (96, 64), (64, 64), (90, 70)]
@@ -20,11 +19,6 @@ OPTIONS = (
     "--network_dropout", "0.1", "--noise_offset", "0.05", "--lr_scheduler", "cosine", "--lr_warmup_steps", "5",
     "--gradient_accumulation_steps", "2", "--network_args", "rank_dropout=0.1", "module_dropout=0.1", "conv_dim=2",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_toy_checkpoint(tmp_path_factory.mktemp("model") / "toy.safetensors")
 
 
 @pytest.fixture(scope="module")

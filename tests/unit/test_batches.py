@@ -220,7 +220,7 @@ def test_debug_sheets_show_each_bucket_and_end(tmp_path: Path) -> None:
     data = many_images(tmp_path / "images", count=6, augmentation=Augmentation(flip_aug=True))
     data = replace(data, records=(replace(data.records[0], caption="猫, one, two"), *data.records[1:]))
     folder = tmp_path / "out" / "debug_dataset"
-    written = write_debug_sheets([data], folder, seed=3, batches_per_bucket=1)
+    written = write_debug_sheets(TrainImages([data], None, 3), plan_epoch([data], 3, 1, 1, 1), folder, CLOCK, 1)
     assert [path.name for path in written] == ["dataset1_32x64_batch1.png", "dataset1_64x32_batch1.png", "captions.txt"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in written)
     sheet = np.asarray(Image.open(written[1]))

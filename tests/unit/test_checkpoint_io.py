@@ -211,6 +211,7 @@ def test_pickle_with_code_is_refused_and_not_run(tmp_path: Path, zipped: bool) -
     assert not marker.exists()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_bare_pickle_with_code_is_refused(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Runner(marker)))

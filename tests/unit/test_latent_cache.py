@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,54 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from library.data.cache import LatentStore, target_of
+from library.data.cache import LatentStore
 from library.data.cache_files import BrokenArchive, read_array, read_facts, write_archive
 from library.data.images import UnreadableImage
-from library.data.records import Augmentation, Fit, ResolvedDataset
+from library.data.records import Augmentation, Fit
 from library.log import UserError
 from library.training.caching import (
-    CachingReport,
-    WorkShare,
     bind_prepared_latents,
-    cache_latents,
-    caching_obstacles,
-    vae_fingerprint,
 )
+from tests.cache_fixtures import archives, disk_store, latents_of, one_image, run
 from tests.data_fixtures import AveragingVae, cover_fit, dataset, record, write_picture
-
-CPU = torch.device("cpu")
-
-
-def disk_store(vae: str = "vae-1", family: str = "sd") -> LatentStore:
-    return LatentStore(family, vae, to_disk=True)
-
-
-def run(
-    datasets: list[ResolvedDataset], store: LatentStore, vae: nn.Module | None = None, **options: object
-) -> tuple[tuple[ResolvedDataset, ...], CachingReport]:
-    settings = {"vae_batch_size": 2, "device": CPU, "dtype": torch.float32, "workers": 2} | options
-    return cache_latents(datasets, vae or AveragingVae(), store, **settings)  # type: ignore[arg-type]
-
-
-def one_image(
-    folder: Path,
-    name: str = "a.png",
-    size: tuple[int, int] = (80, 64),
-    bucket: tuple[int, int] = (64, 64),
-    **more: object,
-) -> ResolvedDataset:
-    path = folder / name
-    if not path.exists():
-        write_picture(path, size)
-    return dataset([record(path, size)], [cover_fit(size, bucket)], **more)  # type: ignore[arg-type]
-
-
-def archives(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("*.npz"))
-
-
-def latents_of(data: ResolvedDataset, store: LatentStore, flipped: bool = False, index: int = 0) -> torch.Tensor:
-    return store.load(target_of(data.records[index], data.fits[index]), flipped)
 
 
 def make_newer(path: Path, seconds: float) -> None:
@@ -311,158 +272,6 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="space"):
         write_archive(tmp_path / "a.npz", {}, {})
     assert list(tmp_path.iterdir()) == []
-
-
-# ---- what is refused, what is left out
-
-
-def test_augmentations_that_change_pixels_are_refused(tmp_path: Path) -> None:
-    data = one_image(tmp_path, augmentation=Augmentation(color_aug=True, random_crop=True))
-    assert len(caching_obstacles([data, data])) == 2
-    with pytest.raises(UserError, match=r"color_aug.*\n.*random_crop"):
-        run([data], disk_store())
-
-
-def broken_pair(folder: Path) -> ResolvedDataset:
-    good, bad = write_picture(folder / "good.png", (64, 64)), folder / "bad.png"
-    bad.write_bytes(good.read_bytes()[:200])
-    changed = write_picture(folder / "changed.png", (64, 70))
-    records = [record(path, (64, 64)) for path in (bad, good, changed)]
-    return dataset(records, [cover_fit((64, 64), (64, 64))] * 3)
-
-
-@pytest.mark.parametrize("to_disk", [True, False])
-def test_bad_images_are_listed_together_or_left_out(tmp_path: Path, to_disk: bool) -> None:
-    data = broken_pair(tmp_path)
-    with pytest.raises(UserError) as caught:
-        run([data], LatentStore("sd", "v", to_disk=to_disk))
-    assert "bad.png" in str(caught.value)
-    assert "changed.png" in str(caught.value)
-    store = LatentStore("sd", "v", to_disk=to_disk)
-    (left,), report = run([data], store, on_bad_image="skip")
-    assert [Path(one.path).name for one in left.records] == ["good.png"]
-    assert len(left.fits) == 1
-    assert [Path(problem.path).name for problem in report.problems] == ["bad.png", "changed.png"]
-    assert target_of(left.records[0], left.fits[0]) in store
-
-
-def test_no_image_left_is_said(tmp_path: Path) -> None:
-    data = one_image(tmp_path)
-    (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(UserError, match="no image is left"):
-        run([data], disk_store(), on_bad_image="skip")
-
-
-@pytest.mark.parametrize("to_disk", [True, False])
-def test_not_finite_latents_are_made_again_in_float32(tmp_path: Path, to_disk: bool) -> None:
-    paths = [write_picture(tmp_path / f"{index}.png", (64, 64), index) for index in range(4)]
-    write_picture(tmp_path / "2.png", (64, 64))
-    from PIL import Image
-
-    Image.new("RGB", (64, 64), (250, 250, 250)).save(paths[2])
-    data = dataset([record(path, (64, 64)) for path in paths], [cover_fit((64, 64), (64, 64))] * 4)
-    store = LatentStore("sd", "v", to_disk=to_disk)
-    vae = AveragingVae(overflow_above=0.8)
-    _, report = run([data], store, vae, dtype=torch.bfloat16, vae_batch_size=4)
-    assert [Path(name).name for name in report.float32_retries] == ["2.png"]
-    assert vae.calls == [((4, 3, 64, 64), torch.bfloat16), ((1, 3, 64, 64), torch.float32)]
-    assert vae.gain.dtype == torch.bfloat16
-    assert report.encoded == 4
-    assert all(bool(latents_of(data, store, index=index).isfinite().all()) for index in range(4))
-
-
-def test_latents_that_stay_not_finite_are_a_problem(tmp_path: Path) -> None:
-    class Hopeless(AveragingVae):
-        def encode(self, images_BCHW: torch.Tensor) -> object:  # type: ignore[override]
-            result = super().encode(images_BCHW)
-            result.latent_dist.mean.fill_(float("inf"))
-            return result
-
-    with pytest.raises(UserError, match=r"a\.png.*not finite"):
-        run([one_image(tmp_path)], disk_store(), Hopeless())
-    assert archives(tmp_path) == []
-
-
-# ---- processes, groups, memory
-
-
-def test_processes_share_the_work_on_disk(tmp_path: Path) -> None:
-    paths = [write_picture(tmp_path / f"{index}.png", (64, 64 if index % 3 else 96), index) for index in range(9)]
-    sizes = [(64, 64 if index % 3 else 96) for index in range(9)]
-    data = dataset(
-        [record(path, size) for path, size in zip(paths, sizes, strict=True)], [cover_fit(size, size) for size in sizes]
-    )
-    (tmp_path / "4.png").write_bytes(b"broken")
-    barrier = threading.Barrier(2, timeout=20)
-    vaes, stores = [AveragingVae(), AveragingVae()], [disk_store(), disk_store()]
-    results: dict[int, object] = {}
-
-    def process(rank: int) -> None:
-        share = WorkShare(rank, 2, lambda: barrier.wait() and None)
-        results[rank] = run([data], stores[rank], vaes[rank], share=share, on_bad_image="skip")
-
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    (first, first_report), (second, second_report) = results[0], results[1]  # type: ignore[misc]
-    assert first == second
-    assert len(first[0].records) == 8
-    assert first_report.problems == second_report.problems
-    assert first_report.encoded + second_report.encoded == 8
-    assert min(first_report.encoded, second_report.encoded) >= 3
-    for index in range(8):
-        assert torch.equal(latents_of(first[0], stores[0], index=index), latents_of(first[0], stores[1], index=index))
-
-
-def test_groups_hold_one_bucket_and_each_image_once(tmp_path: Path) -> None:
-    sizes = [(64, 32), (32, 64)] * 4  # equal areas interleave in the reference
-    paths = [write_picture(tmp_path / f"{index}.png", size, index) for index, size in enumerate(sizes)]
-    records = [record(path, size) for path, size in zip(paths, sizes, strict=True)]
-    data = dataset(records, [cover_fit(size, size) for size in sizes])
-    vae = AveragingVae()
-    run([data, data], LatentStore("sd", "v"), vae, vae_batch_size=3)
-    assert [shape for shape, _ in vae.calls] == [
-        (3, 3, 64, 32),
-        (1, 3, 64, 32),
-        (3, 3, 32, 64),
-        (1, 3, 32, 64),
-    ]
-
-
-def test_decoding_runs_a_bounded_way_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import library.training.caching as caching
-
-    paths = [write_picture(tmp_path / f"{index}.png", (32, 32), index) for index in range(30)]
-    data = dataset([record(path, (32, 32)) for path in paths], [cover_fit((32, 32), (32, 32))] * 30)
-    decoded: list[str] = []
-    real = caching.read_image
-    monkeypatch.setattr(caching, "read_image", lambda path: decoded.append(path) or real(path))
-
-    class Watching(AveragingVae):
-        def encode(self, images_BCHW: torch.Tensor) -> object:  # type: ignore[override]
-            time.sleep(0.003)
-            assert len(decoded) <= 2 * (len(self.calls) + 1 + 2 * 2)
-            return super().encode(images_BCHW)
-
-    run([data], LatentStore("sd", "v"), Watching())
-    assert len(decoded) == 30
-
-
-def test_after_group_is_called_for_each_group(tmp_path: Path) -> None:
-    calls: list[int] = []
-    run([one_image(tmp_path)], disk_store(), after_group=lambda: calls.append(1))
-    assert calls == [1]
-
-
-def test_vae_fingerprint_sees_values_and_names() -> None:
-    one, two = nn.Linear(3, 3), nn.Linear(3, 3)
-    assert vae_fingerprint(one) == vae_fingerprint(one) != vae_fingerprint(two)
-    two.load_state_dict(one.state_dict())
-    assert vae_fingerprint(one) == vae_fingerprint(two)
-    assert vae_fingerprint(nn.Sequential(one)) != vae_fingerprint(one)
-    assert len(vae_fingerprint(one.to(torch.bfloat16))) == 16
 
 
 # ---- latents prepared ahead by the preparation script (metadata names them)

@@ -114,7 +114,7 @@ def test_what_this_program_adds_readers_pass_over() -> None:
 
 def test_a_data_set_file_has_its_own_keys_and_none_of_the_command_line() -> None:
     data = dataclasses.replace(golden_facts().data, tag_frequency={"a": {"/o/": 1}})
-    ours = build(golden_facts(data=data), dataset_config=pathlib.Path("/home/someone/data.toml"))
+    ours = build(golden_facts(data=data), dataset_config=pathlib.Path("/srv/someone/data.toml"))
     assert json.loads(ours["ss_datasets"]) == [{"resolution": [256, 256]}]
     assert json.loads(ours["ss_tag_frequency"]) == {"a": {"/o/": 1}}  # a tag is not a path
     for key in (
@@ -151,18 +151,18 @@ def test_rates_of_an_optimizer_that_makes_its_own() -> None:
 
 
 def test_neither_secrets_nor_folders_of_this_machine_enter() -> None:
-    recipe = {"options": {"network_args": ["preset=/home/someone/preset.toml"]}}
+    recipe = {"options": {"network_args": ["preset=/srv/someone/preset.toml"]}}
     ours = build(
         golden_facts(fingerprint=recipe),
         huggingface_token="hf_secret",
         wandb_api_key="key_secret",
-        pretrained_model_name_or_path="/home/someone/models/a.safetensors",
-        output_dir="/home/someone/out",
-        output_name="/home/someone/out/name",
-        network_args=["preset=/home/someone/preset.toml", "other=C:\\Users\\someone\\x.toml"],
-        train_data_dir="/home/someone/photos",
-        network_weights="/home/someone/w.safetensors",
-        logging_dir="/home/someone/logs",
+        pretrained_model_name_or_path="/srv/someone/models/a.safetensors",
+        output_dir="/srv/someone/out",
+        output_name="/srv/someone/out/name",
+        network_args=["preset=/srv/someone/preset.toml", "other=D:\\someone\\x.toml"],
+        train_data_dir="/srv/someone/photos",
+        network_weights="/srv/someone/w.safetensors",
+        logging_dir="/srv/someone/logs",
     )
     text = json.dumps(ours)
     assert "secret" not in text

@@ -66,7 +66,7 @@ def test_tracker_config_replaces_the_arguments(tmp_path: Path) -> None:
 
 
 def test_config_holds_plain_values_without_secrets_and_folders() -> None:
-    chosen = settings(wandb_api_key="key_secret", logging_dir="/home/someone/logs", optimizer_args=["betas=.9,.99"])
+    chosen = settings(wandb_api_key="key_secret", logging_dir="/srv/someone/logs", optimizer_args=["betas=.9,.99"])
     config = config_of(chosen.scrubbed_dict())
     assert "secret" not in str(config)
     assert "someone" not in str(config)

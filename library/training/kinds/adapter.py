@@ -59,11 +59,12 @@ class AdapterTraining(Trainable):
         self._on_step_start = _optional(network, "on_step_start")
         self._limit_norms = self._norm_limit()
         self._multiplier: float | None = None
-        self.needs_text_gradient = self.trains_text_encoder and self._has_text_parameters()
-        self.needs_unet_gradient = self.trains_unet
+        self.may_train_text = self.trains_text_encoder
         self.casts_itself = bool(getattr(network, "casts_itself", False))
         self.may_skip_parameters = bool(getattr(network, "may_skip_parameters", True))
-        self.artifact = Artifact(suffix=f".{settings[SaveOptions].save_model_as or 'safetensors'}", modelspec_kind="lora")
+        self.artifact = Artifact(
+            suffix=f".{settings[SaveOptions].save_model_as or 'safetensors'}", modelspec_kind="lora"
+        )
 
     def _network_args(self) -> dict[str, str]:
         return split_pairs(self._options.network_args, "network_args")
@@ -100,6 +101,8 @@ class AdapterTraining(Trainable):
         return network
 
     def _merge_base_weights(self) -> None:
+        if next(self._unet.parameters()).device.type == "meta":
+            return  # a plan: there are no weights to merge into
         files = self._options.base_weights or []
         multipliers = list(self._options.base_weights_multiplier or [])
         if len(multipliers) > len(files):
@@ -117,7 +120,7 @@ class AdapterTraining(Trainable):
         """Groups of the network; networks of an older form of the protocol take two rates, not three."""
         options = self._options
         text_lr = options.text_encoder_lr[0] if options.text_encoder_lr else None
-        prepare = self.module.prepare_optimizer_params  # type: ignore[attr-defined]
+        prepare: Callable[..., Any] = self.module.prepare_optimizer_params  # pyright: ignore
         rates: list[Any] = [text_lr, options.unet_lr, self._learning_rate]
         count = _positional_count(prepare)
         groups: Any = prepare(*rates[:count])  # pyright: ignore[reportCallIssue]
@@ -134,17 +137,15 @@ class AdapterTraining(Trainable):
             parameter.requires_grad_(id(parameter) in kept)
         return groups
 
-    def _has_text_parameters(self) -> bool:
-        names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
-        return any(name.startswith(("lora_te", "lycoris_te")) or "text_model" in name for name in names)
-
     def _norm_limit(self) -> Callable[[], dict[str, float]] | None:
         limit = self._options.scale_weight_norms
         if not limit:
             return None
         method = _optional(self.module, "apply_max_norm_regularization")
         if method is None:
-            raise UserError(f"--scale_weight_norms: {self._options.network_module} cannot limit its norms; leave it out")
+            raise UserError(
+                f"--scale_weight_norms: {self._options.network_module} cannot limit its norms; leave it out"
+            )
         names = ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm")
         device = next(self.module.parameters()).device
         return lambda: {name: float(value) for name, value in zip(names, method(limit, device), strict=True)}
@@ -178,7 +179,7 @@ class AdapterTraining(Trainable):
         return check_network_file(path, _optional(self._module, "inspect_weights")).lines()
 
     def recorded_options(self) -> dict[str, Any]:
-        if not self._options.dim_from_weights:
+        if not self._options.network_weights:
             return {}
         names = ("network_dim", "network_alpha")
         return {name: value for name in names if (value := getattr(self.module, name, None)) is not None}
@@ -186,7 +187,9 @@ class AdapterTraining(Trainable):
     def describe(self) -> str:
         """One line for the log."""
         count = sum(p.numel() for p in self.trained_parameters())
-        return f"{self._options.network_module}: {count:,} parameters learn; arguments {json.dumps(self._network_args())}"
+        return (
+            f"{self._options.network_module}: {count:,} parameters learn; arguments {json.dumps(self._network_args())}"
+        )
 
 
 def _optional(network: Any, name: str) -> Callable[..., Any] | None:

@@ -1,0 +1,104 @@
+"""What the measurements share: turns that alternate, medians, and the memory of a process.
+
+Speeds are compared as ratios within one run, turn by turn, so that a busy machine slows both sides alike. No test
+depends on a time.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import psutil
+
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one turn took, in seconds: on the wall's clock, and on that of this process's threads together."""
+
+    wall: float
+    processor: float
+
+
+@dataclass
+class Timings:
+    """The turns by name, in their order."""
+
+    turns: dict[str, list[Turn]] = field(default_factory=dict[str, list[Turn]])
+
+    def ratios(self, name: str, base: str) -> Turn:
+        """Medians of the turns' own ratios: each turn is compared with the one that ran beside it."""
+        pairs = list(zip(self.turns[name], self.turns[base], strict=True))
+        wall = statistics.median(a.wall / b.wall for a, b in pairs)
+        return Turn(wall, statistics.median(a.processor / b.processor for a, b in pairs))
+
+    def lines(self, base: str, target: str) -> str:
+        """The figures as text, one line a name. Other programs disturb the processor's ratio less than the wall's."""
+        rows: list[str] = []
+        for name, turns in self.turns.items():
+            wall, processor = (statistics.median(getattr(turn, kind) for turn in turns) for kind in Turn.__slots__)
+            text = f"{name:<6} wall {wall * 1000:9.2f} ms, processor {processor * 1000:9.2f} ms, median of {len(turns)}"
+            if name != base:
+                ratio = self.ratios(name, base)
+                text += f"; over {base}: wall {ratio.wall:.3f}, processor {ratio.processor:.3f} (target {target})"
+            rows.append(text)
+        return "\n".join(rows)
+
+
+def timed(action: Callable[[], object]) -> Turn:
+    """Do it once and say what it took."""
+    wall, processor = time.perf_counter(), time.process_time()
+    action()
+    return Turn(time.perf_counter() - wall, time.process_time() - processor)
+
+
+def alternate(turns: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> Timings:
+    """Run all turns ``rounds`` times, A B then B A, so that neither is always the first. Warm-up rounds do not count."""
+    timings = Timings({name: [] for name in turns})
+    for number in range(-warm_up, rounds):
+        for name in list(turns) if number % 2 == 0 else list(reversed(turns)):
+            turn = timed(turns[name])
+            if number >= 0:
+                timings.turns[name].append(turn)
+    return timings
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is held in the machine now, file pages included."""
+    return psutil.Process(os.getpid()).memory_info().rss
+
+
+class PeakMemory:
+    """The largest resident memory seen inside the block above that at its start, in bytes: looked at every few ms."""
+
+    def __init__(self, interval_s: float = 0.002) -> None:
+        self.above_start = 0
+        self._interval_s = interval_s
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._start = resident_bytes()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._look()
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        self.above_start = max(self.above_start, resident_bytes() - self._start)
+
+    def _watch(self) -> None:
+        while not self._done.wait(self._interval_s):
+            self._look()

@@ -1,0 +1,152 @@
+"""``--dry_run``: the plan of a run, without loading a weight or encoding an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from library.data.plan import batches_per_epoch, training_visits
+from library.data.records import ResolvedDataset
+from library.data.report import describe
+from library.device import save_dtype
+from library.families import family_for
+from library.log import UserError
+from library.options import (
+    CacheOptions,
+    LoopOptions,
+    ModelOptions,
+    OptimizerOptions,
+    SampleOptions,
+    SaveOptions,
+    ScheduleOptions,
+)
+from library.options.settings import Settings
+from library.text.tokens import count_tokens
+from library.training.arrange import count_steps, make_clock
+from library.training.clock import Clock, due_counts
+from library.training.lr import table, table_lines
+from library.training.machine import process_count
+from library.training.optimizers import create_optimizer
+from library.training.preflight import check_places, free_bytes
+from library.training.prepare import make_trainable
+from library.training.saving import SavePlan
+from library.training.script import Script
+from library.training.trainable import Trainable
+
+_SHOWN = 6  # counts of a long list that are printed at each of its ends
+_MOMENTS = 3  # weight and two moments of an Adam-like optimizer, each in float32
+_LATENT_BYTES_PER_PIXEL = 4 * 4 / 64  # four float32 channels for each 8x8 pixels
+
+
+def print_plan(script: Script, settings: Settings, datasets: Sequence[ResolvedDataset]) -> int:
+    """Print the plan to standard output; returns the exit status."""
+    check_places(settings)
+    if not datasets:
+        raise UserError("--dry_run plans runs on images; a --dataset_class only knows its batches")
+    clock = make_clock(count_steps(datasets, settings[LoopOptions], process_count()), settings[LoopOptions])
+    trainable = _outline(script, settings)
+    sections = {
+        "Data": _data_lines(settings, datasets),
+        "Steps": _step_lines(settings, datasets, clock),
+        "Learning rates": _rate_lines(settings, trainable, clock),
+        "Files": _file_lines(settings, clock),
+        "Disk": _disk_lines(settings, datasets, trainable, clock),
+    }
+    for title, lines in sections.items():
+        print(f"{title}\n" + "\n".join(f"  {line}" for line in lines))
+    return 0
+
+
+def _outline(script: Script, settings: Settings) -> Trainable:
+    """What would learn, on models without weights."""
+    family = family_for(settings[ModelOptions])
+    return make_trainable(script, settings, family, family.outline(settings[ModelOptions]))
+
+
+def _data_lines(settings: Settings, datasets: Sequence[ResolvedDataset]) -> list[str]:
+    limit = settings[ModelOptions].max_token_length or 75
+    reports = describe(datasets, count_tokens, limit, process_count())
+    return [line for report in reports for line in report.lines()]
+
+
+def _step_lines(settings: Settings, datasets: Sequence[ResolvedDataset], clock: Clock) -> list[str]:
+    loop = settings[LoopOptions]
+    visits = sum(training_visits(dataset) for dataset in datasets)
+    processes = process_count()
+    batches = batches_per_epoch(datasets, processes)
+    per_epoch = -(-batches // loop.gradient_accumulation_steps)
+    return [
+        f"{visits} image visits per epoch (images x repeats)",
+        f"{batches} batches per epoch{f' of {processes} processes' if processes > 1 else ''}",
+        f"{per_epoch} optimizer steps per epoch ({loop.gradient_accumulation_steps} batches each)",
+        f"{clock.max_train_steps} optimizer steps in {clock.num_epochs} epochs",
+    ]
+
+
+def _rate_lines(settings: Settings, trainable: Trainable, clock: Clock) -> list[str]:
+    optimizer, name = create_optimizer(settings[OptimizerOptions], trainable.parameter_groups(), torch.device("cpu"))
+    rows = table(settings[ScheduleOptions], optimizer, clock.max_train_steps)
+    return [f"optimizer {name}", *table_lines(rows)]
+
+
+def _file_lines(settings: Settings, clock: Clock) -> list[str]:
+    plan, sample = SavePlan.of(settings[SaveOptions], clock.num_epochs), settings[SampleOptions]
+    epochs, steps = plan.epoch_saves(clock.num_epochs), plan.step_saves(clock.max_train_steps)
+    by_epoch = sample.sample_every_n_epochs is not None
+    drawn_epochs = due_counts(clock.num_epochs, sample.sample_every_n_epochs)
+    drawn_steps = due_counts(clock.max_train_steps, None if by_epoch else sample.sample_every_n_steps)
+    state = "with a state each" if plan.with_state else "without states"
+    last_state = " and a state" if plan.state_at_end else ""
+    return [
+        f"models after epochs: {_counts(epochs)}; after steps: {_counts(steps)} ({state})",
+        f"at the end: the final model{last_state}",
+        f"previews {'before the first step; ' if sample.sample_at_first else ''}"
+        f"after epochs: {_counts(drawn_epochs)}; after steps: {_counts(drawn_steps)}",
+    ]
+
+
+def _disk_lines(
+    settings: Settings, datasets: Sequence[ResolvedDataset], trainable: Trainable, clock: Clock
+) -> list[str]:
+    save = settings[SaveOptions]
+    plan = SavePlan.of(save, clock.num_epochs)
+    numbers = sum(parameter.numel() for parameter in trainable.trained_parameters())
+    width = (save_dtype(save.save_precision) or torch.float32).itemsize
+    models = _kept(plan.epoch_saves(clock.num_epochs), plan.keep_epochs)
+    models += _kept(plan.step_saves(clock.max_train_steps), plan.keep_steps, plan.every_n_steps) + 1
+    states = (models - 1 if plan.with_state else 0) + plan.state_at_end
+    needed = {"models": models * numbers * width, "states": states * numbers * 4 * _MOMENTS}
+    if settings[CacheOptions].cache_latents_to_disk:
+        needed["latents"] = int(sum(_latent_bytes(dataset) for dataset in datasets))
+    free = free_bytes(str(save.output_dir))
+    lines = [f"{name}: {_megabytes(size)}" for name, size in needed.items() if size]
+    enough = "" if sum(needed.values()) < free else " - NOT ENOUGH"
+    return [*lines, f"needed in all: about {_megabytes(sum(needed.values()))}, free: {_megabytes(free)}{enough}"]
+
+
+def _kept(saves: Sequence[int], keep_n: int | None, every_n: int | None = None) -> int:
+    """How many of the saved files exist at once."""
+    if keep_n is None:
+        return len(saves)
+    return min(len(saves), keep_n if every_n is None else keep_n // every_n + 1)
+
+
+def _latent_bytes(dataset: ResolvedDataset) -> float:
+    total = 0.0
+    for record, fit in zip(dataset.records, dataset.fits, strict=True):
+        copies = 2 if dataset.subset_of(record).augmentation.flip_aug else 1
+        total += fit.bucket[0] * fit.bucket[1] * _LATENT_BYTES_PER_PIXEL * copies
+    return total
+
+
+def _counts(counts: Iterable[int]) -> str:
+    listed = list(counts)
+    if len(listed) <= 2 * _SHOWN:
+        return ", ".join(map(str, listed)) or "none"
+    ends = (", ".join(map(str, part)) for part in (listed[:_SHOWN], listed[-_SHOWN:]))
+    return f"{' ... '.join(ends)} ({len(listed)} in all)"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,199 @@
+"""Models, latents, the training step and previews: what a run needs of the heavy parts."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from library.data.cache import LatentStore
+from library.data.dataset import TrainImages
+from library.data.records import ResolvedDataset
+from library.device import attention_kind, one_process_at_a_time
+from library.diffusion.objective import Objective
+from library.diffusion.schedule import NoiseSchedule
+from library.families import family_for
+from library.families.base import ModelFamily, ModelParts, TextSettings
+from library.generation.pipeline import GenerationSettings
+from library.models.memory import set_attention, set_gradient_checkpointing
+from library.options import (
+    CacheOptions,
+    DataOptions,
+    LossOptions,
+    ModelOptions,
+    NoiseOptions,
+    PrecisionOptions,
+    SampleOptions,
+    SaveOptions,
+)
+from library.options.settings import Settings
+from library.rng import seed_of
+from library.training.caching import WorkShare, bind_prepared_latents, cache_latents, vae_fingerprint
+from library.training.latent_source import LatentSource
+from library.training.machine import Machine
+from library.training.optimizers import OptimizerMode
+from library.training.preview import Previewer
+from library.training.script import Script
+from library.training.step import TrainStep
+from library.training.text_source import TextSource, text_learns
+from library.training.trackers import Trackers
+from library.training.trainable import Trainable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Models:
+    """Loaded models with what learns, and the data they meet (no image data with ``--dataset_class``)."""
+
+    family: ModelFamily
+    parts: ModelParts
+    trainable: Trainable
+    images: TrainImages
+    text_learns: bool
+
+
+def load_models(
+    script: Script, settings: Settings, datasets: Sequence[ResolvedDataset], machine: Machine, seed: int
+) -> Models:
+    """Base model, cached latents, and what learns, on the device."""
+    options = settings[ModelOptions]
+    family = family_for(options)
+    with one_process_at_a_time(settings[PrecisionOptions].lowram):
+        parts = family.load(options, dtype=machine.weight_dtype, device=machine.device, vae_dtype=machine.vae_dtype)
+    set_attention(parts.unet, attention_kind(settings[PrecisionOptions]))
+    torch.manual_seed(seed_of(seed, "network init"))
+    trainable = make_trainable(script, settings, family, parts)  # before the latents: its arguments may be refused
+    trainable.module.to(machine.device, machine.trained_dtype)
+    learns = text_learns(family, parts, trainable, machine.weight_dtype)
+    save_memory(settings[PrecisionOptions], parts, trainable, learns)
+    datasets, store = make_latents(settings, datasets, family, parts, machine)
+    images = TrainImages(datasets, store, seed, settings[DataOptions].on_bad_image)
+    if datasets and all(images.gives_latents(index) for index in range(len(datasets))):
+        torch.nn.Module.to(parts.vae, "cpu")
+        machine.empty_cache()
+    return Models(family, parts, trainable, images, learns)
+
+
+def make_trainable(script: Script, settings: Settings, family: ModelFamily, parts: ModelParts) -> Trainable:
+    """What learns, attached to the models (which may be without weights, for a plan)."""
+    module, _, name = script.kind.partition(":")
+    return getattr(importlib.import_module(module), name)(settings, family, parts)
+
+
+def save_memory(options: PrecisionOptions, parts: ModelParts, trainable: Trainable, text_learns: bool) -> None:
+    """Gradient checkpointing and compilation, once everything is attached."""
+    if options.gradient_checkpointing:
+        set_gradient_checkpointing(parts.unet, parts.text_encoders if text_learns else ())
+        trainable.enable_gradient_checkpointing()
+    if options.torch_compile and options.dynamo_backend != "no":
+        parts.unet.compile_repeated_blocks(backend=options.dynamo_backend)
+
+
+def make_latents(
+    settings: Settings,
+    datasets: Sequence[ResolvedDataset],
+    family: ModelFamily,
+    parts: ModelParts,
+    machine: Machine,
+) -> tuple[Sequence[ResolvedDataset], LatentStore | None]:
+    """Latents made ahead, if asked for, or if a metadata file names prepared ones."""
+    cache, data = settings[CacheOptions], settings[DataOptions]
+    has_prepared = any(record.npz_path for dataset in datasets for record in dataset.records)
+    if not cache.cache_latents and not has_prepared:
+        return datasets, None
+    store = LatentStore(
+        family.latent_space,
+        vae_fingerprint(parts.vae),
+        to_disk=cache.cache_latents_to_disk,
+        memory_dtype=machine.vae_dtype,
+    )
+    if has_prepared:
+        bind_prepared_latents(datasets, store)
+    if cache.cache_latents:
+        datasets, report = cache_latents(
+            datasets,
+            parts.vae,
+            store,
+            vae_batch_size=cache.vae_batch_size,
+            device=machine.device,
+            dtype=machine.vae_dtype,
+            workers=data.max_data_loader_n_workers,
+            share=WorkShare(machine.rank, machine.processes, machine.wait),
+            on_bad_image=data.on_bad_image,
+            after_group=None if settings[PrecisionOptions].highvram else machine.empty_cache,
+        )
+        logger.info("latents: %d images, %d reused, %d encoded", report.total, report.reused, report.encoded)
+    return datasets, store
+
+
+def make_step(settings: Settings, models: Models, machine: Machine, schedule: NoiseSchedule) -> TrainStep:
+    """The training step with its sources."""
+    options = settings[ModelOptions]
+    subsets = [subset for dataset in models.images.datasets for subset in dataset.spec.subsets]
+    repeats = bool(subsets) and not any(subset.captions.is_random for subset in subsets)
+    text = TextSource(
+        models.family,
+        models.parts,
+        TextSettings(options.max_token_length, options.clip_skip, options.weighted_captions),
+        learns=models.text_learns,
+        captions_repeat=repeats,
+        device=machine.device,
+        dtype=machine.weight_dtype,
+    )
+    return TrainStep(
+        family=models.family,
+        parts=models.parts,
+        trainable=models.trainable,
+        latents=LatentSource(models.family, models.parts.vae, machine.device),
+        text=text,
+        schedule=schedule,
+        objective=Objective(settings[NoiseOptions], settings[LossOptions]),
+        compute_dtype=machine.weight_dtype,
+        device=machine.device,
+        processes=machine.processes,
+    )
+
+
+def make_previewer(
+    settings: Settings,
+    models: Models,
+    machine: Machine,
+    schedule: NoiseSchedule,
+    trackers: Trackers,
+    mode: OptimizerMode,
+) -> Previewer:
+    """Previews with the weights that would be saved, at full strength."""
+
+    @contextmanager
+    def in_use() -> Generator[None]:
+        models.trainable.on_micro_batch(1.0)
+        with mode.evaluating():
+            yield
+
+    sample, save = settings[SampleOptions], settings[SaveOptions]
+    return Previewer(
+        sample,
+        models.family,
+        models.parts,
+        GenerationSettings(
+            schedule=schedule,
+            device=machine.device,
+            dtype=machine.weight_dtype,
+            clip_skip=settings[ModelOptions].clip_skip,
+            default_sampler=sample.sample_sampler,
+            precision=lambda: models.trainable.precision(machine.device, machine.weight_dtype),
+        ),
+        output_dir=str(save.output_dir),
+        output_name=save.output_name,
+        trained=(models.trainable.module,),
+        in_use=in_use,
+        rank=machine.rank,
+        processes=machine.processes,
+        trackers=trackers.open(machine.accelerator),
+        barrier=machine.wait,
+    )

@@ -1,0 +1,28 @@
+"""The toy model and photos that the training tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.toy import write_toy_checkpoint
+from tests.training.runs import write_photos
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """A toy SD1 checkpoint."""
+    return write_toy_checkpoint(tmp_path_factory.mktemp("model") / "toy.safetensors")
+
+
+@pytest.fixture(scope="session")
+def model_sd2(tmp_path_factory) -> Path:
+    """A toy SD2 checkpoint."""
+    return write_toy_checkpoint(tmp_path_factory.mktemp("model2") / "toy2.safetensors", "sd2")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Four square photos with captions, in a DreamBooth folder."""
+    return write_photos(tmp_path_factory.mktemp("photos"), [(64, 64)] * 4)
