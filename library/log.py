@@ -57,7 +57,7 @@ class _OwnFileHandler(logging.FileHandler):
     """Marks the handler as ours."""
 
 
-class _OwnStreamHandler(logging.StreamHandler[Any]):
+class _OwnStreamHandler(logging.StreamHandler):  # pyright: ignore[reportMissingTypeArgument]
     """Marks the handler as ours."""
 
 

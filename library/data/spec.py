@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from library.data.index import IMAGE_EXTENSIONS
 from library.data.records import Augmentation, BucketRules, CaptionRules, DatasetKind, DatasetSpec, SubsetSpec
 from library.data.spec_checks import Finding, check_document, check_sizes, kind_of
 from library.data.spec_keys import KEYS
@@ -118,7 +119,7 @@ def _folder_subsets(options: DataOptions) -> list[dict[str, Any]]:
             )
         if not found:
             problems.append(
-                f"{option} {root}: there is no folder named like '10_name' (repeats and class tokens) in it"
+                f"{option} {root}: there is no folder named like '10_name' (repeats and class tokens) in it{_loose(root)}"
             )
         for name, repeats, class_tokens in found:
             subsets.append(
@@ -132,6 +133,12 @@ def _folder_subsets(options: DataOptions) -> list[dict[str, Any]]:
     if problems:
         raise UserError.of(problems)
     return subsets
+
+
+def _loose(root: str) -> str:
+    """A hint if images lie where folders of images should."""
+    count = sum(name.lower().endswith(IMAGE_EXTENSIONS) for name in os.listdir(os.path.expanduser(root)))
+    return f"; move the {count} images that lie there into such a folder" if count else ""
 
 
 def _numbered_folders(root: str) -> tuple[list[tuple[str, int, str]], list[str]]:

@@ -45,7 +45,7 @@ class CaptionOptions(OptionGroup):
         metavar="TEXT",
     )
     enable_wildcard: bool = option(
-        False, scope=SUBSET_LEVELS, help="choose one of {a|b|c} at random, and one line of a caption with several"
+        False, scope=SUBSET_LEVELS, help="choose one of {a|b|c} at random"
     )
     caption_dropout_rate: float = option(
         0.0, ge=0, le=1, scope=SUBSET_LEVELS, help="probability that a caption is left empty"

@@ -119,7 +119,8 @@ class AdapterTraining(Trainable):
     def _prepare_groups(self) -> list[dict[str, Any]]:
         """Groups of the network; networks of an older form of the protocol take two rates, not three."""
         options = self._options
-        text_lr = options.text_encoder_lr[0] if options.text_encoder_lr else None
+        text_rates = options.text_encoder_lr or [None]
+        text_lr = text_rates if len(text_rates) > 1 else text_rates[0]
         prepare: Callable[..., Any] = self.module.prepare_optimizer_params  # pyright: ignore
         rates: list[Any] = [text_lr, options.unet_lr, self._learning_rate]
         count = _positional_count(prepare)
@@ -147,8 +148,12 @@ class AdapterTraining(Trainable):
                 f"--scale_weight_norms: {self._options.network_module} cannot limit its norms; leave it out"
             )
         names = ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm")
-        device = next(self.module.parameters()).device
-        return lambda: {name: float(value) for name, value in zip(names, method(limit, device), strict=True)}
+
+        def shrink() -> dict[str, float]:
+            results = method(limit, next(self.module.parameters()).device)
+            return {name: float(value) for name, value in zip(names, results, strict=True)}
+
+        return shrink
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return self._groups
