@@ -59,7 +59,7 @@ def test_tracker_config_replaces_the_arguments(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"entity must stand in a table"):
         init_arguments(options, "logs")
     file.write_text("[wandb\n")
-    with pytest.raises(UserError, match="not a TOML file"):
+    with pytest.raises(UserError, match="no valid TOML"):
         init_arguments(options, "logs")
     with pytest.raises(UserError, match="cannot be read"):
         init_arguments(LogOptions(log_tracker_config=str(tmp_path / "none.toml")), "logs")
