@@ -60,10 +60,10 @@ def timed(action: Callable[[], object]) -> Turn:
 
 
 def alternate(turns: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> Timings:
-    """Run all turns ``rounds`` times, A B then B A, so that neither is always the first. Warm-up rounds do not count."""
+    """Run all turns ``rounds`` times, A B then B A, so that neither is always the first, after warm-up rounds."""
     timings = Timings({name: [] for name in turns})
     for number in range(-warm_up, rounds):
-        for name in list(turns) if number % 2 == 0 else list(reversed(turns)):
+        for name in list(turns)[:: 1 if number % 2 == 0 else -1]:
             turn = timed(turns[name])
             if number >= 0:
                 timings.turns[name].append(turn)

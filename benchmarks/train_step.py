@@ -166,8 +166,10 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1, help="pictures a step")
     parser.add_argument("--rank", type=int, default=8, help="rank of the LoRA")
     parser.add_argument("--rounds", type=int, default=0, help="measured pairs of steps (0: 5 for full, 60 for toy)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch: more than one disturb a busy machine")
     parser.add_argument("--profile", action="store_true", help="print where our step spends its time")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     ours_unet = random_module(build.empty_unet(SIZES[arguments.size].unet), DTYPES[arguments.dtype])
     shared = {id(tensor): tensor for tensor in (*ours_unet.parameters(), *ours_unet.buffers())}
     ours, our_count = our_step(arguments, copy.deepcopy(ours_unet, shared))

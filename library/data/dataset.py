@@ -43,6 +43,10 @@ logger = logging.getLogger(__name__)
 OnBadImage = Literal["error", "skip"]
 
 
+class BadImage(UserError):
+    """An image that was found to be unusable only when its turn came, and must not be skipped."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Picture:
     """One sample's image side. ``data``: uint8 HWC pixels or latents CHW."""
@@ -123,7 +127,7 @@ class TrainImages:
             return sample, self._picture(dataset, sample, epoch)
         except UnreadableImage as error:
             if self._on_bad_image == "error":
-                raise UserError(
+                raise BadImage(
                     f"{error.path}: {error.reason}; mend or remove the file, or give --on_bad_image skip"
                 ) from error
             with self._lock:

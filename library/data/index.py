@@ -112,13 +112,12 @@ def _scan(folder: str, caption_extensions: tuple[str, ...]) -> _Listing:
             name = entry.name
             if name.startswith("."):
                 continue
-            _, dot, extension = name.rpartition(".")
-            extension = dot + extension.lower()
-            if extension == ".npz":
-                listing.npz.append(name)
-            elif extension in CAPTION_EXTENSIONS:
-                listing.texts.append(name)
+            extension = name[name.rfind(".") :].lower()
             is_image, is_caption = extension in IMAGE_EXTENSIONS, name.endswith(caption_extensions)
+            if extension in CAPTION_EXTENSIONS:
+                listing.texts.append(name)
+            elif extension == ".npz":
+                listing.npz.append(name)
             if (is_image or is_caption) and entry.is_file():
                 stat = entry.stat()
                 (listing.images if is_image else listing.captions)[name] = (stat.st_size, stat.st_mtime_ns)
@@ -160,20 +159,20 @@ class _Memory:
     def size_of(self, name: str, stamp: _Stamp) -> Size:
         entry: Any = self._old["images"].get(name)
         if _is_current(entry, stamp):
-            size = entry[2], entry[3]
-        else:
-            size = measure(os.path.join(self._folder, name))
-            self._learned += 1
+            self._new["images"][name] = entry
+            return entry[2], entry[3]
+        size = measure(os.path.join(self._folder, name))
+        self._learned += 1
         self._new["images"][name] = [*stamp, *size]
         return size
 
     def caption_of(self, name: str, stamp: _Stamp) -> Caption:
         entry: Any = self._old["captions"].get(name)
         if _is_current(entry, stamp):
-            caption = Caption(entry[2], entry[3])
-        else:
-            caption = _read_caption(os.path.join(self._folder, name))
-            self._learned += 1
+            self._new["captions"][name] = entry
+            return Caption(entry[2], entry[3])
+        caption = _read_caption(os.path.join(self._folder, name))
+        self._learned += 1
         self._new["captions"][name] = [*stamp, caption.text, caption.has_more_lines]
         return caption
 

@@ -113,6 +113,7 @@ class _Search:
             self.errors.append(f"{subset.name}: there are no images in the folder{_hint_of_subfolders(content.folder)}")
             return found
         self._bad(found, content.bad_images.values(), self.on_bad_image)
+        place = content.path("")
         for name, size in content.images.items():
             caption_name = _caption_name(name, content, extensions)
             if caption_name is not None and caption_name in content.bad_captions:
@@ -126,7 +127,7 @@ class _Search:
             found.records.append(
                 ImageRecord(
                     key=f"{key}/{name}",
-                    path=content.path(name),
+                    path=place + name,
                     size=size,
                     caption=caption.text if caption is not None else subset.class_tokens or "",
                     repeats=subset.num_repeats,
@@ -225,12 +226,17 @@ class _Search:
 
 def _caption_name(image: str, content: FolderContent, extensions: tuple[str, ...]) -> str | None:
     """The caption file of an image: of its own stem first, then of the stem without a face suffix."""
-    stem = os.path.splitext(image)[0]
-    for base in (stem, _FACE_SUFFIX.sub("", stem)):
-        for extension in extensions:
-            name = base + extension
-            if name in content.captions or name in content.bad_captions:
-                return name
+    stem = image.rpartition(".")[0]
+    return _caption_of_stem(stem, content, extensions) or _caption_of_stem(
+        _FACE_SUFFIX.sub("", stem), content, extensions
+    )
+
+
+def _caption_of_stem(stem: str, content: FolderContent, extensions: tuple[str, ...]) -> str | None:
+    for extension in extensions:
+        name = stem + extension
+        if name in content.captions or name in content.bad_captions:
+            return name
     return None
 
 
@@ -302,7 +308,7 @@ def _warn_about_captions(subset: SubsetSpec, found: _Found) -> None:
 
 
 def _warn_about_equal_stems(content: FolderContent) -> None:
-    counts = Counter(os.path.splitext(name)[0] for name in content.images)
+    counts = Counter(name.rpartition(".")[0] for name in content.images)
     equal = [stem for stem, count in counts.items() if count > 1]
     if equal:
         logger.warning(

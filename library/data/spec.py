@@ -119,7 +119,7 @@ def _folder_subsets(options: DataOptions) -> list[dict[str, Any]]:
             )
         if not found:
             problems.append(
-                f"{option} {root}: there is no folder named like '10_name' (repeats and class tokens) in it{_loose(root)}"
+                f"{option} {root}: it has no folder named like '10_name' (repeats and class tokens){_loose(root)}"
             )
         for name, repeats, class_tokens in found:
             subsets.append(

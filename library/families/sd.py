@@ -173,6 +173,7 @@ class SdFamily(ModelFamily):
         return unet(noisy_latents_BCHW, timesteps_B, condition.hidden_BTD, return_dict=False)[0]
 
     def adapter_views(self, parts: ModelParts) -> AdapterViews:
+        name_for_plugins(parts.unet)
         return AdapterViews([text_encoder_view(encoder) for encoder in parts.text_encoders], parts.unet)
 
     # ---- names
@@ -226,6 +227,23 @@ def text_encoder_view(encoder: nn.Module) -> nn.Module:
     """The encoder with a ``text_model`` level in its paths, whether the library's class has one or not."""
     has_level = any(name == "text_model" for name, _ in encoder.named_children())
     return encoder if has_level else TextEncoderView(encoder)
+
+
+_PLUGIN_CLASS_NAMES = {"Attention": "CrossAttention", "TimestepEmbedding": "TimeEmbedding"}
+
+
+def name_for_plugins(unet: nn.Module) -> None:
+    """Give blocks of the U-Net the class names that plug-ins of the common protocol look for; nothing else changes.
+
+    LyCORIS finds attention as ``CrossAttention``. It lists the time embedding's two layers by name and, since version
+    4, by the class ``TimestepEmbedding`` of another architecture: a U-Net with both would get those layers twice.
+    """
+    renamed: dict[type[nn.Module], type[nn.Module]] = {}
+    for module in unet.modules():
+        original = type(module)
+        name = _PLUGIN_CLASS_NAMES.get(original.__name__)
+        if name is not None:
+            module.__class__ = renamed.setdefault(original, type(name, (original,), {}))
 
 
 def _by_name(parts: ModelParts) -> dict[str, nn.Module]:

@@ -21,6 +21,7 @@ _KEPT = ("conv_in", "conv_out")  # tiny, and a diffusers model tells its type by
 
 def set_attention(module: nn.Module, kind: Attention) -> None:
     """Choose how a diffusers U-Net or VAE computes attention. ``sliced``: head by head, least memory, slow."""
+    from diffusers.models.attention_processor import Attention as AttentionBlock
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     model = cast(Any, module)
@@ -30,8 +31,8 @@ def set_attention(module: nn.Module, kind: Attention) -> None:
     model.set_attn_processor(AttnProcessor2_0())
     if kind == "sliced":
         for child in module.modules():
-            if type(child).__name__ == "Attention":
-                cast(Any, child).set_attention_slice(1)
+            if isinstance(child, AttentionBlock):
+                child.set_attention_slice(1)
 
 
 def set_gradient_checkpointing(unet: nn.Module | None, text_encoders: Iterable[nn.Module] = ()) -> None:

@@ -44,9 +44,7 @@ class CaptionOptions(OptionGroup):
         help="separator of tags that stay together when shuffled or dropped; becomes the normal one afterwards",
         metavar="TEXT",
     )
-    enable_wildcard: bool = option(
-        False, scope=SUBSET_LEVELS, help="choose one of {a|b|c} at random"
-    )
+    enable_wildcard: bool = option(False, scope=SUBSET_LEVELS, help="choose one of {a|b|c} at random")
     caption_dropout_rate: float = option(
         0.0, ge=0, le=1, scope=SUBSET_LEVELS, help="probability that a caption is left empty"
     )

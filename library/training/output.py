@@ -74,16 +74,29 @@ def identify(
     if resumed is None:
         session_id, started_at = new_session(seed)
         return Identity(session_id, started_at, seed, mark)
-    found = differences(resumed.fingerprint, mark)
-    if found and not settings[SaveOptions].allow_mismatch:
-        lines = [
-            "--resume: this is not the run that the state belongs to (--allow_mismatch goes on all the same)",
-            *found,
-        ]
-        raise UserError.of(lines)
-    for line in found:
+    for line in refuse_another_run(settings, resumed, mark):
         logger.warning("resumed although it differs: %s", line)
     return Identity(resumed.session_id, resumed.started_at, seed, mark)
+
+
+def refuse_another_run(settings: Settings, resumed: RunState, mark: dict[str, Any]) -> list[str]:
+    """What differs between a run's fingerprint (or a part of it) and the state's, if ``--allow_mismatch`` lets it pass.
+    Raises UserError with the list otherwise.
+    """
+    found = differences(resumed.fingerprint, mark)
+    if found and not settings[SaveOptions].allow_mismatch:
+        said = "--resume: this is not the run that the state belongs to (--allow_mismatch goes on all the same)"
+        raise UserError.of([said, *found])
+    return found
+
+
+def open_uploader(options: HubOptions, machine: Machine) -> Uploader | None:
+    """The way to the hub, if one was asked for; found to be open before anything slow happens. Raises UserError."""
+    if not options.huggingface_repo_id or not machine.is_main:
+        return None
+    uploader = Uploader(options)
+    uploader.check()
+    return uploader
 
 
 class Output:
@@ -104,6 +117,7 @@ class Output:
         clock: Clock,
         reporter: Reporter,
         optimizer: OptimizerFacts,
+        uploader: Uploader | None = None,
     ) -> None:
         self._settings = settings
         self._machine = machine
@@ -115,7 +129,7 @@ class Output:
         self._schedule = optimizer.schedule
         self._mode = OptimizerMode(optimizer.optimizer)
         self._facts = run_facts(settings, identity, model, datasets, clock, machine.processes, optimizer)
-        self._uploader = self._make_uploader(settings[HubOptions])
+        self._uploader = uploader
         options = settings[SaveOptions]
         self.saver = Saver(
             options,
@@ -127,13 +141,6 @@ class Output:
             write_state=self._write_state,
             after_write=self._after_write,
         )
-
-    def _make_uploader(self, options: HubOptions) -> Uploader | None:
-        if not options.huggingface_repo_id or not self._machine.is_main:
-            return None
-        uploader = Uploader(options)
-        uploader.check()
-        return uploader
 
     def _write_model(self, path: Path, clock: Clock, finished_epochs: int) -> None:
         options = {**self._settings.scrubbed_dict(), **self._trainable.recorded_options()}

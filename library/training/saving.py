@@ -7,6 +7,7 @@ interval or a resumed run leaves nothing behind.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -134,6 +135,8 @@ class Saver:
         self._write_state = write_state
         self._after_write = after_write
         self.saved = Saved()
+        if is_main:
+            remove_leftovers(self._folder, options.output_name)
 
     def after_step(self, clock: Clock, report: StepReport) -> None:
         if is_due(clock.step, self._plan.every_n_steps):
@@ -203,8 +206,23 @@ class Saver:
 
 
 def _remove(path: Path) -> None:
+    """Remove a file or a folder; a folder loses its name first, so that under its name it is whole or not there."""
     logger.info("removing old %s", path.name)
     if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+        hidden = path.with_name(f".{path.name}.gone")
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.replace(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, output_name: str | None) -> None:
+    """Remove what a killed run of the same name left half written or half removed. All of it has hidden names."""
+    base = re.escape(output_name or "")
+    stems = rf"{base}(-\d{{6}}|-step\d{{8}})?" if output_name else r"epoch-\d{6}|at-step\d{8}|last"
+    pattern = re.compile(rf"\.({stems})(-state)?\.([0-9a-f]{{8}}\.tmp\.\w+|\d+\.tmp|gone)")
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if pattern.fullmatch(path.name):
+            logger.info("removing %s, left by a run that was killed", path.name)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from library.data.records import CaptionClock, ResolvedDataset
 from library.data.sources import resolve
@@ -19,6 +20,9 @@ from library.training.interrupt import stop_on_signals
 from library.training.loop import train
 from library.training.preflight import check_places
 from library.training.script import Script
+
+if TYPE_CHECKING:
+    from library.training.setup import Run
 
 logger = logging.getLogger(__name__)
 
@@ -61,19 +65,29 @@ def _show_data(settings: Settings, datasets: Sequence[ResolvedDataset]) -> int:
 
 
 def _train(script: Script, settings: Settings, datasets: Sequence[ResolvedDataset]) -> int:
+    from library.data.dataset import BadImage
+    from library.training.machine import process_count
     from library.training.setup import build_run
 
     with stop_on_signals() as stop:
         run = build_run(script, settings, datasets, stop)
-        saver, clock = run.output.saver, run.clock
         with run.bar:
-            run.previewer.at_start(clock)
-            train(run.job)
-        if clock.is_finished:
-            path = saver.at_end(clock)
-        else:
-            path = saver.at_stop(clock)
-            logger.info("stopped at step %d; go on with --resume %s", clock.step, path.with_name(path.stem + "-state"))
+            run.previewer.at_start(run.clock)
+            try:
+                train(run.job)
+            except BadImage:
+                if run.clock.step and process_count() == 1:  # other processes would not join in the saving
+                    _save_stopped(run)
+                raise
+        path = run.output.saver.at_end(run.clock) if run.clock.is_finished else _save_stopped(run)
         run.output.finish(path)
         run.trackers.finish()
     return 0
+
+
+def _save_stopped(run: Run) -> Path:
+    """Model and state of a run that ends before its time."""
+    path = run.output.saver.at_stop(run.clock)
+    state = path.with_name(path.stem + "-state")
+    logger.info("stopped at step %d; go on with --resume %s", run.clock.step, state)
+    return path

@@ -15,7 +15,7 @@ from library.data.records import ResolvedDataset
 from library.data.user_dataset import load_user_dataset
 from library.device import describe
 from library.diffusion.schedule import make_schedule
-from library.hub import download_state
+from library.hub import Uploader, download_state
 from library.log import Progress, progress
 from library.options import (
     DataOptions,
@@ -37,6 +37,7 @@ from library.training.arrange import (
     make_clock,
 )
 from library.training.clock import Clock
+from library.training.fingerprint import fingerprint
 from library.training.guard import FiniteGuard
 from library.training.interrupt import StopRequest
 from library.training.loop import Job
@@ -44,7 +45,7 @@ from library.training.lr import Schedule, create_schedule, learning_rates
 from library.training.machine import Machine, open_machine
 from library.training.metadata import model_facts
 from library.training.optimizers import OptimizerMode, create_optimizer
-from library.training.output import OptimizerFacts, Output, identify
+from library.training.output import OptimizerFacts, Output, identify, open_uploader, refuse_another_run
 from library.training.prepare import Models, load_models, make_previewer, make_step
 from library.training.preview import Previewer
 from library.training.report import Reporter
@@ -73,9 +74,12 @@ def build_run(script: Script, settings: Settings, datasets: Sequence[ResolvedDat
     """Everything up to the first step."""
     trackers = Trackers(settings, script.tracker_name)
     machine = open_machine(settings, trackers)
+    uploader = open_uploader(settings[HubOptions], machine)
     state_folder = find_state(settings)
     resumed = read_run(state_folder) if state_folder else None
     seed = choose_seed(settings, machine, resumed)
+    if resumed:  # options first: no model has to be read for them
+        refuse_another_run(settings, resumed, fingerprint({**settings.as_flat_dict(), "seed": seed}))
     models = load_models(script, settings, datasets, machine, seed)
     arrangement, steps_of = make_arrangement(settings, models, machine, seed)
     clock = make_clock(steps_of, settings[LoopOptions])
@@ -85,7 +89,7 @@ def build_run(script: Script, settings: Settings, datasets: Sequence[ResolvedDat
     update = make_update(settings, models, machine, make_step(settings, models, machine, schedule), optimizer, facts)
     bar = progress(clock.max_train_steps, "steps")
     reporter = Reporter(bar, len(arrangement.plan(1)), lambda: learning_rates(optimizer), trackers.log)
-    output = make_output(settings, models, machine, clock, reporter, facts, seed, resumed)
+    output = make_output(settings, models, machine, clock, reporter, facts, seed, resumed, uploader)
     if state_folder and resumed:
         output.restore(state_folder, resumed)
     trackers.start(settings, machine.accelerator)
@@ -182,6 +186,7 @@ def make_output(
     optimizer: OptimizerFacts,
     seed: int,
     resumed: RunState | None,
+    uploader: Uploader | None,
 ) -> Output:
     """What writes, after the run was found to be the one that is resumed."""
     model = model_facts(models.family, models.parts)
@@ -190,4 +195,4 @@ def make_output(
     files = [network.network_weights, *(network.base_weights or [])]
     loaded = [file_hashes(file).sha256 for file in files if file]
     identity = identify(settings, seed, datasets, model, loaded, machine.processes, resumed)
-    return Output(settings, machine, models.trainable, identity, model, datasets, clock, reporter, optimizer)
+    return Output(settings, machine, models.trainable, identity, model, datasets, clock, reporter, optimizer, uploader)

@@ -38,7 +38,7 @@ def own_options() -> set[str]:
             found |= {f"--{name}" for name in spec.names}
             found |= {f"--no-{name}" for name in spec.names} if spec.is_flag else set()
     declared = re.compile(r"add_argument\(\s*\"(--\w+)\"")
-    for path in (ROOT / "quickstart.py", *(ROOT / "tools").glob("*.py")):
+    for path in (ROOT / "quickstart.py", *(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
         found |= set(declared.findall(path.read_text("utf-8")))
     return found | {"--check"}
 

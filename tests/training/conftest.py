@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.toy import write_toy_checkpoint
+from tests.training.bench import Bench, make_bench
 from tests.training.runs import write_photos
 
 
@@ -26,3 +27,9 @@ def model_sd2(tmp_path_factory) -> Path:
 def photos(tmp_path_factory) -> Path:
     """Four square photos with captions, in a DreamBooth folder."""
     return write_photos(tmp_path_factory.mktemp("photos"), [(64, 64)] * 4)
+
+
+@pytest.fixture
+def bench(tmp_path, model, model_sd2, photos, capsys, monkeypatch) -> Bench:
+    """A bench for wrong input."""
+    return make_bench(tmp_path, model, model_sd2, photos, capsys, monkeypatch)

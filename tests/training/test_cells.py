@@ -1,4 +1,4 @@
-"""Three steps of each kind of network, precision, text treatment and objective: it runs, it learns, the option counts."""
+"""Three steps of each network, precision, text treatment and objective: it runs, learns, and each option counts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.cells_fixtures import (
     UNET_LAYERS_WITH_CONVOLUTIONS,
     Runner,
 )
-from tests.training.runs import write_photos
+from tests.training.runs import train, write_photos
 
 LYCORIS_STARTS_AT_ZERO = {"lokr": "lokr_w2_b", "loha": "hada_w2_a"}
 
@@ -112,16 +112,43 @@ def test_network_multiplier_of_a_data_set(fit, photos, tmp_path):
     assert losses[0.5] != pytest.approx(losses[1.0], rel=1e-3)
 
 
-@pytest.mark.parametrize(("family", "algo"), [("sd1", "lokr"), ("sd2", "loha")])
-def test_lycoris(fit, family, algo):
+@pytest.mark.parametrize(
+    ("family", "algo", "preset", "unet_layers"),
+    [
+        ("sd1", "lokr", "", UNET_LAYERS_WITH_CONVOLUTIONS + 4),  # first and last convolution, time embedding
+        ("sd2", "loha", "attn-mlp", UNET_LAYERS),
+        ("sd1", "loha", "attn-only", 16 * 2 * 4),
+    ],
+    ids=["default", "attn-mlp", "attn-only"],
+)
+def test_lycoris(fit, family, algo, preset, unet_layers):
+    """Presets name classes of blocks: as many layers are found as the model has of them."""
     pytest.importorskip("lycoris")
-    args = (f"algo={algo}", "preset=attn-mlp", "factor=2")
+    args = (f"algo={algo}", "factor=2", *((f"preset={preset}",) if preset else ()))
     done = fit("--network_module", "lycoris.kohya", "--network_args", *args, family=family)
+    assert done.count("lora_unet_") == unet_layers
     ends = [(key, tensor) for key, tensor in done.tensors.items() if LYCORIS_STARTS_AT_ZERO[algo] in key]
     text = [tensor for key, tensor in ends if key.startswith("lora_te")]
-    assert len(text) == TEXT_LAYERS
+    assert len(text) == (8 if preset == "attn-only" else TEXT_LAYERS)
     assert all(bool(tensor.any()) for tensor in text)
     assert sum(bool(tensor.any()) for _, tensor in ends) >= len(ends) - len(BLIND_AT_64_PX)
+
+
+def test_lycoris_on_a_float8_base(fit, caplog):
+    pytest.importorskip("lycoris")
+    args = ("algo=loha", "preset=attn-mlp", "bypass_mode=True")
+    fp8 = ("--mixed_precision", "bf16", "--fp8_base")
+    done = fit("--network_module", "lycoris.kohya", *fp8, "--network_args", *args)
+    assert any(bool(tensor.any()) for key, tensor in done.tensors.items() if "hada_w2_a" in key)
+    assert "bypass_mode=True" in caplog.text
+
+
+def test_a_plug_in_that_refuses_is_one_line(model, photos, tmp_path, capsys):
+    pytest.importorskip("lycoris")
+    assert train(model, photos, tmp_path, "--network_module", "lycoris.kohya", "--network_args", "algo=nonsense") == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "--network_module lycoris.kohya" in said
+    assert "nonsense" in said
 
 
 # ---- precision
@@ -231,19 +258,21 @@ def plain_losses(tmp_path_factory, model, model_sd2, photos) -> dict[str, float]
 
 
 def test_two_images_are_learned_by_heart(fit, tmp_path):
-    """With few timesteps and cached latents the loss of two images falls; with rate 0 nothing does."""
+    """With few timesteps and cached latents the loss of two images falls; next to no rate, and it does not."""
     data = write_photos(tmp_path / "data", [(64, 64)] * 2)
     options = (
         "--train_batch_size", "2", "--cache_latents", "--min_timestep", "500", "--max_timestep", "520",
-        "--network_dim", "16", "--network_alpha", "16", "--learning_rate", "1e-2",
+        "--network_dim", "16", "--network_alpha", "16",
     )  # fmt: skip
-    losses = fit(*options, data=data, steps=40).losses
-    assert sum(losses[-8:]) < 0.75 * sum(losses[:8])
+    fall = {}
+    for rate in ("1e-2", "1e-12"):
+        losses = fit(*options, "--learning_rate", rate, data=data, steps=24).losses
+        fall[rate] = sum(losses[-6:]) / sum(losses[:6])
+    assert fall["1e-2"] < 0.75
+    assert fall["1e-12"] > 0.9
 
 
 def test_a_rate_of_zero_is_refused(model, photos, tmp_path, capsys):
-    from tests.training.runs import train
-
     assert train(model, photos, tmp_path, "--learning_rate", "0") == 1
     assert "learning rate" in capsys.readouterr().err
 
@@ -252,7 +281,10 @@ def test_runs_of_one_process_do_not_influence_each_other(fit, monkeypatch):
     """The same run before and after one that changes all it can gives the same bytes."""
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     first = fit("--network_dropout", "0.1")
-    fit("--network_args", "conv_dim=2", "module_dropout=0.5", "--v_parameterization", "--zero_terminal_snr",
-        "--mixed_precision", "bf16", "--gradient_checkpointing", "--deterministic", "--seed", "1", family="sd2")  # fmt: skip
+    other = (
+        "--network_args", "conv_dim=2", "module_dropout=0.5", "--v_parameterization", "--zero_terminal_snr",
+        "--mixed_precision", "bf16", "--gradient_checkpointing", "--deterministic", "--seed", "1",
+    )  # fmt: skip
+    fit(*other, family="sd2")
     second = fit("--network_dropout", "0.1")
     assert first.file.read_bytes() == second.file.read_bytes()

@@ -26,37 +26,46 @@ def fit(tmp_path, model, model_sd2, photos, monkeypatch) -> Runner:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "rate", "recorded", "more"),
+    ("rate", "recorded", "options"),
     [
-        ("AdamW", "1e-3", "torch.optim.adamw.AdamW", ("--lr_scheduler", "cosine")),
-        ("AdamW8bit", "1e-3", "bitsandbytes.optim.adamw.AdamW8bit", ("--lr_scheduler", "linear")),
-        ("Lion", "1e-4", "lion_pytorch", ("--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "1")),
-        ("Prodigy", "1", "prodigyopt", ("--lr_scheduler", "cosine_with_restarts", "--lr_scheduler_num_cycles", "2")),
-        ("AdaFactor", "1e-3", "Adafactor", ()),
+        ("1e-3", "torch.optim.adamw.AdamW", "--lr_scheduler cosine"),
+        ("1e-3", "bitsandbytes.optim.adamw.AdamW8bit", "--optimizer_type AdamW8bit --lr_scheduler linear"),
+        ("1e-4", "lion_pytorch", "--optimizer_type Lion --lr_scheduler constant_with_warmup --lr_warmup_steps 1"),
+        ("1", "prodigyopt", "--optimizer_type Prodigy --lr_scheduler cosine_with_restarts --lr_scheduler_num_cycles 2"),
+        ("1e-3", "Adafactor", "--optimizer_type AdaFactor"),
         (
-            "Adafactor",
             "1e-3",
             "relative_step=False",
-            ("--optimizer_args", "relative_step=False", "--lr_scheduler", "constant_with_warmup"),
+            "--optimizer_type adafactor --optimizer_args relative_step=False --lr_scheduler constant_with_warmup",
         ),
-        ("AdamWScheduleFree", "1e-3", "schedulefree", ()),
-        ("DAdaptAdam", "1", "dadaptation", ("--lr_scheduler", "inverse_sqrt")),
-        ("SGDNesterov", "0.1", "momentum=0.9", ("--lr_scheduler", "polynomial", "--lr_scheduler_power", "2")),
-        ("torch.optim.RMSprop", "1e-3", "RMSprop", ("--lr_scheduler_type", "StepLR", "--lr_scheduler_args", "step_size=1")),
-        ("torch.optim.adam.Adam", "1e-3", "adam.Adam(betas=(0.5, 0.9))", ("--optimizer_args", "betas=.5,.9")),
+        ("1e-3", "schedulefree", "--optimizer_type AdamWScheduleFree"),
+        ("1", "dadaptation", "--optimizer_type DAdaptAdam --lr_scheduler inverse_sqrt"),
         (
-            "NAdam",
+            "0.1",
+            "momentum=0.9",
+            "--optimizer_type SGDNesterov --lr_scheduler polynomial --lr_scheduler_power 2",
+        ),
+        (
+            "1e-3",
+            "RMSprop",
+            "--optimizer_type torch.optim.RMSprop --lr_scheduler_type StepLR --lr_scheduler_args step_size=1",
+        ),
+        (
+            "1e-3",
+            "adam.Adam(betas=(0.5, 0.9))",
+            "--optimizer_type torch.optim.adam.Adam --optimizer_args betas=.5,.9 --lr_scheduler_type"
+            " torch.optim.lr_scheduler.CosineAnnealingLR --lr_scheduler_args T_max=3",
+        ),
+        (
             "1e-3",
             "NAdam",
-            ("--lr_scheduler", "piecewise_constant", "--lr_scheduler_args", "step_rules='1:1,0.1:2,0.01'"),
+            "--optimizer_type NAdam --lr_scheduler piecewise_constant --lr_scheduler_args step_rules='1:1,0.1:2,0.01'",
         ),
-        ("", "1e-3", "AdamW", ("--lr_scheduler", "warmup_stable_decay", "--lr_warmup_steps", "0.4")),
-        ("", "1e-3", "AdamW", ("--lr_scheduler_type", "torch.optim.lr_scheduler.CosineAnnealingLR", "--lr_scheduler_args", "T_max=3")),
+        ("1e-3", "AdamW", "--lr_scheduler warmup_stable_decay --lr_warmup_steps 0.4"),
     ],
-)  # fmt: skip
-def test_optimizers_and_schedules(fit, optimizer, rate, recorded, more):
-    named = ("--optimizer_type", optimizer) if optimizer else ()
-    done = fit(*named, "--learning_rate", rate, *more)
+)
+def test_optimizers_and_schedules(fit, rate, recorded, options):
+    done = fit("--learning_rate", rate, *options.split())
     assert recorded in done.metadata["ss_optimizer"]
     assert not done.unmoved
 
@@ -120,7 +129,7 @@ def test_metadata_file(fit, photos, tmp_path):
 
 @pytest.mark.parametrize("image", ["older", "newer", "absent"])
 def test_latents_prepared_by_the_reference(fit, tmp_path, monkeypatch, caplog, image):
-    """They are used as they are, the VAE is never asked; but not those of an image that changed since, and it is said."""
+    """They are used without asking the VAE; but not if their image changed since, and that is said."""
     folder = tmp_path / "data"
     folder.mkdir()
     shutil.copy(GOLDEN / "chelsea_sd1.npz", folder / "chelsea.npz")
@@ -145,6 +154,7 @@ def test_latents_prepared_by_the_reference(fit, tmp_path, monkeypatch, caplog, i
 def test_data_set_files_of_two_kinds_and_sizes(fit, photos, tmp_path):
     """TOML and JSON say the same; data sets keep their own size, batch size and kind."""
     images = str(photos / FOLDER)
+    meta = str(write_metadata(tmp_path, ["photo0", "photo1"]))
     document = {
         "general": {"shuffle_caption": True, "caption_extension": ".caption"},
         "datasets": [
@@ -158,7 +168,7 @@ def test_data_set_files_of_two_kinds_and_sizes(fit, photos, tmp_path):
                 "enable_bucket": True,
                 "min_bucket_reso": 32,
                 "bucket_reso_steps": 8,
-                "subsets": [{"image_dir": images, "metadata_file": str(write_metadata(tmp_path, ["photo0", "photo1"]))}],
+                "subsets": [{"image_dir": images, "metadata_file": meta}],
             },
         ],
     }

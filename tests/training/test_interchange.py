@@ -134,9 +134,9 @@ def test_header_of_a_run_from_a_data_set_file(fit, photos, tmp_path):
     assert GOLDEN.keys() - FOLDER_ONLY - found.keys() == set()
     assert FOLDER_ONLY.isdisjoint(found)
     (dataset,) = json.loads(found["ss_datasets"])
-    assert DATASET_FIELDS <= dataset.keys()
+    assert dataset.keys() >= DATASET_FIELDS
     (subset,) = dataset["subsets"]
-    assert SUBSET_FIELDS <= subset.keys()
+    assert subset.keys() >= SUBSET_FIELDS
     assert subset["image_dir"] == "1_sks thing"
 
 
@@ -179,7 +179,7 @@ def test_hashes_are_those_of_the_bytes_on_disk(fit, options):
 
 
 def test_pickles_hold_the_same_tensors(fit):
-    """ckpt and pt are plain dictionaries, which torch opens without running code; and they serve as --network_weights."""
+    """ckpt and pt are plain dictionaries, opened without running code; and they serve as --network_weights."""
     plain = fit(steps=1).tensors
     for kind in ("ckpt", "pt"):
         done = fit("--save_model_as", kind, "--save_precision", "float", steps=1, suffix=kind)
@@ -219,7 +219,10 @@ def test_all_saves_are_uploaded(model, photos, tmp_path, monkeypatch):
     assert [name for name, _ in sent[:2]] == names
     assert {("toy.safetensors", True)} <= set(sent)
     assert closed == [True]
-    text = json.dumps(metadata(tmp_path / "a" / "toy.safetensors")) + (tmp_path / "a" / names[1] / "state.json").read_text()
+    text = (
+        json.dumps(metadata(tmp_path / "a" / "toy.safetensors"))
+        + (tmp_path / "a" / names[1] / "state.json").read_text()
+    )
     assert "hf_secret" not in text
     sent.clear()
     assert train(model, photos, tmp_path / "b", *hub, "--save_state") == 0

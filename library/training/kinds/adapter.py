@@ -61,6 +61,12 @@ class AdapterTraining(Trainable):
         self._multiplier: float | None = None
         self.may_train_text = self.trains_text_encoder
         self.casts_itself = bool(getattr(network, "casts_itself", False))
+        if settings[PrecisionOptions].fp8_base and not self.casts_itself:
+            logger.warning(
+                "--fp8_base: %s must not compute with the base weights themselves, which are float8 now; LyCORIS needs"
+                " --network_args bypass_mode=True",
+                module_name,
+            )
         self.may_skip_parameters = bool(getattr(network, "may_skip_parameters", True))
         self.artifact = Artifact(
             suffix=f".{settings[SaveOptions].save_model_as or 'safetensors'}", modelspec_kind="lora"
@@ -70,6 +76,19 @@ class AdapterTraining(Trainable):
         return split_pairs(self._options.network_args, "network_args")
 
     def _create(self) -> Any:
+        """A new network; what a plug-in raises about its arguments becomes one line."""
+        module = f"--network_module {self._options.network_module}"
+        try:
+            network = self._call_factory()
+        except (AssertionError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{module} cannot make its network, check --network_args ({type(error).__name__}: {error})"
+            ) from error
+        if network is None:
+            raise UserError(f"{module} made no network")
+        return network
+
+    def _call_factory(self) -> Any:
         options, args = self._options, self._network_args()
         if options.dim_from_weights:
             if not options.network_weights:
@@ -96,8 +115,6 @@ class AdapterTraining(Trainable):
                 neuron_dropout=options.network_dropout,
                 **args,
             )
-        if network is None:
-            raise UserError(f"--network_module {options.network_module} made no network")
         return network
 
     def _merge_base_weights(self) -> None:

@@ -1,0 +1,88 @@
+"""The time from the command to the first finished step of a toy training, over that of the imports alone.
+
+Each turn is a process of its own. The imports are those that the training needs, in one line; the training loads the
+tiny model of the examples, caches the latents of a few pictures and takes one step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measuring import Timings, Turn
+from benchmarks.photos import write_photos
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORTS = """
+import accelerate
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+import networks.lora
+import library.training.kinds.adapter
+import library.training.session
+import library.training.setup
+print("imported", flush=True)
+"""
+
+
+def until_line(command: list[str], beginning: str, limit_s: float = 300) -> Turn:
+    """Start a program and wait for a line of its output; what it took until then. Then it is ended."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    start = time.perf_counter()
+    running = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert running.stdout is not None
+    seen: list[str] = []
+    try:
+        for line in running.stdout:
+            seen.append(line)
+            if line.startswith(beginning):
+                wall, times = time.perf_counter() - start, psutil.Process(running.pid).cpu_times()
+                return Turn(wall, times.user + times.system)
+            if time.perf_counter() - start > limit_s:
+                break
+    finally:
+        running.kill()
+        running.wait()
+    raise SystemExit(f"no line {beginning!r} came from {command[1]}:\n{''.join(seen)}")
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Time to the first step over the time of the imports.")
+    parser.add_argument("--rounds", type=int, default=3, help="measured pairs of starts")
+    parser.add_argument("--images", type=int, default=4, help="pictures in the data set")
+    arguments = parser.parse_args()
+    timings = Timings({"imports": [], "training": []})
+    with tempfile.TemporaryDirectory() as temporary:
+        write_photos(Path(temporary) / "data" / "1_cat", arguments.images, (96, 96))
+        line = (
+            "train_network.py --pretrained_model_name_or_path examples/tiny/tiny-sd1.safetensors --train_data_dir "
+            f"{temporary}/data --allow_captionless --output_dir {temporary}/out --network_module networks.lora "
+            "--resolution 64 --cache_latents --max_train_steps 1 --learning_rate 1e-4 --seed 1"
+        )
+        turns = {
+            "imports": ([sys.executable, "-c", IMPORTS], "imported"),
+            "training": ([sys.executable, *line.split()], "steps: 1/1"),
+        }
+        for number in range(-1, arguments.rounds):  # the first round fills the disk cache
+            for name, (command, beginning) in turns.items():
+                turn = until_line(command, beginning)
+                if number >= 0:
+                    timings.turns[name].append(turn)
+    print(timings.lines("imports", "at most 2"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
