@@ -61,7 +61,7 @@ def test_tracker_config_replaces_the_arguments(tmp_path: Path) -> None:
     file.write_text("[wandb\n")
     with pytest.raises(UserError, match="no valid TOML"):
         init_arguments(options, "logs")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="there is no file"):
         init_arguments(LogOptions(log_tracker_config=str(tmp_path / "none.toml")), "logs")
 
 
