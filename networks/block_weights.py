@@ -1,4 +1,7 @@
-"""The 25 blocks of an SD1/SD2 U-Net (IN00-IN11, M00, OUT00-OUT11) and the learning-rate factors of each."""
+"""The blocks of a U-Net, numbered in the order of Stability files, and the learning-rate factors of each.
+
+SD1/SD2 have 25 (IN00-IN11, M00, OUT00-OUT11), SDXL has 19 (input 0-8, middle, output 0-8).
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,47 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-BLOCK_COUNT = 25
-MIDDLE = 12
-SIDE_COUNT = 12  # blocks of the down half, and of the up half
 
+@dataclass(frozen=True, slots=True)
+class BlockLayout:
+    """How a U-Net's blocks are counted. ``side_count`` blocks each in the down half and in the up half."""
+
+    title: str
+    side_count: int
+
+    @property
+    def middle(self) -> int:
+        """Index of the middle block."""
+        return self.side_count
+
+    @property
+    def count(self) -> int:
+        """Number of all blocks."""
+        return 2 * self.side_count + 1
+
+
+SD_BLOCKS = BlockLayout("SD1 and SD2", 12)
+SDXL_BLOCKS = BlockLayout("SDXL", 9)
+
+_FILE_PLACE = re.compile(r"(?P<side>input|output)_blocks[._](?P<index>\d+)(?:[._]|$)")
 _PLACE = re.compile(
     r"(?P<side>down|up)_blocks[._](?P<level>\d+)[._](?:(?:resnets|attentions)[._](?P<index>\d+)|(?:down|up)samplers)"
 )
 
 
-def block_of(path: str) -> int | None:
-    """Block index of a U-Net layer, from its path or its name in files; None outside the blocks."""
-    if "mid_block" in path:
-        return MIDDLE
+def block_of(path: str, layout: BlockLayout = SD_BLOCKS) -> int | None:
+    """Block index of a U-Net layer, from its path in memory or in files or from its name; None outside the blocks."""
+    if "mid_block" in path or "middle_block" in path:
+        return layout.middle
+    match = _FILE_PLACE.search(path)
+    if match is not None:
+        return int(match["index"]) + (0 if match["side"] == "input" else layout.middle + 1)
     match = _PLACE.search(path)
     if match is None:
         return None
     # a level counts three places; its sampler stands at the last
     place = 3 * int(match["level"]) + (2 if match["index"] is None else int(match["index"]))
-    return 1 + place if match["side"] == "down" else MIDDLE + 1 + place
+    return 1 + place if match["side"] == "down" else layout.middle + 1 + place
 
 
 _PRESETS: dict[str, Callable[[float], float]] = {
@@ -37,33 +62,32 @@ _PRESETS: dict[str, Callable[[float], float]] = {
 }
 
 
-def side_factors(text: str) -> tuple[float, ...]:
-    """The 12 factors of one side: a list of 12, one number for all, or ``preset`` or ``preset+base``.
+def side_factors(text: str, layout: BlockLayout = SD_BLOCKS) -> tuple[float, ...]:
+    """The factors of one side: a list of all, one number for all, or ``preset`` or ``preset+base``.
 
-    Place j of 12 stands at t = j/11: for the down side 0 is the shallowest block, for the up side the deepest. An empty
-    place in a list is 0. Raises ValueError with the reason.
+    Place j of n stands at t = j/(n-1): for the down side 0 is the shallowest block, for the up side the deepest. An
+    empty place in a list is 0. Raises ValueError with the reason.
     """
+    count = layout.side_count
     if "," in text:
         values = tuple(_number(item) if item.strip() else 0.0 for item in text.split(","))
-        if len(values) != SIDE_COUNT:
-            raise ValueError(f"needs {SIDE_COUNT} numbers, has {len(values)}")
+        if len(values) != count:
+            raise ValueError(f"needs {count} numbers, has {len(values)} ({layout.title})")
         return values
     name, plus, base = text.strip().partition("+")
     if name in _PRESETS:
         offset = _number(base) if plus else 0.0
-        return tuple(_PRESETS[name](j / (SIDE_COUNT - 1)) + offset for j in range(SIDE_COUNT))
+        return tuple(_PRESETS[name](j / (count - 1)) + offset for j in range(count))
     try:
-        return (_number(text),) * SIDE_COUNT
+        return (_number(text),) * count
     except ValueError:
         known = ", ".join(_PRESETS)
-        raise ValueError(
-            f"must be {SIDE_COUNT} numbers, one number, or a preset ({known}), perhaps with +base"
-        ) from None
+        raise ValueError(f"must be {count} numbers, one number, or a preset ({known}), perhaps with +base") from None
 
 
 @dataclass(frozen=True, slots=True)
 class BlockFactors:
-    """A learning-rate factor for each of the 25 blocks; 0 leaves a block out."""
+    """A learning-rate factor for each block of the U-Net; 0 leaves a block out."""
 
     values: tuple[float, ...]
 
@@ -73,13 +97,17 @@ class BlockFactors:
 
 
 def block_factors(
-    down: tuple[float, ...] | None, middle: float | None, up: tuple[float, ...] | None, zero_threshold: float = 0.0
+    down: tuple[float, ...] | None,
+    middle: float | None,
+    up: tuple[float, ...] | None,
+    zero_threshold: float = 0.0,
+    layout: BlockLayout = SD_BLOCKS,
 ) -> BlockFactors:
     """Factors of all blocks; what is not given is 1, and a factor at or below the threshold is 0.
 
     Block 0 is the first convolution, which no adapter touches; its place in ``down`` is there only for the count.
     """
-    ones = (1.0,) * SIDE_COUNT
+    ones = (1.0,) * layout.side_count
     values = (*(down or ones), 1.0 if middle is None else middle, *(up or ones))
     return BlockFactors(tuple(value if value > zero_threshold else 0.0 for value in values))
 

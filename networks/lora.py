@@ -21,7 +21,7 @@ from networks.adapter import NO_DROPOUT, Adapter, AdapterSize, Dropouts, Factor
 from networks.lowrank import product_norm
 from networks.network import AdapterNetwork, build_network
 from networks.network_args import LoraArgs, read_lora_args
-from networks.targets import Target, TextEncoders
+from networks.targets import Target, TextEncoders, block_layout, find_targets
 from networks.weights import WeightTable, read_weights, to_weight_table
 
 logger = logging.getLogger(__name__)
@@ -119,15 +119,13 @@ def create_network(
     ``network_dim`` absent: rank 4; ``network_alpha`` absent: 1, and 0: the rank. ``network_args``: see
     docs/networks.md. Raises UserError for arguments that cannot be.
     """
-    args = read_lora_args(network_args)
+    args = read_lora_args(network_args, layout=block_layout(unet))
     rank = network_dim or DEFAULT_RANK
     alpha = 1.0 if network_alpha is None else network_alpha
     return build_network(
         LoraAdapter,
-        text_encoder,
-        unet,
+        find_targets(text_encoder, unet, args.with_convolutions),
         size_of=_sizes_from_args(args, AdapterSize(rank, alpha)),
-        with_convolutions=args.with_convolutions,
         multiplier=multiplier,
         dropouts=_dropouts(args, neuron_dropout),
         factors=args.block_factors,
@@ -150,7 +148,7 @@ def create_network_from_weights(
     The tensors are not loaded yet: `load_weights` after `apply_to`, or `merge_to`, does that. Dropouts and block
     learning-rate factors are taken from the arguments. Raises UserError if the file has layers that the model lacks.
     """
-    args = read_lora_args(network_args)
+    args = read_lora_args(network_args, layout=block_layout(unet))
     if args.sizes_given():
         logger.warning("--network_args %s: the file decides ranks and alphas", ", ".join(args.sizes_given()))
     source = file or "the given weights"
@@ -160,12 +158,12 @@ def create_network_from_weights(
         table = read_weights(file, LoraAdapter.tensor_names)
     else:
         raise UserError("a network from weights needs a file")
+    targets = find_targets(text_encoder, unet, with_convolutions=True)
+    table = table.named_for(targets)
     network = build_network(
         LoraAdapter,
-        text_encoder,
-        unet,
+        targets,
         size_of=_sizes_from_table(table),
-        with_convolutions=True,
         multiplier=multiplier,
         dropouts=NO_DROPOUT if for_inference else _dropouts(args, neuron_dropout),
         factors=args.block_factors,

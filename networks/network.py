@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from library.log import UserError
 from networks.adapter import NO_DROPOUT, Adapter, AdapterSize, Dropouts
 from networks.block_weights import BlockFactors
-from networks.targets import Part, Target, TextEncoders, as_list, text_encoder_targets, unet_targets
+from networks.targets import Part, Target
 from networks.weights import WeightTable, read_weights, to_weight_table, write_weights
 
 logger = logging.getLogger(__name__)
@@ -50,21 +50,17 @@ class LoadReport:
 
 def build_network(
     adapter_type: type[Adapter],
-    text_encoder: TextEncoders,
-    unet: nn.Module,
+    targets: Iterable[Target],
     *,
     size_of: Callable[[Target], AdapterSize | None],
-    with_convolutions: bool,
     multiplier: float = 1.0,
     dropouts: Dropouts = NO_DROPOUT,
     factors: BlockFactors | None = None,
 ) -> AdapterNetwork:
-    """Make an adapter of one type for every target layer that ``size_of`` gives a size; text encoders come first.
+    """Make an adapter of one type for every target layer that ``size_of`` gives a size.
 
     The factors' first values are drawn from torch's default generator, in this order.
     """
-    targets = text_encoder_targets(text_encoder) if as_list(text_encoder) else []
-    targets += unet_targets(unet, with_convolutions)
     placed: list[Placed] = []
     for target in targets:
         size = size_of(target)
@@ -80,7 +76,6 @@ class AdapterNetwork(nn.Module):
     """
 
     casts_itself = True  # right without autocast, whatever the types of layers and adapters are
-    may_skip_parameters = False  # a dropped adapter has zero gradients, not none
 
     def __init__(
         self, adapter_type: type[Adapter], placed: Sequence[Placed], factors: BlockFactors | None = None
@@ -96,6 +91,15 @@ class AdapterNetwork(nn.Module):
         self._applied: tuple[Placed, ...] = ()
 
     # ---- what there is
+
+    @property
+    def may_skip_parameters(self) -> bool:
+        """True if a step may leave some parameters without a gradient.
+
+        Two text encoders: of the first only the next to last state is used, so its last layer gets none. (A dropped
+        adapter has zero gradients, not none.)
+        """
+        return any(entry.target.encoder > 0 for entry in self._applied)
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -181,6 +185,7 @@ class AdapterNetwork(nn.Module):
             )
 
     def _load(self, table: WeightTable) -> LoadReport:
+        table = table.named_for(entry.target for entry in self._placed)
         self.require_known(table)
         chosen = self._applied or self._placed
         found = [entry for entry in chosen if entry.target.name in table.modules]
@@ -222,6 +227,7 @@ class AdapterNetwork(nn.Module):
         One group a text encoder (one for all if the rate is a single number), then one for the U-Net, or one a block
         with block factors. What has rate 0 is frozen and left out.
         """
+        self._check_text_rates(text_encoder_lr)
         members: dict[tuple[str, float | None], list[Placed]] = {}
         for entry in self._applied:
             name = self._group_name(entry.target, text_encoder_lr)
@@ -238,6 +244,14 @@ class AdapterNetwork(nn.Module):
         self._set_gradients()
         return groups
 
+    def _check_text_rates(self, rates: LearningRates) -> None:
+        """One rate is for all text encoders, several must be as many as there are."""
+        encoders = [entry.target.encoder for entry in self._placed if entry.target.part == "text_encoder"]
+        count = max(encoders, default=-1) + 1
+        if isinstance(rates, Sequence) and count and len(rates) not in (0, 1, count):
+            there_are = "1 text encoder" if count == 1 else f"{count} text encoders"
+            raise UserError(f"--text_encoder_lr: {len(rates)} rates for {there_are}")
+
     def _group_name(self, target: Target, text_encoder_lr: LearningRates) -> str:
         if target.part == "text_encoder":
             several = isinstance(text_encoder_lr, Sequence) and len(text_encoder_lr) > 1
@@ -250,8 +264,6 @@ class AdapterNetwork(nn.Module):
         if target.part == "text_encoder":
             if not isinstance(text_encoder_lr, Sequence):
                 return text_encoder_lr
-            if len(text_encoder_lr) <= target.encoder and len(text_encoder_lr) > 1:
-                raise UserError(f"--text_encoder_lr: {len(text_encoder_lr)} rates are too few for the text encoders")
             return text_encoder_lr[min(target.encoder, len(text_encoder_lr) - 1)] if text_encoder_lr else None
         if self._factors is None:
             return unet_lr

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from library.log import UserError
-from networks.block_weights import BLOCK_COUNT, BlockFactors, block_factors, side_factors
+from networks.block_weights import SD_BLOCKS, BlockFactors, BlockLayout, block_factors, side_factors
 
 logger = logging.getLogger(__name__)
 
@@ -47,15 +47,19 @@ def rate(text: str) -> float:
     return value
 
 
-def per_block(read: Reader) -> Reader:
-    """25 values separated by commas, one for each block of the U-Net, or a single value for all of them."""
+def per_block(read: Reader, layout: BlockLayout) -> Reader:
+    """Values separated by commas, one for each block of the U-Net, or a single value for all of them."""
 
     def read_list(text: str) -> tuple[Any, ...]:
         values = tuple(read(item.strip()) for item in text.split(","))
         if len(values) == 1:
-            return values * BLOCK_COUNT
-        if len(values) != BLOCK_COUNT:
-            raise ValueError(f"needs {BLOCK_COUNT} values, has {len(values)}")
+            return values * layout.count
+        if len(values) != layout.count:
+            last = layout.side_count - 1
+            raise ValueError(
+                f"needs {layout.count} values, has {len(values)} "
+                f"({layout.title}: input blocks 0-{last}, middle, output blocks 0-{last})"
+            )
         return values
 
     return read_list
@@ -101,6 +105,7 @@ class LoraArgs:
     mid_lr_weight: float | None = None
     up_lr_weight: tuple[float, ...] | None = None
     block_lr_zero_threshold: float = 0.0
+    layout: BlockLayout = SD_BLOCKS
 
     @property
     def with_convolutions(self) -> bool:
@@ -112,7 +117,8 @@ class LoraArgs:
         """Learning-rate factors of the blocks; None if no ``*_lr_weight`` was given."""
         if self.down_lr_weight is None and self.mid_lr_weight is None and self.up_lr_weight is None:
             return None
-        return block_factors(self.down_lr_weight, self.mid_lr_weight, self.up_lr_weight, self.block_lr_zero_threshold)
+        sides = self.down_lr_weight, self.mid_lr_weight, self.up_lr_weight
+        return block_factors(*sides, self.block_lr_zero_threshold, self.layout)
 
     def sizes_given(self) -> list[str]:
         """Names of the given arguments that decide ranks and alphas."""
@@ -120,26 +126,34 @@ class LoraArgs:
 
 
 _SIZE_ARGS = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
-_LORA_READERS: dict[str, Reader] = {
-    "conv_dim": whole,
-    "conv_alpha": number,
-    "dropout": rate,
-    "rank_dropout": rate,
-    "module_dropout": rate,
-    "block_dims": per_block(whole),
-    "block_alphas": per_block(number),
-    "conv_block_dims": per_block(whole),
-    "conv_block_alphas": per_block(number),
-    "down_lr_weight": side_factors,
-    "mid_lr_weight": number,
-    "up_lr_weight": side_factors,
-    "block_lr_zero_threshold": number,
-}
 
 
-def read_lora_args(given: Mapping[str, object], module: str = "networks.lora") -> LoraArgs:
-    """Read the arguments of ``networks.lora``. Raises UserError that lists every problem."""
-    args = LoraArgs(**read_network_args(given, _LORA_READERS, module))
+def _lora_readers(layout: BlockLayout) -> dict[str, Reader]:
+    def side(text: str) -> tuple[float, ...]:
+        return side_factors(text, layout)
+
+    return {
+        "conv_dim": whole,
+        "conv_alpha": number,
+        "dropout": rate,
+        "rank_dropout": rate,
+        "module_dropout": rate,
+        "block_dims": per_block(whole, layout),
+        "block_alphas": per_block(number, layout),
+        "conv_block_dims": per_block(whole, layout),
+        "conv_block_alphas": per_block(number, layout),
+        "down_lr_weight": side,
+        "mid_lr_weight": number,
+        "up_lr_weight": side,
+        "block_lr_zero_threshold": number,
+    }
+
+
+def read_lora_args(
+    given: Mapping[str, object], module: str = "networks.lora", layout: BlockLayout = SD_BLOCKS
+) -> LoraArgs:
+    """The arguments of ``networks.lora`` for a U-Net with these blocks. Raises UserError that lists every problem."""
+    args = LoraArgs(**read_network_args(given, _lora_readers(layout), module), layout=layout)
     unused = [name for name in ("conv_alpha", "conv_block_alphas") if getattr(args, name) is not None]
     if unused and not args.with_convolutions:
         logger.warning("--network_args %s has no effect without conv_dim or conv_block_dims", " and ".join(unused))

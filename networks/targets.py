@@ -7,14 +7,15 @@ what is there, so a renamed or missing layer is an error and never a silently sm
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
+from library.checkpoint.unet_paths import LayerPath, has_file_paths, layer_paths, structure_of, takes_sizes
 from library.log import UserError
-from networks.block_weights import block_of
+from networks.block_weights import SD_BLOCKS, SDXL_BLOCKS, BlockLayout, block_of
 
 Part = Literal["text_encoder", "unet"]
 TextEncoders = nn.Module | Sequence[nn.Module] | None
@@ -29,24 +30,16 @@ _TEXT_PARTS = (
     "mlp.fc1",
     "mlp.fc2",
 )
-_BLOCK = r"^(?:down_blocks\.\d+|up_blocks\.\d+|mid_block)"
-_IN_BLOCK = re.compile(_BLOCK + r"\.")
-_TRANSFORMER = re.compile(_BLOCK + r"\.attentions\.\d+$")
-_TRANSFORMER_BLOCK = re.compile(_BLOCK + r"\.attentions\.\d+\.transformer_blocks\.\d+$")
-_RESNET = re.compile(_BLOCK + r"\.resnets\.\d+$")
-_SAMPLER = re.compile(_BLOCK + r"\.(?:down|up)samplers\.\d+$")
-_TRANSFORMER_PARTS = ("proj_in", "proj_out")
-_TRANSFORMER_BLOCK_PARTS = (
-    *(f"{attention}.{part}" for attention in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out.0")),
-    "ff.net.0.proj",
-    "ff.net.2",
-)
-_RESNET_PARTS = ("conv1", "conv2", "time_emb_proj")
+_IN_BLOCK = re.compile(r"^(?:down_blocks|up_blocks|mid_block)\.")
+_IN_ANY_BLOCK = re.compile(r"^(?:down_blocks|up_blocks|mid_block|input_blocks|middle_block|output_blocks)\.")
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A layer that may get an adapter. ``block`` is the U-Net's block index 0..24, None in a text encoder."""
+    """A layer that may get an adapter. ``block`` is its block index in the U-Net, None in a text encoder.
+
+    ``other_names`` are what other programs call it in their files.
+    """
 
     name: str
     path: str
@@ -54,6 +47,7 @@ class Target:
     part: Part
     encoder: int = 0
     block: int | None = None
+    other_names: tuple[str, ...] = ()
 
     @property
     def is_spatial(self) -> bool:
@@ -68,9 +62,12 @@ def as_list(text_encoder: TextEncoders) -> list[nn.Module]:
     return [text_encoder] if isinstance(text_encoder, nn.Module) else list(text_encoder)
 
 
-def text_encoder_prefixes(count: int) -> tuple[str, ...]:
-    """Name prefixes in files: ``lora_te`` for a single encoder, ``lora_te1``, ``lora_te2`` for several."""
-    return ("lora_te",) if count == 1 else tuple(f"lora_te{index + 1}" for index in range(count))
+def text_encoder_prefixes(count: int, numbered: bool = False) -> tuple[str, ...]:
+    """Name prefixes in files: ``lora_te`` for a single encoder, ``lora_te1``, ``lora_te2`` for several.
+
+    ``numbered``: a single one gets its number too, as it has in SDXL.
+    """
+    return ("lora_te",) if count == 1 and not numbered else tuple(f"lora_te{index + 1}" for index in range(count))
 
 
 def text_encoder_name(prefix: str, path: str) -> str:
@@ -81,59 +78,82 @@ def text_encoder_name(prefix: str, path: str) -> str:
 
 
 def unet_name(path: str) -> str:
-    """Name of a U-Net layer in files (SD1 and SD2: the Diffusers path with underscores)."""
+    """Name of a U-Net layer in files (SD1 and SD2: of its Diffusers path; SDXL: of its path in Stability files)."""
     return f"{UNET_PREFIX}_{path}".replace(".", "_")
 
 
-def text_encoder_targets(text_encoder: TextEncoders) -> list[Target]:
+def block_layout(unet: nn.Module) -> BlockLayout:
+    """How the blocks of this U-Net are counted."""
+    return SDXL_BLOCKS if takes_sizes(unet) else SD_BLOCKS
+
+
+def find_targets(text_encoder: TextEncoders, unet: nn.Module, with_convolutions: bool) -> list[Target]:
+    """The layers of a whole model, text encoders first; there may be no text encoder."""
+    return [
+        *text_encoder_targets(text_encoder, numbered=takes_sizes(unet)),
+        *unet_targets(unet, with_convolutions),
+    ]
+
+
+def text_encoder_targets(text_encoder: TextEncoders, numbered: bool = False) -> list[Target]:
     """Attention projections and MLP layers of every encoder layer. Raises UserError if a layer lacks one of its six."""
     encoders = as_list(text_encoder)
+    prefixes = text_encoder_prefixes(len(encoders), numbered)
     found: list[Target] = []
-    for index, (encoder, prefix) in enumerate(zip(encoders, text_encoder_prefixes(len(encoders)), strict=True)):
+    for index, (encoder, prefix) in enumerate(zip(encoders, prefixes, strict=True)):
         modules = dict(encoder.named_modules())
         expected = [f"{path}.{part}" for path in modules if _TEXT_LAYER.match(path) for part in _TEXT_PARTS]
         _require(expected, modules, f"text encoder {index + 1}")
+        # Diffusers' files number only the second encoder
+        other = ("lora_te",) if prefix == "lora_te1" else ()
         found += [
-            Target(text_encoder_name(prefix, path), path, modules[path], "text_encoder", encoder=index)
+            Target(
+                text_encoder_name(prefix, path),
+                path,
+                modules[path],
+                "text_encoder",
+                encoder=index,
+                other_names=tuple(text_encoder_name(name, path) for name in other),
+            )
             for path in expected
         ]
     return found
 
 
 def unet_targets(unet: nn.Module, with_convolutions: bool) -> list[Target]:
-    """The U-Net's layers in the order in which the model holds them.
+    """The U-Net's layers: of SD1/SD2 in the order in which the model holds them, of SDXL in the order of files.
 
     Without convolutions: everything inside the transformers. With: every weight of two or more dimensions inside the
     down, up and middle blocks (so also ResNets, their shortcuts and the samplers). Never the first and last convolution
     and the embedding layers. Raises UserError if the blocks hold other layers than their structure promises.
     """
     modules = dict(unet.named_modules())
-    if "add_embedding.linear_1" in modules:
-        raise UserError("this network module does not know the U-Net of SDXL yet; use an SD1 or SD2 model")
-    expected = set(_expected_unet_paths(modules, with_convolutions))
-    _require(sorted(expected), modules, "U-Net")
-    layers = [path for path, module in modules.items() if _is_layer(module) and _IN_BLOCK.match(path)]
-    present = [path for path in layers if with_convolutions or ".attentions." in path]
-    unknown = [path for path in present if path not in expected]
+    spec = structure_of(unet)
+    paths = () if spec is None else layer_paths(spec)
+    by_file = has_file_paths(unet)
+    expected = {
+        path.file if by_file else path.memory: path
+        for path in paths
+        if _IN_BLOCK.match(path.memory) and not path.is_norm and (with_convolutions or ".attentions." in path.memory)
+    }
+    _require(list(expected), modules, "U-Net")
+    known = {path.file if by_file else path.memory for path in paths}
+    unknown = [path for path, module in modules.items() if _is_layer(module) and _IN_ANY_BLOCK.match(path)]
+    unknown = [path for path in unknown if path not in known]
     if unknown:
         raise UserError(f"the U-Net has {len(unknown)} layers that no adapter layout knows, first {unknown[0]}")
-    return [Target(unet_name(path), path, modules[path], "unet", block=block_of(path)) for path in present]
+    if takes_sizes(unet):
+        return [_sdxl_target(place, path, modules[place]) for place, path in expected.items()]
+    return [
+        Target(unet_name(place), place, module, "unet", block=block_of(place))
+        for place, module in modules.items()
+        if place in expected
+    ]
 
 
-def _expected_unet_paths(modules: Iterable[str], with_convolutions: bool) -> Iterable[str]:
-    known = set(modules)
-    for path in known:
-        parts: tuple[str, ...] = ()
-        if _TRANSFORMER.match(path):
-            parts = _TRANSFORMER_PARTS
-        elif _TRANSFORMER_BLOCK.match(path):
-            parts = _TRANSFORMER_BLOCK_PARTS
-        elif with_convolutions and _RESNET.match(path):
-            shortcut = f"{path}.conv_shortcut" in known
-            parts = (*_RESNET_PARTS, "conv_shortcut") if shortcut else _RESNET_PARTS
-        elif with_convolutions and _SAMPLER.match(path):
-            parts = ("conv",)
-        yield from (f"{path}.{part}" for part in parts)
+def _sdxl_target(place: str, path: LayerPath, layer: nn.Module) -> Target:
+    block, others = block_of(path.file, SDXL_BLOCKS), (unet_name(path.memory),)
+    return Target(unet_name(path.file), place, layer, "unet", block=block, other_names=others)
 
 
 def _is_layer(module: nn.Module | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from library.checkpoint.hashes import network_hashes
 from library.checkpoint.io import atomic_path, open_model_file, save_safetensors
 from library.log import UserError
-from networks.targets import text_encoder_name, text_encoder_prefixes, unet_name
+from networks.targets import Target, text_encoder_name, text_encoder_prefixes, unet_name
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,15 @@ class WeightTable:
     def flat(self) -> dict[str, Tensor]:
         """One dictionary with the keys of a file."""
         return {f"{module}.{name}": t for module, tensors in self.modules.items() for name, t in tensors.items()}
+
+    def named_for(self, targets: Iterable[Target]) -> WeightTable:
+        """The same with the names of these layers where the file calls them by another program's names."""
+        names = {other: target.name for target in targets for other in target.other_names}
+        twice = sorted(other for other, name in names.items() if other in self.modules and name in self.modules)
+        if twice:
+            raise UserError(f"{self.source} has one layer under two names: {twice[0]} and {names[twice[0]]}")
+        renamed = {names.get(module, module): tensors for module, tensors in self.modules.items()}
+        return WeightTable(renamed, self.source, self.metadata)
 
 
 def read_weights(path: str | Path, tensor_names: Sequence[str]) -> WeightTable:
