@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODEL_PARTS = ("text_encoder", "unet", "vae")
-_STEMS = {"text_encoder": ("model", "pytorch_model")}
+_STEMS: dict[str, tuple[str, str]] = dict.fromkeys(("text_encoder", "text_encoder_2"), ("model", "pytorch_model"))
 _DEFAULT_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model")
 
 

@@ -1,4 +1,4 @@
-"""Tiny SD1- and SD2-shaped models for all tests: every block of the real ones, 5M parameters, made in a moment."""
+"""Tiny models in the shapes of SD1, SD2 and SDXL for all tests: every block of the real ones, made in a moment."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from torch import nn
 
 from library.models import build
 from library.models.save import save_folder, save_single_file
-from library.models.spec import ArchitectureSpec, PredictionType, TextEncoderSpec, UNetSpec, VaeSpec
+from library.models.spec import SDXL_LATENT_SCALE, ArchitectureSpec, PredictionType, TextEncoderSpec, UNetSpec, VaeSpec
 
 WIDTHS = (32, 64, 64, 64)
 
 
 def toy_spec(family: str = "sd1") -> ArchitectureSpec:
     """The toy's architecture, equal to what is recognised from its file. Pictures of 64 px are its usual size."""
+    if family == "sdxl":
+        return _toy_sdxl()
     sd2 = family == "sd2"
     unet = UNetSpec(
         widths=WIDTHS,
@@ -32,13 +34,31 @@ def toy_spec(family: str = "sd1") -> ArchitectureSpec:
     return ArchitectureSpec("sd2" if sd2 else "sd1", unet, (text,), VaeSpec(WIDTHS, layers_per_level=1))
 
 
+def _toy_sdxl() -> ArchitectureSpec:
+    # the projection is no square: its orientation shows
+    second = TextEncoderSpec(64, 128, 1, 3, "gelu", projection_width=48, layout="openclip")
+    unet = UNetSpec(
+        widths=(32, 64, 64),
+        depths=(0, 1, 2),
+        heads=(1, 1, 1),
+        mid_depth=2,
+        context_width=96,
+        linear_projection=True,
+        vector_width=48 + 6 * 32,
+        size_width=32,
+        sample_size=8,
+    )
+    vae = VaeSpec(WIDTHS, layers_per_level=1, scaling_factor=SDXL_LATENT_SCALE)
+    return ArchitectureSpec("sdxl", unet, (TextEncoderSpec(32, 64, 1, 2, "quick_gelu"), second), vae)
+
+
 def toy_modules(
     family: str = "sd1", seed: int = 0, spec: ArchitectureSpec | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, nn.Module]:
-    """text_encoder, unet and vae with weights that depend on ``seed`` only; outputs have a sensible size."""
+    """The parts by name (text_encoder, text_encoder_2, unet, vae), made of ``seed``; outputs have a sensible size."""
     spec = spec or toy_spec(family)
     empty: dict[str, nn.Module] = {
-        "text_encoder": build.empty_text_encoder(spec.text_encoders[0]),
+        **{name: build.empty_text_encoder(t) for name, t in zip(spec.text_parts, spec.text_encoders, strict=True)},
         "unet": build.empty_unet(spec.unet),
         "vae": build.empty_vae(spec.vae),
     }

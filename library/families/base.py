@@ -51,7 +51,10 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A loaded model. ``prediction_type`` is what the U-Net predicts, checked against the options."""
+    """A loaded model. ``prediction_type`` is what the U-Net predicts, checked against the options.
+
+    ``zero_terminal_snr``: the model says that the noise schedule of its training ended in pure noise.
+    """
 
     text_encoders: tuple[nn.Module, ...]
     unet: UNet2DConditionModel
@@ -60,6 +63,7 @@ class ModelParts:
     prediction_type: PredictionType
     source: ModelSource
     vae_source: ModelSource | None = None
+    zero_terminal_snr: bool = False
 
     @property
     def source_name(self) -> str:
@@ -98,7 +102,10 @@ class TextCondition:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """True sizes of the samples in pixels, each (B, 2) as (height, width) or (top, left); SD1/SD2 do not use them."""
+    """True sizes of the samples in pixels, each (B, 2) as (height, width) or (top, left).
+
+    SD1 and SD2 do not use them.
+    """
 
     original_sizes_hw_B2: Tensor
     crop_top_lefts_B2: Tensor
@@ -144,9 +151,7 @@ class ModelFamily(ABC):
     latent_space: str = "sd"  # models with the same name can share cached latents
     latent_channels: int = 4
     latent_factor: int = 8  # pixels per latent cell
-    resolution_step: int = 8  # training sizes must be multiples of it
-    default_bucket_step: int = 64
-    default_sampler: str = "ddim"
+    bucket_step: int = 8  # steps between bucket sizes must be multiples of it, in pixels
     modelspec_implementation_network: str
 
     @abstractmethod

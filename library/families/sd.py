@@ -5,49 +5,40 @@ Shape legend: B samples, C latent channels, H W latent height and width.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from library import hub
 from library.families.base import (
     AdapterViews,
     Geometry,
-    ModelFamily,
     ModelParts,
     ModelSource,
     TextCondition,
     TextSettings,
     TokenBatch,
 )
+from library.families.stable import StableDiffusionFamily
 from library.log import UserError
-from library.models import build, load
-from library.models.load import Recognised, Target
-from library.models.save import save_folder, save_single_file, whole_folder
-from library.models.spec import FAMILY_TITLES, PredictionType
+from library.models.load import Recognised
+from library.models.spec import ArchitectureSpec, PredictionType
 from library.text.encode import encode_tokens
 from library.text.tokenizer import EOS_ID, SD1_TOKENIZER, SD2_TOKENIZER, clip_tokenizer
 from library.text.tokens import tokenize
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
     from transformers import CLIPTokenizer
 
     from library.options import ModelOptions
 
-logger = logging.getLogger(__name__)
-
 _V_SAMPLE_SIZE = 96  # SD2 models that predict velocity were trained at 768 pixels
-_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
-class SdFamily(ModelFamily):
+class SdFamily(StableDiffusionFamily):
     """SD1, or SD2 with ``v2``. The tokenizer is made on first use, from data in the program."""
 
     latent_scale = 0.18215
@@ -64,91 +55,25 @@ class SdFamily(ModelFamily):
         source = SD2_TOKENIZER if self.v2 else SD1_TOKENIZER
         return clip_tokenizer(0 if self.v2 else EOS_ID, self._tokenizer_cache_dir, source)
 
-    # ---- loading and saving
+    @property
+    def tokenizers(self) -> tuple[CLIPTokenizer, ...]:
+        return (self.tokenizer,)
 
-    def load(
-        self,
-        options: ModelOptions,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        vae_dtype: torch.dtype | None = None,
-    ) -> ModelParts:
-        source, found = self._find(options)
-        prediction = self._prediction(options, found, source)
-        vae_source = None if options.vae is None else _resolve(options.vae, "--vae", ("vae",))
-        targets = {"text_encoder": Target(dtype, device), "unet": Target(dtype, device)}
-        if options.vae is None:
-            targets["vae"] = Target(vae_dtype or dtype, device)
+    def _advice(self, found: ArchitectureSpec) -> str:
+        if found.family == "sdxl":
+            return "this script is for Stable Diffusion 1.x and 2.x; use the script of the same kind for SDXL"
+        return "add --v2" if found.family == "sd2" else "leave out --v2"
+
+    def _spec_to_load(self, found: Recognised, prediction: PredictionType, source: ModelSource) -> ArchitectureSpec:
         spec = found.spec
         if prediction == "v_prediction" and self.v2 and source.path.is_file() and spec.unet.sample_size == 64:
-            spec = replace(spec, unet=replace(spec.unet, sample_size=_V_SAMPLE_SIZE))
-        modules: dict[str, Any] = dict(load.load_parts(source.path, spec, targets))
-        if vae_source is not None:
-            modules["vae"] = load.load_vae(vae_source.path, Target(vae_dtype or dtype, device))
-        parts = ModelParts(
-            (modules["text_encoder"],), modules["unet"], modules["vae"], spec, prediction, source, vae_source
-        )
-        _check_latents(parts)
-        logger.info("%s: %s, predicts %s", source.name, FAMILY_TITLES[self.name], prediction)
-        return parts
+            return replace(spec, unet=replace(spec.unet, sample_size=_V_SAMPLE_SIZE))
+        return spec
 
-    def outline(self, options: ModelOptions) -> ModelParts:
-        source, found = self._find(options)
-        spec = found.spec
-        parts = (
-            (build.empty_text_encoder(spec.text_encoders[0]),),
-            build.empty_unet(spec.unet),
-            build.empty_vae(spec.vae),
-        )
-        return ModelParts(*parts, spec, self._prediction(options, found, source), source)
-
-    def load_vae(
-        self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> AutoencoderKL:
-        if options.vae is not None:
-            return load.load_vae(_resolve(options.vae, "--vae", ("vae",)).path, Target(dtype, device))
-        source, found = self._find(options)
-        modules = load.load_parts(source.path, found.spec, {"vae": Target(dtype, device)})
-        return cast("AutoencoderKL", modules["vae"])
-
-    def _find(self, options: ModelOptions) -> tuple[ModelSource, Recognised]:
-        """The model on this machine and what it is; refuses another family than the options say."""
-        name = "--pretrained_model_name_or_path"
-        if not options.pretrained_model_name_or_path:
-            raise UserError(f"{name} is needed: a checkpoint file, a Diffusers folder or a hub id")
-        source = _resolve(options.pretrained_model_name_or_path, name, hub.MODEL_PARTS)
-        found = load.recognise(source.path)
-        if found.spec.family != self.name:
-            advice = "add --v2" if found.spec.family == "sd2" else "leave out --v2"
-            raise UserError(f"{source.given} is a {FAMILY_TITLES[found.spec.family]} model: {advice}")
-        if found.spec.unet.in_channels != self.latent_channels:
-            count = found.spec.unet.in_channels
-            raise UserError(
-                f"{source.given} takes {count} input channels (inpainting or depth); only 4 can be trained here"
-            )
-        layers = found.spec.text_encoders[0].layers
+    def _check_text(self, options: ModelOptions, spec: ArchitectureSpec) -> None:
+        layers = spec.text_encoders[0].layers
         if options.clip_skip is not None and options.clip_skip > layers:
             raise UserError(f"--clip_skip {options.clip_skip}: this text encoder has {layers} layers; choose fewer")
-        return source, found
-
-    def _prediction(self, options: ModelOptions, found: Recognised, source: ModelSource) -> PredictionType:
-        asked: PredictionType = "v_prediction" if options.v_parameterization else "epsilon"
-        if found.prediction_type is None or found.prediction_type == asked:
-            return asked
-        if found.prediction_type == "v_prediction":
-            raise UserError(f"{source.given} says that it predicts velocity: add --v_parameterization")
-        raise UserError(f"{source.given} says that it predicts noise: leave out --v_parameterization")
-
-    def save_checkpoint(
-        self, parts: ModelParts, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None = None
-    ) -> None:
-        save_single_file(path, parts.spec, _by_name(parts), dtype, metadata, parts.source.path)
-
-    def save_diffusers(self, parts: ModelParts, folder: Path, dtype: torch.dtype | None) -> None:
-        with whole_folder(folder) as temporary:
-            save_folder(temporary, parts.spec, _by_name(parts), parts.prediction_type, dtype)
-            self.tokenizer.save_pretrained(temporary / "tokenizer")
 
     # ---- text
 
@@ -244,25 +169,3 @@ def name_for_plugins(unet: nn.Module) -> None:
         name = _PLUGIN_CLASS_NAMES.get(original.__name__)
         if name is not None:
             module.__class__ = renamed.setdefault(original, type(name, (original,), {}))
-
-
-def _by_name(parts: ModelParts) -> dict[str, nn.Module]:
-    return {"text_encoder": parts.text_encoders[0], "unet": parts.unet, "vae": parts.vae}
-
-
-def _check_latents(parts: ModelParts) -> None:
-    channels, wanted = parts.spec.unet.in_channels, cast(Any, parts.vae).config.latent_channels
-    if channels != wanted:
-        name = parts.vae_source.given if parts.vae_source else parts.source.given
-        raise UserError(f"--vae {name}: it makes latents of {wanted} channels, the model needs {channels}")
-
-
-def _resolve(given: str, option: str, parts: Sequence[str]) -> ModelSource:
-    """A local file or folder (links followed), or a hub id that is fetched once. Raises UserError for a wrong path."""
-    path = Path(given).expanduser()
-    if path.exists():
-        return ModelSource(given, path.resolve())
-    is_hub_id = given.count("/") <= 1 and "\\" not in given and given[0] not in "./~"
-    if not is_hub_id or given.lower().endswith(_FILE_SUFFIXES):
-        raise UserError(f"{option}: there is no file or folder {given}")
-    return ModelSource(given, hub.download_model(given, option, parts))

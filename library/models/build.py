@@ -28,6 +28,11 @@ def unet_config(spec: UNetSpec) -> dict[str, Any]:
     up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(spec.depths)]
     per_level = [depth or 1 for depth in spec.depths]
     per_level[last] = spec.mid_depth  # diffusers takes the middle block's depth from the last level
+    vector = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": spec.size_width,
+        "projection_class_embeddings_input_dim": spec.vector_width,
+    }
     return {
         "sample_size": spec.sample_size,
         "in_channels": spec.in_channels,
@@ -43,6 +48,7 @@ def unet_config(spec: UNetSpec) -> dict[str, Any]:
         "use_linear_projection": spec.linear_projection,
         "upcast_attention": spec.upcast_attention,
         "norm_num_groups": 32,
+        **({} if spec.vector_width is None else vector),
     }
 
 
@@ -60,6 +66,7 @@ def vae_config(spec: VaeSpec) -> dict[str, Any]:
         "layers_per_block": spec.layers_per_level,
         "norm_num_groups": 32,
         "scaling_factor": spec.scaling_factor,
+        "force_upcast": spec.force_upcast,
     }
 
 

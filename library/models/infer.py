@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from library.checkpoint.io import TensorInfo
 from library.checkpoint.sd_keys import HUGGINGFACE_PREFIX, OPENCLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, aliases
+from library.checkpoint.sdxl_keys import TEXT_PREFIXES as SDXL_TEXT_PREFIXES
 from library.log import UserError
 from library.models.spec import (
+    SD1,
+    SD2,
+    SDXL,
+    SDXL_LATENT_SCALE,
     ArchitectureSpec,
     FamilyName,
     PredictionType,
@@ -25,6 +31,7 @@ HEAD_WIDTH = 64  # CLIP's heads always, and SD2's in the U-Net
 SD1_HEADS = 8
 PUBLISHED_WIDTH = 320  # of the first level; narrower models are small ones
 SMALL_SAMPLE_SIZE = 8
+SIZES = 6  # numbers of SDXL's size condition
 
 
 def family_of_keys(infos: Infos) -> FamilyName | Literal["unknown"]:
@@ -39,26 +46,43 @@ def family_of_keys(infos: Infos) -> FamilyName | Literal["unknown"]:
     if any(HUGGINGFACE_PREFIX + level + token_embedding in infos for level in ("text_model.", "")):
         return "sd1"
     return "unknown"
-    if any(key.startswith(OPENCLIP_PREFIX) for key in infos):
-        return "sd2"
-    if any(key.startswith(HUGGINGFACE_PREFIX) for key in infos):
-        return "sd1"
-    return "unknown"
 
 
 def spec_of_file(infos: Infos, where: str) -> ArchitectureSpec:
-    """The architecture of an SD1 or SD2 single file. Raises UserError for anything else."""
+    """The architecture of an SD1, SD2 or SDXL single file. Raises UserError for anything else."""
     family = family_of_keys(infos)
-    if family == "sdxl":
-        raise UserError(f"{where} is an SDXL model; this script is for Stable Diffusion 1.x and 2.x")
     if family == "unknown":
         raise UserError(f"{where} is no whole Stable Diffusion model: U-Net or text encoder were not found in it")
+    if family == "sdxl" and not any(key.startswith(SDXL_TEXT_PREFIXES[0]) for key in infos):
+        raise UserError(f"{where} has no first SDXL text encoder: a refiner or a part of a model cannot be used here")
     real = {**infos, **{table: infos[key] for table, key in aliases(infos).items()}}
     try:
-        text = _openclip(real) if family == "sd2" else _huggingface(real)
-        return ArchitectureSpec(family, _unet(real, family), (text,), vae_spec_of_keys(real, VAE_PREFIX))
+        return _spec_of_sdxl(real) if family == "sdxl" else _spec_of_sd(real, family)
     except KeyError as error:
         raise UserError(f"{where} lacks the tensor {error.args[0]}: it is incomplete or of another kind") from error
+
+
+def _spec_of_sd(infos: Infos, family: FamilyName) -> ArchitectureSpec:
+    if family == "sd1":
+        text = _huggingface(infos, HUGGINGFACE_PREFIX)
+    else:
+        text = _openclip(infos, OPENCLIP_PREFIX)
+        # SD2 takes the next to last state: the last block is never run. Some converters already left it out.
+        text = text if text.layers == SD2.text_encoders[0].layers else replace(text, layers=text.layers - 1)
+    return ArchitectureSpec(family, _unet(infos, family), (text,), vae_spec_of_keys(infos, VAE_PREFIX))
+
+
+def _spec_of_sdxl(infos: Infos) -> ArchitectureSpec:
+    first, second = SDXL_TEXT_PREFIXES
+    projection = second + ("text_projection" if second + "text_projection" in infos else "text_projection.weight")
+    pooled_width = _shape(infos, projection)[1 if projection.endswith("text_projection") else 0]
+    vector_width = _shape(infos, UNET_PREFIX + "label_emb.0.0.weight")[1]
+    return ArchitectureSpec(
+        "sdxl",
+        replace(_unet(infos, "sdxl"), vector_width=vector_width, size_width=(vector_width - pooled_width) // SIZES),
+        (_huggingface(infos, first), replace(_openclip(infos, second), projection_width=pooled_width)),
+        replace(vae_spec_of_keys(infos, VAE_PREFIX), scaling_factor=SDXL_LATENT_SCALE),
+    )
 
 
 def prediction_of_file(infos: Infos, metadata: Mapping[str, str]) -> PredictionType | None:
@@ -71,6 +95,11 @@ def prediction_of_file(infos: Infos, metadata: Mapping[str, str]) -> PredictionT
     if metadata.get("modelspec.architecture", "").endswith("-768-v"):
         return "v_prediction"
     return None
+
+
+def zero_snr_of_file(infos: Infos) -> bool:
+    """True if a single file's marker says that its noise schedule ended in pure noise (zero terminal SNR)."""
+    return "ztsnr" in infos
 
 
 def _shape(infos: Infos, key: str) -> tuple[int, ...]:
@@ -99,8 +128,9 @@ def _unet(infos: Infos, family: FamilyName) -> UNetSpec:
     middle = f"{UNET_PREFIX}middle_block.1"
     projection = _shape(infos, f"{middle}.proj_in.weight")
     # SD2 projections are kept as matrices in memory, whatever form the file has
-    linear = family == "sd2" or len(projection) == 2
-    heads = [max(1, width // HEAD_WIDTH) for width in widths] if family == "sd2" else [SD1_HEADS] * len(widths)
+    linear = family != "sd1" or len(projection) == 2
+    heads = [SD1_HEADS] * len(widths) if family == "sd1" else [max(1, width // HEAD_WIDTH) for width in widths]
+    usual_size = (SDXL if family == "sdxl" else SD1).unet.sample_size
     return UNetSpec(
         widths=tuple(widths),
         depths=tuple(depths),
@@ -111,12 +141,12 @@ def _unet(infos: Infos, family: FamilyName) -> UNetSpec:
         layers_per_level=layers,
         in_channels=in_channels,
         out_channels=out_channels,
-        sample_size=64 if widths[0] >= PUBLISHED_WIDTH else SMALL_SAMPLE_SIZE,
+        sample_size=usual_size if widths[0] >= PUBLISHED_WIDTH else SMALL_SAMPLE_SIZE,
     )
 
 
-def _huggingface(infos: Infos) -> TextEncoderSpec:
-    root = HUGGINGFACE_PREFIX + "text_model."
+def _huggingface(infos: Infos, prefix: str) -> TextEncoderSpec:
+    root = prefix + "text_model."
     vocabulary, width = _shape(infos, root + "embeddings.token_embedding.weight")
     return TextEncoderSpec(
         width=width,
@@ -129,16 +159,14 @@ def _huggingface(infos: Infos) -> TextEncoderSpec:
     )
 
 
-def _openclip(infos: Infos) -> TextEncoderSpec:
-    root = OPENCLIP_PREFIX
+def _openclip(infos: Infos, root: str) -> TextEncoderSpec:
     vocabulary, width = _shape(infos, root + "token_embedding.weight")
     blocks = len(_indices(infos, rf"{re.escape(root)}transformer\.resblocks\.(\d+)\.ln_1\.weight"))
     return TextEncoderSpec(
         width=width,
         mlp_width=_shape(infos, root + "transformer.resblocks.0.mlp.c_fc.weight")[0],
         heads=max(1, width // HEAD_WIDTH),
-        # SD2 takes the next to last state: the last block is never run. Some converters already left it out.
-        layers=blocks if blocks == 23 else blocks - 1,
+        layers=blocks,
         activation="gelu",
         vocabulary=vocabulary,
         positions=_shape(infos, root + "positional_embedding")[0],
@@ -174,20 +202,35 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def spec_of_folder(folder: Path) -> ArchitectureSpec:
-    """The architecture of an SD1 or SD2 Diffusers folder. Raises UserError for anything else."""
-    unet = read_config(folder / "unet")
-    if (folder / "text_encoder_2").is_dir() or unet.get("addition_embed_type"):
-        raise UserError(f"{folder} is an SDXL model; this script is for Stable Diffusion 1.x and 2.x")
+    """The architecture of an SD1, SD2 or SDXL Diffusers folder. Raises UserError for anything else."""
+    unet = _unet_of_config(read_config(folder / "unet"))
+    vae = vae_spec_of_config(read_config(folder / "vae"))
     text = _text_spec(read_config(folder / "text_encoder"))
-    family: FamilyName = "sd2" if text.layout == "openclip" else "sd1"
-    return ArchitectureSpec(family, _unet_of_config(unet), (text,), vae_spec_of_config(read_config(folder / "vae")))
+    if unet.vector_width is not None and not (folder / "text_encoder_2").is_dir():
+        raise UserError(f"{folder} is an SDXL model, but its folder text_encoder_2 is missing")
+    if unet.vector_width is not None:
+        config = read_config(folder / "text_encoder_2")
+        second = replace(_text_spec(config), projection_width=config.get("projection_dim", 512), layout="openclip")
+        # some folders carry the scale of SD 1.x by mistake
+        return ArchitectureSpec("sdxl", unet, (text, second), replace(vae, scaling_factor=SDXL_LATENT_SCALE))
+    return ArchitectureSpec("sd2" if text.layout == "openclip" else "sd1", unet, (text,), vae)
 
 
 def prediction_of_folder(folder: Path) -> PredictionType | None:
     """The scheduler configuration's prediction type; None if it says nothing."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    said = read_config(path.parent, path.name).get("prediction_type") if path.is_file() else None
+    said = _scheduler(folder).get("prediction_type")
     return "v_prediction" if said == "v_prediction" else "epsilon" if said == "epsilon" else None
+
+
+def zero_snr_of_folder(folder: Path) -> bool:
+    """True if the scheduler's configuration asks for a schedule that ends in pure noise (zero terminal SNR)."""
+    return bool(_scheduler(folder).get("rescale_betas_zero_snr", False))
+
+
+def _scheduler(folder: Path) -> dict[str, Any]:
+    place = folder / "scheduler"
+    name = "scheduler_config.json"
+    return read_config(place, name) if (place / name).is_file() else {}
 
 
 def _unet_of_config(config: dict[str, Any]) -> UNetSpec:
@@ -198,6 +241,7 @@ def _unet_of_config(config: dict[str, Any]) -> UNetSpec:
     depths = tuple(d if "CrossAttn" in kind else 0 for d, kind in zip(per_level, kinds, strict=True))
     # "attention_head_dim" of these configs is the number of heads
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", SD1_HEADS)
+    has_vector = config.get("addition_embed_type") == "text_time"
     return UNetSpec(
         widths=widths,
         depths=depths,
@@ -208,6 +252,8 @@ def _unet_of_config(config: dict[str, Any]) -> UNetSpec:
         layers_per_level=config.get("layers_per_block", 2),
         in_channels=config.get("in_channels", 4),
         out_channels=config.get("out_channels", 4),
+        vector_width=config.get("projection_class_embeddings_input_dim") if has_vector else None,
+        size_width=config.get("addition_time_embed_dim") or SDXL.unet.size_width,
         sample_size=config.get("sample_size") or 64,
         upcast_attention=bool(config.get("upcast_attention", False)),
     )
@@ -234,4 +280,5 @@ def vae_spec_of_config(config: dict[str, Any]) -> VaeSpec:
         layers_per_level=config.get("layers_per_block", 2),
         latent_channels=config.get("latent_channels", 4),
         scaling_factor=config.get("scaling_factor", 0.18215),
+        force_upcast=bool(config.get("force_upcast", True)),
     )

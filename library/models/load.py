@@ -18,18 +18,19 @@ from torch import Tensor, nn
 
 from library.checkpoint.io import ModelFile, open_model_file, read_header
 from library.checkpoint.keymap import MAX_LISTED, MappedFile, Row, fit_shape, raise_key_problems
-from library.checkpoint.sd_keys import VAE_PREFIX, aliases, key_map, modern_vae_key, vae_rows
+from library.checkpoint.sd_keys import VAE_PREFIX, aliases, modern_vae_key, vae_rows
+from library.checkpoint.tables import key_map
 from library.log import UserError
 from library.models import build, infer
-from library.models.spec import ArchitectureSpec, PredictionType, VaeSpec
+from library.models.spec import TEXT_PARTS, ArchitectureSpec, PredictionType, VaeSpec
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 logger = logging.getLogger(__name__)
 
-PART_NAMES = ("text_encoder", "unet", "vae")
-_WEIGHT_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+PART_NAMES = (*TEXT_PARTS, "unet", "vae")
+_WEIGHT_STEMS = {name: "model" if name in TEXT_PARTS else "diffusion_pytorch_model" for name in PART_NAMES}
 _IGNORABLE_FOLDER_KEY = re.compile(r"position_ids$")
 
 
@@ -43,29 +44,31 @@ class Target:
 
 @dataclass(frozen=True)
 class Recognised:
-    """What a model is, before its weights are read."""
+    """What a model is, before its weights are read. ``zero_terminal_snr``: it says that it was trained so."""
 
     spec: ArchitectureSpec
     prediction_type: PredictionType | None
+    zero_terminal_snr: bool = False
 
 
 def recognise(path: Path) -> Recognised:
-    """Family, widths and prediction type of a file or folder. Raises UserError for anything but SD1 and SD2."""
+    """Family, widths and prediction type of a file or folder. Raises UserError for anything else."""
     if path.is_dir():
         spec = infer.spec_of_folder(path)
         if spec.family == "sd2":  # in memory always matrices, so that adapters have one shape
             spec = replace(spec, unet=replace(spec.unet, linear_projection=True))
-        return Recognised(spec, infer.prediction_of_folder(path))
+        return Recognised(spec, infer.prediction_of_folder(path), infer.zero_snr_of_folder(path))
     infos, metadata = read_header(path)
-    return Recognised(infer.spec_of_file(infos, str(path)), infer.prediction_of_file(infos, metadata))
+    spec = infer.spec_of_file(infos, str(path))
+    return Recognised(spec, infer.prediction_of_file(infos, metadata), infer.zero_snr_of_file(infos))
 
 
 def load_parts(path: Path, spec: ArchitectureSpec, targets: Mapping[str, Target]) -> dict[str, nn.Module]:
-    """The parts named in ``targets`` (of text_encoder, unet, vae), filled, frozen, in eval mode."""
+    """The parts named in ``targets`` (of `PART_NAMES`), filled, frozen, in eval mode."""
     if path.is_dir():
         return {name: _load_folder_part(path / name, name, spec, target) for name, target in targets.items()}
-    table = key_map(spec)
     with open_model_file(path) as file:
+        table = key_map(spec, file.infos)
         others = {key: actual for key, actual in aliases(file.infos).items() if key not in file.infos}
         names = (set(file.infos) - set(others.values())) | set(others)
         unread = table.check(names, str(path), targets)
@@ -84,7 +87,7 @@ def _empty(name: str, spec: ArchitectureSpec) -> nn.Module:
         return build.empty_unet(spec.unet)
     if name == "vae":
         return build.empty_vae(spec.vae)
-    return build.empty_text_encoder(spec.text_encoders[0])
+    return build.empty_text_encoder(spec.text_encoders[TEXT_PARTS.index(name)])
 
 
 # ---- Diffusers folders
@@ -115,7 +118,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 def _canonical(part: str, key: str) -> str:
     if part == "vae":
         return modern_vae_key(key)
-    return build.canonical_text_key(key) if part == "text_encoder" else key
+    return build.canonical_text_key(key) if part in TEXT_PARTS else key
 
 
 def _folder_tensors(

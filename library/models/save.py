@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from library.checkpoint.io import LazyTensor, atomic_write_json, open_model_file, save_safetensors
-from library.checkpoint.sd_keys import OPENCLIP_PREFIX, key_map
+from library.checkpoint.sd_keys import OPENCLIP_PREFIX
+from library.checkpoint.sdxl_keys import LOGIT_SCALE, MARKERS
+from library.checkpoint.tables import key_map
 from library.models import build
-from library.models.spec import ArchitectureSpec, PredictionType
+from library.models.spec import TEXT_PARTS, ArchitectureSpec, FamilyName, PredictionType
 
 PLACEHOLDER_KEY = "sd_trainer.placeholders"
 
@@ -29,10 +31,11 @@ def save_single_file(
     metadata: Mapping[str, str] | None = None,
     source: Path | None = None,
 ) -> None:
-    """Write a Stability file (safetensors) of text_encoder, unet and vae, streamed.
+    """Write a Stability file (safetensors) of the text encoders, unet and vae, streamed.
 
     SD2 files also hold a layer that is never run, a text projection and a logit scale: they are taken from ``source``
-    (the single file that the model came from) or made up, and then named in the metadata.
+    (the single file that the model came from) or made up, and then named in the metadata. SDXL files keep the logit
+    scale and the marker tensors of ``source``; nothing is made up.
     """
     tensors, notes = whole_state(spec, modules, source)
     save_safetensors(path, tensors, {**(metadata or {}), **notes}, dtype)
@@ -44,9 +47,12 @@ def whole_state(
     """The tensors of a single file, made when they are written, and what its metadata must say of them."""
     states = {name: build.canonical_state(module) for name, module in modules.items()}
     tensors = key_map(spec).to_file(states)
-    if spec.text_encoders[0].layout != "openclip":
+    if spec.family == "sd1":
         return tensors, {}
-    kept = _kept_from(source, spec)
+    if spec.family == "sdxl":
+        return {**tensors, **_kept_from(source, lambda key: key in (LOGIT_SCALE, *MARKERS))}, {}
+    extras = (f"{OPENCLIP_PREFIX}text_projection", f"{OPENCLIP_PREFIX}logit_scale")
+    kept = _kept_from(source, lambda key: key.startswith(_last_block(spec)) or key in extras)
     if kept:
         return {**tensors, **kept}, {}
     note = "cond_stage_model: last resblock, text_projection, logit_scale"
@@ -57,14 +63,12 @@ def _last_block(spec: ArchitectureSpec) -> str:
     return f"{OPENCLIP_PREFIX}transformer.resblocks.{spec.text_encoders[0].layers}."
 
 
-def _kept_from(source: Path | None, spec: ArchitectureSpec) -> dict[str, LazyTensor]:
-    """The unused text encoder tensors of the file that the model came from; small, so read at once."""
+def _kept_from(source: Path | None, wanted: Callable[[str], bool]) -> dict[str, LazyTensor]:
+    """Tensors that no module holds, of the file that the model came from; small, so read at once."""
     if source is None or not source.is_file():
         return {}
-    extras = (f"{OPENCLIP_PREFIX}text_projection", f"{OPENCLIP_PREFIX}logit_scale")
     with open_model_file(source) as file:
-        keys = [key for key in file.infos if key.startswith(_last_block(spec)) or key in extras]
-        return {key: _constant(file.tensor(key)) for key in keys}
+        return {key: _constant(file.tensor(key)) for key in file.infos if wanted(key)}
 
 
 def _placeholders(tensors: Mapping[str, LazyTensor], spec: ArchitectureSpec) -> dict[str, LazyTensor]:
@@ -92,58 +96,73 @@ def save_folder(
     modules: Mapping[str, nn.Module],
     prediction_type: PredictionType,
     dtype: torch.dtype | None = None,
+    zero_terminal_snr: bool = False,
 ) -> None:
-    """Write the parts of a Diffusers folder with their configurations (the tokenizer is added by the family).
+    """Write the parts of a Diffusers folder with their configurations (the tokenizers are added by the family).
 
     The folder must not be in use; `whole_folder` makes the write atomic.
     """
-    configs = {"unet": build.unet_config(spec.unet), "vae": build.vae_config(spec.vae)}
-    classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
     for name, module in modules.items():
-        place = folder / name
-        state = build.canonical_state(module)
-        if name == "text_encoder":
-            config = {
-                "architectures": ["CLIPTextModel"],
-                "model_type": "clip_text_model",
-                **build.text_config(spec.text_encoders[0]),
-            }
-            file = place / "model.safetensors"
-        else:
-            config = {"_class_name": classes[name], **configs[name]}
-            file = place / "diffusion_pytorch_model.safetensors"
-        atomic_write_json(place / "config.json", config)
-        save_safetensors(file, state, {"format": "pt"}, dtype)
-    atomic_write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(prediction_type))
-    atomic_write_json(folder / "model_index.json", model_index())
+        stem = "model" if name in TEXT_PARTS else "diffusion_pytorch_model"
+        atomic_write_json(folder / name / "config.json", _part_config(name, spec))
+        save_safetensors(folder / name / f"{stem}.safetensors", build.canonical_state(module), {"format": "pt"}, dtype)
+    scheduler = scheduler_config(prediction_type, spec.family, zero_terminal_snr)
+    atomic_write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    atomic_write_json(folder / "model_index.json", model_index(spec.family))
 
 
-def scheduler_config(prediction_type: PredictionType) -> dict[str, Any]:
-    """The noise schedule that all Stable Diffusion models were trained with."""
-    return {
-        "_class_name": "DDIMScheduler",
+def _part_config(name: str, spec: ArchitectureSpec) -> dict[str, Any]:
+    if name == "unet":
+        return {"_class_name": "UNet2DConditionModel", **build.unet_config(spec.unet)}
+    if name == "vae":
+        return {"_class_name": "AutoencoderKL", **build.vae_config(spec.vae)}
+    text = spec.text_encoders[TEXT_PARTS.index(name)]
+    architecture = "CLIPTextModel" if text.projection_width is None else "CLIPTextModelWithProjection"
+    return {"architectures": [architecture], "model_type": "clip_text_model", **build.text_config(text)}
+
+
+def scheduler_config(
+    prediction_type: PredictionType, family: FamilyName = "sd1", zero_terminal_snr: bool = False
+) -> dict[str, Any]:
+    """The noise schedule that all Stable Diffusion models were trained with, and the family's usual sampler."""
+    config: dict[str, Any] = {
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
         "num_train_timesteps": 1000,
-        "clip_sample": False,
-        "set_alpha_to_one": False,
         "steps_offset": 1,
         "prediction_type": prediction_type,
+        **({"rescale_betas_zero_snr": True} if zero_terminal_snr else {}),
     }
+    if family == "sdxl":
+        return {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", **config}
+    return {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False, **config}
 
 
-def model_index() -> dict[str, Any]:
+def model_index(family: FamilyName = "sd1") -> dict[str, Any]:
     """The table of contents of a Diffusers folder."""
-    return {
-        "_class_name": "StableDiffusionPipeline",
+    common = {
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
+        "feature_extractor": [None, None],
+    }
+    if family == "sdxl":
+        return {
+            "_class_name": "StableDiffusionXLPipeline",
+            **common,
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+            "image_encoder": [None, None],
+            "force_zeros_for_empty_prompt": True,
+        }
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        **common,
         "scheduler": ["diffusers", "DDIMScheduler"],
         "safety_checker": [None, None],
-        "feature_extractor": [None, None],
         "requires_safety_checker": False,
     }
 

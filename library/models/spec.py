@@ -7,6 +7,9 @@ from typing import Literal
 
 PredictionType = Literal["epsilon", "v_prediction"]
 FamilyName = Literal["sd1", "sd2", "sdxl"]
+TEXT_PARTS = ("text_encoder", "text_encoder_2")
+"""Names of the text encoders' parts, as in a Diffusers folder."""
+SDXL_LATENT_SCALE = 0.13025
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,8 @@ class UNetSpec:
     layers_per_level: int = 2
     in_channels: int = 4
     out_channels: int = 4
-    vector_width: int | None = None  # SDXL: width of the vector condition (pooled text and sizes)
+    vector_width: int | None = None  # SDXL: width of the vector condition (pooled text and six sizes)
+    size_width: int = 256  # SDXL: width of the embedding of one of these sizes
     sample_size: int = 64  # side of the usual picture in latent cells
     upcast_attention: bool = False
 
@@ -53,6 +57,7 @@ class VaeSpec:
     layers_per_level: int = 2
     latent_channels: int = 4
     scaling_factor: float = 0.18215
+    force_upcast: bool = True  # half precision overflows in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,11 @@ class ArchitectureSpec:
     text_encoders: tuple[TextEncoderSpec, ...]
     vae: VaeSpec = field(default_factory=VaeSpec)
 
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """Names of the text encoders' parts, in the order of ``text_encoders``."""
+        return TEXT_PARTS[: len(self.text_encoders)]
+
 
 SD1 = ArchitectureSpec("sd1", UNetSpec(), (TextEncoderSpec(),))
 """Stable Diffusion 1.x as published."""
@@ -74,6 +84,26 @@ SD2 = ArchitectureSpec(
     (TextEncoderSpec(1024, 4096, 16, 23, "gelu", layout="openclip"),),
 )
 """Stable Diffusion 2.x as published: of the text encoder's 24 layers 23 are kept, so its output is the next to last."""
+
+SDXL = ArchitectureSpec(
+    "sdxl",
+    UNetSpec(
+        widths=(320, 640, 1280),
+        depths=(0, 2, 10),
+        heads=(5, 10, 20),
+        mid_depth=10,
+        context_width=2048,
+        linear_projection=True,
+        vector_width=2816,
+        sample_size=128,
+    ),
+    (
+        TextEncoderSpec(),
+        TextEncoderSpec(1280, 5120, 20, 32, "gelu", projection_width=1280, layout="openclip"),
+    ),
+    VaeSpec(scaling_factor=SDXL_LATENT_SCALE),
+)
+"""SDXL base as published: both text encoders give their next to last state, the second one also a pooled vector."""
 
 FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
 EOS_TOKEN_ID = 49407

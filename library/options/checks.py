@@ -11,6 +11,8 @@ from typing import Any
 
 from library.options.settings import Settings
 
+SDXL_BUCKET_STEP = 32
+
 Rule = Callable[[Settings], str | None]
 
 # (option, what it needs): the first does nothing right without the second.
@@ -50,8 +52,11 @@ NO_EFFECT_WITHOUT = (
     ("log_tracker_config", ("logging_dir", "log_with")),
 )
 
-# (option, option that it switches on).
-IMPLIES = (("cache_latents_to_disk", "cache_latents"),)
+# (option, option that takes a value from it unless it is given itself, the value).
+IMPLIES: tuple[tuple[str, str, Any], ...] = (
+    ("cache_latents_to_disk", "cache_latents", True),
+    ("sdxl", "bucket_reso_steps", SDXL_BUCKET_STEP),
+)
 
 MAX_NAME_BYTES = 200  # file systems take 255; step numbers and suffixes are added
 
@@ -65,12 +70,15 @@ def _on(value: Any) -> bool:
 
 
 def implied(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Values that others switch on, and a line about each."""
-    found = {
-        implied_name: True for name, implied_name in IMPLIES if _on(values.get(name)) and not values.get(implied_name)
-    }
-    lines = [f"--{name} switches --{target} on" for name, target in IMPLIES if target in found]
-    return found, lines
+    """Values that others bring with them, and a line about each."""
+    rows = [
+        (name, target, value) for name, target, value in IMPLIES if _on(values.get(name)) and not values.get(target)
+    ]
+    lines = [
+        f"--{name} switches --{target} on" if value is True else f"--{name} sets --{target} {value}"
+        for name, target, value in rows
+    ]
+    return {target: value for _, target, value in rows}, lines
 
 
 def _full_precision(settings: Settings) -> Iterator[str]:
@@ -140,13 +148,35 @@ def _cached_augmentation(settings: Settings) -> Iterator[str]:
                 yield f"--{name} changes the image each time, so latents cannot be cached: drop it or --cache_latents"
 
 
+def _is_sdxl(settings: Settings) -> bool:
+    return settings.script.family == "sdxl" or bool(settings.value_of("sdxl"))
+
+
+def _for_sdxl(settings: Settings) -> Iterator[str]:
+    """What the scripts for SDXL refuse."""
+    if not _is_sdxl(settings):
+        return
+    if settings.value_of("v2"):
+        yield "--v2 is for SD 2.x models, this is for SDXL: leave it out"
+    if settings.value_of("weighted_captions"):
+        yield "--weighted_captions is not for SDXL: leave it out"
+    steps = settings.value_of("bucket_reso_steps") or 0
+    if steps % SDXL_BUCKET_STEP:
+        yield f"--bucket_reso_steps {steps}: must be a multiple of {SDXL_BUCKET_STEP} for SDXL"
+
+
 def _v_parameterization(settings: Settings) -> str | None:
+    if _is_sdxl(settings):
+        unusual = settings.value_of("v_parameterization")
+        return "--v_parameterization: few SDXL models predict v" if unusual else None
     if settings.value_of("v_parameterization") and settings.value_of("v2") is False:
         return "--v_parameterization without --v2: few SD 1.x models predict v"
     return None
 
 
 def _clip_skip(settings: Settings) -> str | None:
+    if _is_sdxl(settings) and settings.value_of("clip_skip"):
+        return "--clip_skip has no effect on SDXL: it always takes the last layer but one"
     if settings.value_of("v2") and settings.value_of("clip_skip"):
         return "--clip_skip with --v2: SD 2.x text encoders lack the last layer already; this is unusual"
     return None
@@ -212,7 +242,7 @@ def problems(settings: Settings) -> list[str]:
     found += [
         f"--{one} and --{other} exclude each other" for one, other in EXCLUDES if value_of(one) and value_of(other)
     ]
-    found += [*_full_precision(settings), *_cached_augmentation(settings)]
+    found += [*_full_precision(settings), *_cached_augmentation(settings), *_for_sdxl(settings)]
     return found + [line for rule in REFUSALS if (line := rule(settings))]
 
 

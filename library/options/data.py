@@ -156,3 +156,4 @@ class CacheToolOptions(OptionGroup):
     skip_existing: bool = option(
         False, help="accepted for old command lines: a cache file that fits is never made again"
     )
+    sdxl: bool = option(False, help="the base model is SDXL: caches for sdxl_train_network.py")

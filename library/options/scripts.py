@@ -48,6 +48,15 @@ TRAIN_NETWORK = ScriptOptions(
     summary="Train a LoRA or another network on Stable Diffusion 1.x or 2.x.",
 )
 
+SDXL_TRAIN_NETWORK = ScriptOptions(
+    name="sdxl_train_network.py",
+    groups=TRAIN_NETWORK.groups,
+    defaults={"bucket_reso_steps": 32, "sample_sampler": "euler_a"},
+    required=TRAIN_NETWORK.required,
+    summary="Train a LoRA or another network on SDXL.",
+    family="sdxl",
+)
+
 CACHE_LATENTS = ScriptOptions(
     name="tools/cache_latents.py",
     groups=(*TRAIN_NETWORK.groups, CacheToolOptions),
@@ -56,4 +65,4 @@ CACHE_LATENTS = ScriptOptions(
     summary="Encode training images ahead of time into .npz files. Takes the options (and the file) of the training.",
 )
 
-SCRIPTS = (TRAIN_NETWORK, CACHE_LATENTS)
+SCRIPTS = (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, CACHE_LATENTS)

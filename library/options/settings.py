@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from library.options.base import OptionGroup, OptionSpec, specs_by_name
 
 Group = TypeVar("Group", bound=OptionGroup)
 DEFAULT = "default"
 COMMAND_LINE = "command line"
+FamilyChoice = Literal["sd", "sdxl"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ScriptOptions:
     """What options a script has. ``defaults`` replaces declared defaults by name.
 
     ``required``: names that must be set to train; a tuple among them means at least one of these.
-    ``summary``: the first line of --help.
+    ``summary``: the first line of --help. ``family``: what kind of base model the script is for.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ScriptOptions:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     required: tuple[str | tuple[str, ...], ...] = ()
     summary: str = ""
+    family: FamilyChoice = "sd"
 
     def specs(self) -> dict[str, OptionSpec]:
         """All options of the script by name."""

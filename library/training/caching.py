@@ -28,7 +28,7 @@ from library.data.spec import load_dataset_specs
 from library.data.spec_checks import uncacheable_subsets
 from library.device import check_precision, choose_device, empty_cache, vae_dtype
 from library.log import UserError, progress
-from library.options import CacheOptions, DataOptions, ModelOptions, PrecisionOptions
+from library.options import CacheOptions, CacheToolOptions, DataOptions, ModelOptions, PrecisionOptions
 from library.options.settings import Settings
 from library.rng import torch_stream
 
@@ -385,7 +385,7 @@ def cache_ahead(settings: Settings) -> CachingReport:
     state = PartialState(cpu=device.type == "cpu")  # without cpu=True it starts no group on a CPU machine
     check_precision(precision, device)
     dtype = vae_dtype(precision)
-    family = family_for(settings[ModelOptions])
+    family = family_for(settings[ModelOptions], "sdxl" if settings[CacheToolOptions].sdxl else "sd")
     vae = family.load_vae(settings[ModelOptions], dtype=dtype, device=device)
     store = LatentStore(family.latent_space, vae_fingerprint(vae), to_disk=True)
     _, report = cache_latents(

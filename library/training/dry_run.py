@@ -60,7 +60,7 @@ def print_plan(script: Script, settings: Settings, datasets: Sequence[ResolvedDa
 
 def _outline(script: Script, settings: Settings) -> Trainable:
     """What would learn, on models without weights."""
-    family = family_for(settings[ModelOptions])
+    family = family_for(settings[ModelOptions], script.family)
     return make_trainable(script, settings, family, family.outline(settings[ModelOptions]))
 
 

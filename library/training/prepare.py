@@ -19,6 +19,7 @@ from library.diffusion.schedule import NoiseSchedule
 from library.families import family_for
 from library.families.base import ModelFamily, ModelParts, TextSettings
 from library.generation.pipeline import GenerationSettings
+from library.log import UserError
 from library.models.memory import set_attention, set_gradient_checkpointing
 from library.options import (
     CacheOptions,
@@ -62,9 +63,12 @@ def load_models(
 ) -> Models:
     """Base model, cached latents, and what learns, on the device."""
     options = settings[ModelOptions]
-    family = family_for(options)
+    family = family_for(options, script.family)
+    check_bucket_steps(family, datasets)
     with one_process_at_a_time(settings[PrecisionOptions].lowram):
         parts = family.load(options, dtype=machine.weight_dtype, device=machine.device, vae_dtype=machine.vae_dtype)
+    if parts.zero_terminal_snr and not settings[NoiseOptions].zero_terminal_snr:
+        logger.warning("%s was trained with zero terminal SNR: --zero_terminal_snr is missing", parts.source_name)
     set_attention(parts.unet, attention_kind(settings[PrecisionOptions]))
     torch.manual_seed(seed_of(seed, "network init"))
     trainable = make_trainable(script, settings, family, parts)  # before the latents: its arguments may be refused
@@ -77,6 +81,18 @@ def load_models(
         torch.nn.Module.to(parts.vae, "cpu")
         machine.empty_cache()
     return Models(family, parts, trainable, images, learns)
+
+
+def check_bucket_steps(family: ModelFamily, datasets: Sequence[ResolvedDataset]) -> None:
+    """Refuse bucket sizes that the family's U-Net cannot halve often enough."""
+    rules = [dataset.spec.buckets for dataset in datasets if dataset.spec.buckets]
+    steps = {rule.bucket_reso_steps for rule in rules if rule.enable_bucket}
+    wrong = sorted(step for step in steps if step % family.bucket_step)
+    if wrong:
+        listed = ", ".join(map(str, wrong))
+        raise UserError(
+            f"bucket_reso_steps {listed}: must be a multiple of {family.bucket_step} for this kind of model"
+        )
 
 
 def make_trainable(script: Script, settings: Settings, family: ModelFamily, parts: ModelParts) -> Trainable:

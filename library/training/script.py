@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from library.options.settings import ScriptOptions
+from library.options.settings import FamilyChoice, ScriptOptions
 
 
 @dataclass(frozen=True)
@@ -20,3 +20,8 @@ class Script:
     options: ScriptOptions
     kind: str
     tracker_name: str
+
+    @property
+    def family(self) -> FamilyChoice:
+        """What kind of base model the script is for."""
+        return self.options.family

@@ -105,4 +105,4 @@ def test_misspelt_caption_option_of_old_command_lines():
 
 def test_the_cache_tool_takes_every_option_of_the_training():
     specs = CACHE_LATENTS.specs()
-    assert set(TRAIN_NETWORK.specs()) | {"skip_existing"} == set(specs)
+    assert set(TRAIN_NETWORK.specs()) | {"skip_existing", "sdxl"} == set(specs)

@@ -98,17 +98,18 @@ def info(*shape: int) -> TensorInfo:
     return TensorInfo("F16", shape)
 
 
-def test_sdxl_is_recognised_and_refused(tmp_path: Path) -> None:
+def test_sdxl_without_its_text_encoders_is_refused(tmp_path: Path) -> None:
     keys = {
         "model.diffusion_model.input_blocks.0.0.weight": info(320, 4, 3, 3),
         "conditioner.embedders.1.model.ln_final.weight": info(1280),
     }
     assert family_of_keys(keys) == "sdxl"
-    with pytest.raises(UserError, match=r"^x is an SDXL model; this script is for Stable Diffusion 1\.x and 2\.x$"):
+    with pytest.raises(UserError, match=r"^x has no first SDXL text encoder"):
         spec_of_file(keys, "x")
     write_toy_folder(tmp_path / "m")
     config = tmp_path / "m" / "unet" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "addition_embed_type": "text_time"}))
+    vector = {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 2816}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **vector}))
     with pytest.raises(UserError, match="is an SDXL model"):
         load(tmp_path / "m")
 

@@ -1,0 +1,142 @@
+"""SDXL: two text encoders, a pooled vector, and the sizes of the picture as a condition.
+
+Shape legend: B samples, N token rows, T tokens of a row, L positions of the joined caption, D context width, P pooled
+width, C latent channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from library import hub
+from library.families.base import (
+    AdapterViews,
+    Geometry,
+    ModelParts,
+    TextCondition,
+    TextSettings,
+    TokenBatch,
+)
+from library.families.sd import text_encoder_view
+from library.families.sdxl_view import sdxl_view
+from library.families.stable import StableDiffusionFamily
+from library.models.spec import SDXL_LATENT_SCALE, ArchitectureSpec, PredictionType
+from library.text.encode import apply_weights, encode_tokens, join_rows, pooled_at_first_eos
+from library.text.tokenizer import EOS_ID, SD1_TOKENIZER, clip_tokenizer
+from library.text.tokens import TokenRows, tokenize
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+SECOND_TOKENIZER = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
+_NEXT_TO_LAST = 2
+
+
+class SdxlFamily(StableDiffusionFamily):
+    """SDXL base and its descendants. The tokenizers are made on first use, from data in the program."""
+
+    name = "sdxl"
+    latent_scale = SDXL_LATENT_SCALE
+    latent_space = "sdxl"
+    bucket_step = 32
+    modelspec_implementation_network = "https://github.com/Stability-AI/generative-models"
+    parts_on_hub = (*hub.MODEL_PARTS, "text_encoder_2")
+
+    def __init__(self, tokenizer_cache_dir: str | None = None) -> None:
+        self._tokenizer_cache_dir = tokenizer_cache_dir
+
+    @property
+    def tokenizers(self) -> tuple[CLIPTokenizer, ...]:
+        """The first pads with the end mark, the second with id 0."""
+        return self._both_tokenizers
+
+    @cached_property
+    def _both_tokenizers(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+        folder = self._tokenizer_cache_dir
+        return clip_tokenizer(EOS_ID, folder, SD1_TOKENIZER), clip_tokenizer(0, folder, SECOND_TOKENIZER)
+
+    def _advice(self, found: ArchitectureSpec) -> str:
+        return "this script is for SDXL; use the script of the same kind without sdxl_ in its name"
+
+    # ---- text
+
+    def tokenize(self, captions: Sequence[str], settings: TextSettings) -> TokenBatch:
+        return TokenBatch(tuple(tokenize(tokenizer, captions, settings) for tokenizer in self.tokenizers))
+
+    def encode(self, text_encoders: Sequence[nn.Module], tokens: TokenBatch, settings: TextSettings) -> TextCondition:
+        """Next to last states of both encoders, without final norm, side by side; the pooled vector of the second.
+
+        ``settings.clip_skip`` is not used: the U-Net knows these states only.
+        """
+        first, second = text_encoders
+        rows = [tokens_of.to(_device(encoder)) for tokens_of, encoder in zip(tokens.rows, text_encoders, strict=True)]
+        first_BLD = encode_tokens(first, rows[0], _NEXT_TO_LAST, final_norm=False)
+        second_BLD, pooled_BP = _encode_second(second, rows[1])
+        return TextCondition(torch.cat([first_BLD.to(second_BLD.device), second_BLD], dim=-1), pooled_BP)
+
+    # ---- U-Net
+
+    def predict(
+        self,
+        unet: nn.Module,
+        noisy_latents_BCHW: Tensor,
+        timesteps_B: Tensor,
+        condition: TextCondition,
+        geometry: Geometry | None = None,
+    ) -> Tensor:
+        if geometry is None or condition.pooled_BP is None:
+            raise ValueError("SDXL needs the sizes of the pictures and the pooled text")
+        added = {
+            "text_embeds": condition.pooled_BP,
+            "time_ids": time_ids(geometry).to(noisy_latents_BCHW.device),
+        }
+        return unet(noisy_latents_BCHW, timesteps_B, condition.hidden_BTD, added_cond_kwargs=added, return_dict=False)[
+            0
+        ]
+
+    def adapter_views(self, parts: ModelParts) -> AdapterViews:
+        return AdapterViews([text_encoder_view(encoder) for encoder in parts.text_encoders], sdxl_view(parts.unet))
+
+    # ---- names
+
+    def default_sample_size(self, parts: ModelParts) -> int:
+        return parts.spec.unet.sample_size * self.latent_factor
+
+    def base_model_version(self, prediction_type: PredictionType) -> str:
+        return "sdxl_base_v1-0"
+
+    def modelspec_architecture(self, prediction_type: PredictionType) -> str:
+        return "stable-diffusion-xl-v1-base"
+
+    def modelspec_resolution(self, prediction_type: PredictionType) -> int:
+        return 1024
+
+
+def time_ids(geometry: Geometry) -> Tensor:
+    """The six numbers of the size condition (B, 6), float32: original height, width, crop top, left, target height,
+    width. Not to be cast to half precision: sizes would be rounded.
+    """
+    sizes = (geometry.original_sizes_hw_B2, geometry.crop_top_lefts_B2, geometry.target_sizes_hw_B2)
+    return torch.cat(sizes, dim=1).float()
+
+
+def _encode_second(encoder: nn.Module, tokens: TokenRows) -> tuple[Tensor, Tensor]:
+    """Joined next to last states (B, L, D) and the pooled vector (B, P) of each caption's first row, in one pass."""
+    ids_BNT = tokens.ids_BNT
+    rows = ids_BNT.shape[1]
+    model = cast(Any, encoder)
+    output = model.text_model(input_ids=ids_BNT.flatten(0, 1), output_hidden_states=True)
+    hidden_BLD = join_rows(output.hidden_states[-_NEXT_TO_LAST], rows)
+    if tokens.weights_BL is not None:
+        hidden_BLD = apply_weights(hidden_BLD, tokens.weights_BL)
+    last_BTD = output.last_hidden_state[::rows]
+    return hidden_BLD, pooled_at_first_eos(last_BTD, ids_BNT[:, 0], EOS_ID, model.text_projection)
+
+
+def _device(encoder: nn.Module) -> torch.device:
+    return next(encoder.parameters()).device

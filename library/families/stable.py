@@ -1,0 +1,161 @@
+"""What SD1, SD2 and SDXL have in common: finding, checking, loading and writing a model."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from library import hub
+from library.families.base import ModelFamily, ModelParts, ModelSource
+from library.log import UserError
+from library.models import build, load
+from library.models.load import Recognised, Target
+from library.models.save import save_folder, save_single_file, whole_folder
+from library.models.spec import FAMILY_TITLES, ArchitectureSpec, PredictionType
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTokenizer
+
+    from library.options import ModelOptions
+
+logger = logging.getLogger(__name__)
+
+_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+class StableDiffusionFamily(ModelFamily):
+    """Loading and saving, in single files and Diffusers folders. ``parts_on_hub`` are the folders of a hub model."""
+
+    parts_on_hub: tuple[str, ...] = hub.MODEL_PARTS
+
+    @property
+    @abstractmethod
+    def tokenizers(self) -> tuple[CLIPTokenizer, ...]:
+        """One per text encoder."""
+
+    @abstractmethod
+    def _advice(self, found: ArchitectureSpec) -> str:
+        """What to do with a model of another family."""
+
+    def _spec_to_load(self, found: Recognised, prediction: PredictionType, source: ModelSource) -> ArchitectureSpec:
+        """The architecture with what only the options tell."""
+        return found.spec
+
+    def load(
+        self,
+        options: ModelOptions,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        vae_dtype: torch.dtype | None = None,
+    ) -> ModelParts:
+        source, found = self._find(options)
+        prediction = self._prediction(options, found, source)
+        vae_source = None if options.vae is None else _resolve(options.vae, "--vae", ("vae",))
+        targets = {name: Target(dtype, device) for name in (*found.spec.text_parts, "unet")}
+        if options.vae is None:
+            targets["vae"] = Target(vae_dtype or dtype, device)
+        spec = self._spec_to_load(found, prediction, source)
+        modules: dict[str, Any] = dict(load.load_parts(source.path, spec, targets))
+        if vae_source is not None:
+            modules["vae"] = load.load_vae(vae_source.path, Target(vae_dtype or dtype, device))
+        parts = ModelParts(
+            tuple(modules[name] for name in spec.text_parts),
+            modules["unet"],
+            modules["vae"],
+            spec,
+            prediction,
+            source,
+            vae_source,
+            found.zero_terminal_snr,
+        )
+        _check_latents(parts)
+        logger.info("%s: %s, predicts %s", source.name, FAMILY_TITLES[self.name], prediction)
+        return parts
+
+    def outline(self, options: ModelOptions) -> ModelParts:
+        source, found = self._find(options)
+        spec = found.spec
+        text_encoders = tuple(build.empty_text_encoder(text) for text in spec.text_encoders)
+        parts = (text_encoders, build.empty_unet(spec.unet), build.empty_vae(spec.vae))
+        return ModelParts(*parts, spec, self._prediction(options, found, source), source)
+
+    def load_vae(
+        self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> AutoencoderKL:
+        if options.vae is not None:
+            return load.load_vae(_resolve(options.vae, "--vae", ("vae",)).path, Target(dtype, device))
+        source, found = self._find(options)
+        modules = load.load_parts(source.path, found.spec, {"vae": Target(dtype, device)})
+        return cast("AutoencoderKL", modules["vae"])
+
+    def _find(self, options: ModelOptions) -> tuple[ModelSource, Recognised]:
+        """The model on this machine and what it is; refuses another family than the options say."""
+        name = "--pretrained_model_name_or_path"
+        if not options.pretrained_model_name_or_path:
+            raise UserError(f"{name} is needed: a checkpoint file, a Diffusers folder or a hub id")
+        source = _resolve(options.pretrained_model_name_or_path, name, self.parts_on_hub)
+        found = load.recognise(source.path)
+        if found.spec.family != self.name:
+            article = "an" if found.spec.family == "sdxl" else "a"
+            title = FAMILY_TITLES[found.spec.family]
+            raise UserError(f"{source.given} is {article} {title} model: {self._advice(found.spec)}")
+        if found.spec.unet.in_channels != self.latent_channels:
+            count = found.spec.unet.in_channels
+            raise UserError(
+                f"{source.given} takes {count} input channels (inpainting or depth); only 4 can be trained here"
+            )
+        self._check_text(options, found.spec)
+        return source, found
+
+    def _check_text(self, options: ModelOptions, spec: ArchitectureSpec) -> None:
+        """Refuse options of the text side that this model cannot follow."""
+
+    def _prediction(self, options: ModelOptions, found: Recognised, source: ModelSource) -> PredictionType:
+        asked: PredictionType = "v_prediction" if options.v_parameterization else "epsilon"
+        if found.prediction_type is None or found.prediction_type == asked:
+            return asked
+        if found.prediction_type == "v_prediction":
+            raise UserError(f"{source.given} says that it predicts velocity: add --v_parameterization")
+        raise UserError(f"{source.given} says that it predicts noise: leave out --v_parameterization")
+
+    def save_checkpoint(
+        self, parts: ModelParts, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        save_single_file(path, parts.spec, _by_name(parts), dtype, metadata, parts.source.path)
+
+    def save_diffusers(self, parts: ModelParts, folder: Path, dtype: torch.dtype | None) -> None:
+        with whole_folder(folder) as temporary:
+            save_folder(temporary, parts.spec, _by_name(parts), parts.prediction_type, dtype, parts.zero_terminal_snr)
+            for tokenizer, name in zip(self.tokenizers, ("tokenizer", "tokenizer_2"), strict=False):
+                tokenizer.save_pretrained(temporary / name)
+
+
+def _by_name(parts: ModelParts) -> dict[str, nn.Module]:
+    texts = dict(zip(parts.spec.text_parts, parts.text_encoders, strict=True))
+    return {**texts, "unet": parts.unet, "vae": parts.vae}
+
+
+def _check_latents(parts: ModelParts) -> None:
+    channels, wanted = parts.spec.unet.in_channels, cast(Any, parts.vae).config.latent_channels
+    if channels != wanted:
+        name = parts.vae_source.given if parts.vae_source else parts.source.given
+        raise UserError(f"--vae {name}: it makes latents of {wanted} channels, the model needs {channels}")
+
+
+def _resolve(given: str, option: str, parts: Sequence[str]) -> ModelSource:
+    """A local file or folder (links followed), or a hub id that is fetched once. Raises UserError for a wrong path."""
+    path = Path(given).expanduser()
+    if path.exists():
+        return ModelSource(given, path.resolve())
+    is_hub_id = given.count("/") <= 1 and "\\" not in given and given[0] not in "./~"
+    if not is_hub_id or given.lower().endswith(_FILE_SUFFIXES):
+        raise UserError(f"{option}: there is no file or folder {given}")
+    return ModelSource(given, hub.download_model(given, option, parts))
