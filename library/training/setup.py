@@ -21,6 +21,7 @@ from library.options import (
     DataOptions,
     HubOptions,
     LoopOptions,
+    ModelOptions,
     NetworkOptions,
     NoiseOptions,
     OptimizerOptions,
@@ -169,7 +170,8 @@ def make_update(
 ) -> WeightUpdate:
     """Step and optimizer as accelerate wraps them, with the schedule."""
     trainable = models.trainable
-    wrapped = machine.wrap(step, optimizer, may_skip_parameters=trainable.may_skip_parameters)
+    skips_layers = models.text_learns and (settings[ModelOptions].clip_skip or 1) > 1  # the last ones get no gradient
+    wrapped = machine.wrap(step, optimizer, may_skip_parameters=trainable.may_skip_parameters or skips_layers)
     return WeightUpdate(
         machine.accelerator,
         *wrapped,
