@@ -21,6 +21,7 @@ from library.options import (
     DataOptions,
     HubOptions,
     LoopOptions,
+    ModelOptions,
     NetworkOptions,
     NoiseOptions,
     OptimizerOptions,
@@ -41,7 +42,7 @@ from library.training.fingerprint import fingerprint
 from library.training.guard import FiniteGuard
 from library.training.interrupt import StopRequest
 from library.training.loop import Job
-from library.training.lr import Schedule, create_schedule, learning_rates
+from library.training.lr import Schedule, create_schedule, learning_rates, table, table_lines
 from library.training.machine import Machine, open_machine
 from library.training.metadata import model_facts
 from library.training.optimizers import OptimizerMode, create_optimizer
@@ -158,6 +159,8 @@ def make_optimizer(settings: Settings, models: Models, machine: Machine, clock: 
         machine.device,
         loss_scaling=machine.accelerator.scaler is not None,
     )
+    for line in table_lines(table(settings[ScheduleOptions], optimizer, clock.max_train_steps)):
+        logger.info("%s", line)
     schedule: Schedule = create_schedule(settings[ScheduleOptions], optimizer, clock.max_train_steps)
     return optimizer, OptimizerFacts(optimizer, schedule, name)
 
@@ -167,7 +170,8 @@ def make_update(
 ) -> WeightUpdate:
     """Step and optimizer as accelerate wraps them, with the schedule."""
     trainable = models.trainable
-    wrapped = machine.wrap(step, optimizer, may_skip_parameters=trainable.may_skip_parameters)
+    skips_layers = models.text_learns and (settings[ModelOptions].clip_skip or 1) > 1  # the last ones get no gradient
+    wrapped = machine.wrap(step, optimizer, may_skip_parameters=trainable.may_skip_parameters or skips_layers)
     return WeightUpdate(
         machine.accelerator,
         *wrapped,

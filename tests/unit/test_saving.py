@@ -2,14 +2,10 @@
 
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("library.options")
-
 from library.options import SaveOptions
 from library.training.clock import Clock, due_counts, is_due
 from library.training.loop import StepReport
-from library.training.saving import SavePlan, Saver, outdated, stem
+from library.training.saving import SavePlan, Saver, outdated, remove_leftovers, stem
 
 REPORT = StepReport(loss=0.0, keys=(), sample_count=1, grad_norm=0.0)
 
@@ -99,3 +95,14 @@ def test_own_file_is_replaced_in_place(tmp_path):
 def test_a_stop_always_leaves_a_state(tmp_path):
     saver(options(tmp_path)).at_stop(Clock(max_train_steps=5, num_epochs=1, step=2))
     assert "cat-step00000002-state" in names(tmp_path)
+
+
+def test_leftovers_of_killed_runs_go_and_nothing_else(tmp_path):
+    left = [".cat.0123abcd.tmp.safetensors", "..cat-step00000002.0123abcd.tmp.89abcdef.tmp.safetensors"]
+    kept = ["cat.safetensors", ".cat", ".dog.0123abcd.tmp.safetensors", "cat.0123abcd.tmp.safetensors"]
+    for name in (*left, *kept):
+        (tmp_path / name).write_text("")
+    for name in (".cat-state.77.tmp", ".cat-000001-state.gone"):
+        (tmp_path / name).mkdir()
+    remove_leftovers(tmp_path, "cat")
+    assert names(tmp_path) == sorted(kept)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.checkpoint.io import atomic_path
 from library.families.base import ModelFamily, ModelParts
 from library.log import UserError
 from library.models.memory import store_in_fp8
@@ -195,7 +195,8 @@ class AdapterTraining(Trainable):
         return self._limit_norms() if self._limit_norms else {}
 
     def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
-        self.module.save_weights(path, dtype, metadata)  # type: ignore[operator]
+        with atomic_path(path) as temporary:  # third-party networks write in place
+            self.module.save_weights(str(temporary), dtype, metadata)  # type: ignore[operator]
 
     def check(self, path: Path) -> list[str]:
         return check_network_file(path, _optional(self._module, "inspect_weights")).lines()
@@ -205,13 +206,6 @@ class AdapterTraining(Trainable):
             return {}
         names = ("network_dim", "network_alpha")
         return {name: value for name in names if (value := getattr(self.module, name, None)) is not None}
-
-    def describe(self) -> str:
-        """One line for the log."""
-        count = sum(p.numel() for p in self.trained_parameters())
-        return (
-            f"{self._options.network_module}: {count:,} parameters learn; arguments {json.dumps(self._network_args())}"
-        )
 
 
 def _optional(network: Any, name: str) -> Callable[..., Any] | None:
