@@ -16,11 +16,9 @@ import torch
 
 from library.checkpoint import io
 from library.training.latent_source import LatentSource
+from tests.toy import write_toy_checkpoint
 from tests.training.bench import Bench, refused
 from tests.training.runs import tensors, train
-
-SDXL_KEYS = ("conditioner.embedders.0.x", "model.diffusion_model.label_emb.0.0.weight")
-
 
 # ---- models
 
@@ -53,7 +51,10 @@ def dangerous_pickle(bench: Bench) -> Path:
         (lambda b: b.file("m.safetensors", b""), ("m.safetensors is empty",)),
         (lambda b: b.file("m.safetensors", b"no model at all"), ("m.safetensors is not a ", "safetensors file")),
         (lambda b: b.file("m.ckpt", b"no model at all"), ("m.ckpt is ", "copy or download it again")),
-        (lambda b: b.header("m.safetensors", *SDXL_KEYS), ("m.safetensors is an SDXL model", "1.x and 2.x")),
+        (
+            lambda b: write_toy_checkpoint(b.tmp / "m.safetensors", "sdxl"),
+            ("m.safetensors is an SDXL model", "the same kind for SDXL"),
+        ),
         (lambda b: b.header("m.safetensors", "lora_unet_x.lora_up.weight"), ("no whole Stable Diffusion model",)),
         (lambda b: b.photos, ("photos", "no whole Diffusers model")),
         (lambda b: b.model_sd2, ("is a Stable Diffusion 2.x model", "add --v2")),
