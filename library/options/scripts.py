@@ -10,7 +10,9 @@ from library.options import (
     LoopOptions,
     LossOptions,
     MetadataOptions,
+    ModelFileOptions,
     ModelOptions,
+    NetworkFileOptions,
     NetworkOptions,
     NoiseOptions,
     OptimizerOptions,
@@ -18,6 +20,7 @@ from library.options import (
     SampleOptions,
     SaveOptions,
     ScheduleOptions,
+    SdxlFullOptions,
 )
 from library.options.settings import ScriptOptions
 
@@ -43,17 +46,28 @@ TRAINING_GROUPS = (
 
 TRAIN_NETWORK = ScriptOptions(
     name="train_network.py",
-    groups=(*TRAINING_GROUPS[:2], NetworkOptions, *TRAINING_GROUPS[2:]),
+    groups=(*TRAINING_GROUPS[:2], NetworkOptions, *TRAINING_GROUPS[2:], NetworkFileOptions),
     required=("pretrained_model_name_or_path", "network_module", "output_dir", IMAGES),
     summary="Train a LoRA or another network on Stable Diffusion 1.x or 2.x.",
 )
 
+SDXL_DEFAULTS = {"bucket_reso_steps": 32, "sample_sampler": "euler_a"}
+
 SDXL_TRAIN_NETWORK = ScriptOptions(
     name="sdxl_train_network.py",
     groups=TRAIN_NETWORK.groups,
-    defaults={"bucket_reso_steps": 32, "sample_sampler": "euler_a"},
+    defaults=SDXL_DEFAULTS,
     required=TRAIN_NETWORK.required,
     summary="Train a LoRA or another network on SDXL.",
+    family="sdxl",
+)
+
+SDXL_TRAIN = ScriptOptions(
+    name="sdxl_train.py",
+    groups=(*TRAINING_GROUPS[:2], SdxlFullOptions, *TRAINING_GROUPS[2:], ModelFileOptions),
+    defaults=SDXL_DEFAULTS,
+    required=("pretrained_model_name_or_path", "output_dir", IMAGES),
+    summary="Train the U-Net and the text encoders of SDXL themselves.",
     family="sdxl",
 )
 
@@ -65,4 +79,4 @@ CACHE_LATENTS = ScriptOptions(
     summary="Encode training images ahead of time into .npz files. Takes the options (and the file) of the training.",
 )
 
-SCRIPTS = (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, CACHE_LATENTS)
+SCRIPTS = (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, SDXL_TRAIN, CACHE_LATENTS)

@@ -31,10 +31,11 @@ def write_photos(folder: Path, sizes: list[tuple[int, int]], seed: int = 0) -> P
     return folder
 
 
-def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+def command(model: Path, data: Path, out: Path, *more: str, script: Script = SCRIPT) -> list[str]:
     """A command line with what every run here has; ``more`` wins."""
+    network = ["--network_module", "networks.lora"] if "network_module" in script.options.specs() else []
     return [
-        "--pretrained_model_name_or_path", str(model), "--network_module", "networks.lora", "--output_dir", str(out),
+        "--pretrained_model_name_or_path", str(model), *network, "--output_dir", str(out),
         "--output_name", "toy", "--train_data_dir", str(data), "--resolution", "64", "--seed", "7",
         "--learning_rate", "1e-3", "--max_train_steps", "4", "--max_data_loader_n_workers", "0", *more,
     ]  # fmt: skip
@@ -43,7 +44,7 @@ def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
 def train(model: Path, data: Path, out: Path, *more: str, script: Script = SCRIPT) -> int:
     """Run to the end; returns the exit status."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    return run(script, command(model, data, out, *more))
+    return run(script, command(model, data, out, *more, script=script))
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
