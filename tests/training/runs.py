@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from library.options.scripts import TRAIN_NETWORK
 from library.training.app import run
 from library.training.script import Script
 
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Script(TRAIN_NETWORK, kind="library.training.kinds.adapter:AdapterTraining", tracker_name="network_train")
 
 
@@ -45,6 +49,15 @@ def train(model: Path, data: Path, out: Path, *more: str, script: Script = SCRIP
     """Run to the end; returns the exit status."""
     AcceleratorState._reset_state(reset_partial_state=True)
     return run(script, command(model, data, out, *more, script=script))
+
+
+def launch_two(script: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run an entry script in two processes on the CPU."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, script, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 def tensors(path: Path) -> dict[str, Tensor]:

@@ -272,3 +272,23 @@ def test_a_folder_base_model_is_named_in_the_plan(
     said = capsys.readouterr().out
     assert "text_encoder1" in said
     assert "text_encoder2" in said
+
+
+SGD = ("--optimizer_type", "SGD", "--learning_rate", "0.01", "--max_grad_norm", "0", "--max_train_steps", "2")
+
+
+def test_accumulation_and_processes_equal_the_big_batch(sdxl: Path, tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", [(64, 64)] * 4)
+    shared = ("--train_text_encoder", "--cache_latents_to_disk", *SGD)
+    assert train(sdxl, photos, tmp_path / "one", "--train_batch_size", "2", *shared) == 0
+    assert train(sdxl, photos, tmp_path / "parts", "--gradient_accumulation_steps", "2", *shared) == 0
+    arguments = runs.command(sdxl, photos, tmp_path / "two", *BUCKETS, *shared, script=SCRIPT)
+    done = runs.launch_two("sdxl_train.py", arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    base, one = tensors(sdxl), tensors(tmp_path / "one" / "toy.safetensors")
+    way = _norm({key: one[key] - base[key] for key in base})
+    for name in ("parts", "two"):
+        other = tensors(tmp_path / name / "toy.safetensors")
+        difference = _norm({key: one[key] - other[key] for key in base})
+        print(f"{name}: difference {difference:.3g} of a way of {way:.3g}")
+        assert difference < 1e-3 * way
