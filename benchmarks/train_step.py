@@ -39,6 +39,7 @@ from library.data.records import (
 from library.diffusion.schedule import make_schedule
 from library.families.base import ModelParts, ModelSource
 from library.families.sd import SdFamily
+from library.interrupt import StopRequest
 from library.models import build
 from library.options import LoopOptions
 from library.options.script import parse
@@ -46,7 +47,6 @@ from library.options.scripts import TRAIN_NETWORK
 from library.options.settings import Settings
 from library.training.clock import Clock
 from library.training.guard import FiniteGuard
-from library.training.interrupt import StopRequest
 from library.training.kinds.adapter import AdapterTraining
 from library.training.loop import Job, train_step
 from library.training.machine import open_machine
@@ -104,7 +104,7 @@ def our_step(arguments: argparse.Namespace, unet: Any) -> tuple[Callable[[], obj
     step = make_step(settings, models, machine, make_schedule())
     update = make_update(settings, models, machine, step, optimizer, facts)
     guard = FiniteGuard(settings[LoopOptions].on_nan, has_scaler=False)
-    stop = StopRequest()
+    stop = StopRequest("stopping")
     job = Job(clock, update.step, trainable, update, guard, arrangement.plan, arrangement.batches, (), stop, seed=1)
     trainable.on_epoch_start()
 

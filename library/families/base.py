@@ -158,6 +158,8 @@ class ModelFamily(ABC):
     latent_channels: int = 4
     latent_factor: int = 8  # pixels per latent cell
     bucket_step: int = 8  # steps between bucket sizes must be multiples of it, in pixels
+    picture_step: int = 8  # sides of pictures must be multiples of it, in pixels
+    trains_with_clip_skip: bool = True  # False: training takes the family's own layer whatever --clip_skip says
     modelspec_implementation_network: str
 
     @abstractmethod
@@ -207,8 +209,12 @@ class ModelFamily(ABC):
         timesteps_B: Tensor,
         condition: TextCondition,
         geometry: Geometry | None = None,
+        **residuals: Any,
     ) -> Tensor:
-        """The U-Net's output (noise or velocity), shaped like the latents."""
+        """The U-Net's output (noise or velocity), shaped like the latents.
+
+        ``residuals`` go to the U-Net's forward as they are: what a ControlNet adds to its blocks.
+        """
 
     @abstractmethod
     def save_checkpoint(

@@ -94,8 +94,9 @@ class SdFamily(StableDiffusionFamily):
         timesteps_B: Tensor,
         condition: TextCondition,
         geometry: Geometry | None = None,
+        **residuals: Any,
     ) -> Tensor:
-        return unet(noisy_latents_BCHW, timesteps_B, condition.hidden_BTD, return_dict=False)[0]
+        return unet(noisy_latents_BCHW, timesteps_B, condition.hidden_BTD, return_dict=False, **residuals)[0]
 
     def adapter_views(self, parts: ModelParts) -> AdapterViews:
         name_for_plugins(parts.unet)

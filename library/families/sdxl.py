@@ -46,6 +46,8 @@ class SdxlFamily(StableDiffusionFamily):
     latent_scale = SDXL_LATENT_SCALE
     latent_space = "sdxl"
     bucket_step = 32
+    picture_step = 32
+    trains_with_clip_skip = False
     modelspec_implementation_network = CHECKPOINT_IMPLEMENTATION
     parts_on_hub = (*hub.MODEL_PARTS, "text_encoder_2")
 
@@ -73,12 +75,13 @@ class SdxlFamily(StableDiffusionFamily):
     def encode(self, text_encoders: Sequence[nn.Module], tokens: TokenBatch, settings: TextSettings) -> TextCondition:
         """Next to last states of both encoders, without final norm, side by side; the pooled vector of the second.
 
-        ``settings.clip_skip`` is not used: the U-Net knows these states only.
+        ``settings.clip_skip`` takes another layer, which the U-Net was not trained with.
         """
         first, second = text_encoders
         rows = [tokens_of.to(_device(encoder)) for tokens_of, encoder in zip(tokens.rows, text_encoders, strict=True)]
-        first_BLD = encode_tokens(first, rows[0], _NEXT_TO_LAST, final_norm=False)
-        second_BLD, pooled_BP = _encode_second(second, rows[1])
+        layer = settings.clip_skip or _NEXT_TO_LAST
+        first_BLD = encode_tokens(first, rows[0], layer, final_norm=False)
+        second_BLD, pooled_BP = _encode_second(second, rows[1], layer)
         return TextCondition(torch.cat([first_BLD.to(second_BLD.device), second_BLD], dim=-1), pooled_BP)
 
     # ---- U-Net
@@ -90,6 +93,7 @@ class SdxlFamily(StableDiffusionFamily):
         timesteps_B: Tensor,
         condition: TextCondition,
         geometry: Geometry | None = None,
+        **residuals: Any,
     ) -> Tensor:
         if geometry is None or condition.pooled_BP is None:
             raise ValueError("SDXL needs the sizes of the pictures and the pooled text")
@@ -97,9 +101,10 @@ class SdxlFamily(StableDiffusionFamily):
             "text_embeds": condition.pooled_BP,
             "time_ids": time_ids(geometry).to(noisy_latents_BCHW.device),
         }
-        return unet(noisy_latents_BCHW, timesteps_B, condition.hidden_BTD, added_cond_kwargs=added, return_dict=False)[
-            0
-        ]
+        hidden_BTD = condition.hidden_BTD
+        return unet(
+            noisy_latents_BCHW, timesteps_B, hidden_BTD, added_cond_kwargs=added, return_dict=False, **residuals
+        )[0]
 
     def adapter_views(self, parts: ModelParts) -> AdapterViews:
         return AdapterViews([text_encoder_view(encoder) for encoder in parts.text_encoders], sdxl_view(parts.unet))
@@ -135,15 +140,15 @@ def time_ids(geometry: Geometry) -> Tensor:
     return torch.cat(sizes, dim=1).float()
 
 
-def _encode_second(encoder: nn.Module, tokens: TokenRows) -> tuple[Tensor, Tensor]:
-    """Joined next to last states (B, L, D) and the pooled vector (B, P) of each caption's first row, in one pass."""
+def _encode_second(encoder: nn.Module, tokens: TokenRows, layer: int) -> tuple[Tensor, Tensor]:
+    """Joined states (B, L, D) of a layer, counted from the end, and the pooled vector (B, P) of each first row."""
     ids_BNT = tokens.ids_BNT
     rows = ids_BNT.shape[1]
     model = cast(Any, encoder)
     output = model.text_model(input_ids=ids_BNT.flatten(0, 1), output_hidden_states=True)
-    hidden_BLD = join_rows(output.hidden_states[-_NEXT_TO_LAST], rows)
+    hidden_BLD = join_rows(output.hidden_states[-layer], rows)
     if tokens.weights_BL is not None:
-        hidden_BLD = apply_weights(hidden_BLD, tokens.weights_BL)
+        hidden_BLD = apply_weights(hidden_BLD, tokens.weights_BL, tokens.normalize)
     last_BTD = output.last_hidden_state[::rows]
     return hidden_BLD, pooled_at_first_eos(last_BTD, ids_BNT[:, 0], EOS_ID, model.text_projection)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from library.diffusion.schedule import NoiseSchedule
 from library.families.base import Geometry, ModelFamily, ModelParts, TextCondition
+from library.generation.denoise import Denoising, Guidance, GuidedUNet, starting_noise
 from library.generation.prompts import PromptSpec
 from library.generation.samplers import make_sampler
 from library.text.tokens import TextSettings
@@ -94,18 +95,19 @@ def _denoise(
     name = prompt.sample_sampler or settings.default_sampler
     sampler = make_sampler(name, prompt.sample_steps, settings.schedule, settings.device)
     cells_hw = (size[1] // family.latent_factor, size[0] // family.latent_factor)
-    noise_BCHW = torch.randn((1, family.latent_channels, *cells_hw), generator=generator)
-    latents_BCHW = noise_BCHW.to(settings.device) * sampler.initial_scale
-    copies = condition.hidden_BTD.shape[0]
-    geometry = _geometry(size, copies, settings.device)
-    for timestep in sampler.timesteps:
-        input_BCHW = sampler.model_input(latents_BCHW, timestep).repeat(copies, 1, 1, 1).to(settings.dtype)
-        pred_BCHW = family.predict(parts.unet, input_BCHW, timestep.expand(copies), condition, geometry).float()
-        if copies == 2:
-            negative_BCHW, positive_BCHW = pred_BCHW.chunk(2)
-            pred_BCHW = negative_BCHW + prompt.scale * (positive_BCHW - negative_BCHW)
-        latents_BCHW = sampler.step(pred_BCHW, timestep, latents_BCHW, generator)
-    return latents_BCHW
+    noise_BCHW = starting_noise((family.latent_channels, *cells_hw), [generator], settings.device)
+    latents_BCHW = noise_BCHW * sampler.initial_scale
+    guidance = Guidance(prompt.scale)
+    predict = GuidedUNet(
+        family,
+        parts.unet,
+        sampler,
+        condition,
+        _geometry(size, guidance.copies, settings.device),
+        guidance,
+        settings.dtype,
+    )
+    return Denoising(sampler, predict, [generator]).run(latents_BCHW)
 
 
 def _geometry(size: tuple[int, int], copies: int, device: torch.device) -> Geometry:

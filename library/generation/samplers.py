@@ -6,7 +6,7 @@ at its last step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,19 +25,21 @@ class SamplerRow:
     """A scheduler class of diffusers by name (None: our own linear multistep), its settings, and what its steps take.
 
     With fewer steps than ``min_steps`` a sampler would never see the noisy end of the schedule, or divide by zero.
+    ``counts_steps``: it goes by the number of its calls, so it has to be told where it begins.
     """
 
     class_name: str | None
     settings: dict[str, Any]
     draws_noise: bool = False
     min_steps: int = 1
+    counts_steps: bool = True
 
 
 _LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
 _SOLVER = {"solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "sigma_min"}
 _ROWS: dict[str, SamplerRow] = {
-    "ddim": SamplerRow("DDIMScheduler", {"clip_sample": False, **_LEADING}, min_steps=2),
-    "pndm": SamplerRow("PNDMScheduler", _LEADING, min_steps=4),
+    "ddim": SamplerRow("DDIMScheduler", {"clip_sample": False, **_LEADING}, min_steps=2, counts_steps=False),
+    "pndm": SamplerRow("PNDMScheduler", {"skip_prk_steps": True, **_LEADING}, min_steps=2, counts_steps=False),
     "lms": SamplerRow(None, {}, min_steps=2),
     "euler": SamplerRow("EulerDiscreteScheduler", {}, min_steps=2),
     "euler_a": SamplerRow("EulerAncestralDiscreteScheduler", {}, draws_noise=True, min_steps=2),
@@ -58,6 +60,8 @@ class Sampler:
 
     scheduler: Any
     draws_noise: bool
+    num_steps: int
+    counts_steps: bool = True
 
     @property
     def timesteps(self) -> Tensor:
@@ -73,10 +77,24 @@ class Sampler:
         """Latents as the model expects them at this timestep."""
         return self.scheduler.scale_model_input(latents_BCHW, timestep)
 
-    def step(self, pred_BCHW: Tensor, timestep: Tensor, latents_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-        """The latents after this model call."""
-        extra = {"generator": generator} if self.draws_noise else {}
+    def step(
+        self, pred_BCHW: Tensor, timestep: Tensor, latents_BCHW: Tensor, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """The latents after this model call; each picture's noise comes from its own generator."""
+        extra = {"generator": list(generators)} if self.draws_noise else {}
         return self.scheduler.step(pred_BCHW, timestep, latents_BCHW, return_dict=False, **extra)[0]
+
+    def first_call(self, strength: float) -> int:
+        """The model call with which to begin when a picture is given: ``strength`` of all steps are taken."""
+        left_out = self.num_steps - min(int(self.num_steps * strength), self.num_steps)
+        return min(left_out * self.scheduler.order, len(self.timesteps))
+
+    def add_noise(self, clean_BCHW: Tensor, noise_BCHW: Tensor, call: int) -> Tensor:
+        """Latents with the noise of the level at which a model call begins; the sampler then begins there too."""
+        if self.counts_steps:
+            self.scheduler.set_begin_index(call)
+        timesteps_B = self.timesteps[call].expand(len(clean_BCHW))
+        return self.scheduler.add_noise(clean_BCHW, noise_BCHW, timesteps_B)
 
 
 def make_sampler(name: str, steps: int, schedule: NoiseSchedule, device: torch.device | str = "cpu") -> Sampler:
@@ -96,7 +114,7 @@ def make_sampler(name: str, steps: int, schedule: NoiseSchedule, device: torch.d
         settings["timestep_spacing"] = "trailing"
     scheduler = _scheduler_class(row)(**settings)
     scheduler.set_timesteps(steps, device=device)
-    return Sampler(scheduler, row.draws_noise)
+    return Sampler(scheduler, row.draws_noise, steps, row.counts_steps)
 
 
 def _scheduler_class(row: SamplerRow) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ from library.options.model import ModelOptions, PrecisionOptions
 from library.options.network import NetworkOptions
 from library.options.saving import (
     ConfigOptions,
+    ConsoleOptions,
     HubOptions,
     LogOptions,
     MetadataOptions,
@@ -20,6 +21,7 @@ __all__ = [
     "CacheOptions",
     "CacheToolOptions",
     "ConfigOptions",
+    "ConsoleOptions",
     "DataOptions",
     "FullOptions",
     "HubOptions",

@@ -140,10 +140,10 @@ class SampleOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogOptions(OptionGroup):
-    """Messages on the console, and scalars for TensorBoard and wandb."""
+class ConsoleOptions(OptionGroup):
+    """Messages on the console."""
 
-    title: ClassVar[str] = "Logs"
+    title: ClassVar[str] = "Messages"
 
     console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = option(
         None, help="lowest severity of messages shown; INFO when absent"
@@ -152,6 +152,14 @@ class LogOptions(OptionGroup):
         None, help="write messages to this file, emptied first, instead of the console", metavar="FILE"
     )
     console_log_simple: bool = option(False, help="plain lines on standard output, without colours")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions(OptionGroup):
+    """Scalars and pictures for TensorBoard and wandb."""
+
+    title: ClassVar[str] = "Logs"
+
     logging_dir: str | None = option(None, help="folder of the logs of scalars", metavar="DIR")
     log_with: Literal["tensorboard", "wandb", "all"] | None = option(
         None, help="where scalars go; tensorboard when only logging_dir is given"

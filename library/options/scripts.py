@@ -4,6 +4,7 @@ from library.options import (
     CacheOptions,
     CacheToolOptions,
     ConfigOptions,
+    ConsoleOptions,
     DataOptions,
     HubOptions,
     LogOptions,
@@ -21,6 +22,16 @@ from library.options import (
     SaveOptions,
     ScheduleOptions,
     SdxlFullOptions,
+)
+from library.options.generation import (
+    ControlOptions,
+    DrawOptions,
+    GenModelOptions,
+    GenNetworkOptions,
+    HighresOptions,
+    OutputOptions,
+    PictureOptions,
+    PromptOptions,
 )
 from library.options.settings import ScriptOptions
 
@@ -41,6 +52,7 @@ TRAINING_GROUPS = (
     MetadataOptions,
     SampleOptions,
     LogOptions,
+    ConsoleOptions,
     HubOptions,
 )
 
@@ -79,4 +91,32 @@ CACHE_LATENTS = ScriptOptions(
     summary="Encode training images ahead of time into .npz files. Takes the options (and the file) of the training.",
 )
 
-SCRIPTS = (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, SDXL_TRAIN, CACHE_LATENTS)
+GENERATION_GROUPS = (
+    ConfigOptions,
+    GenModelOptions,
+    PromptOptions,
+    DrawOptions,
+    PictureOptions,
+    HighresOptions,
+    GenNetworkOptions,
+    ControlOptions,
+    OutputOptions,
+    ConsoleOptions,
+)
+
+GEN_IMG = ScriptOptions(
+    name="gen_img.py",
+    groups=GENERATION_GROUPS,
+    required=(("prompt", "from_file", "from_module", "from_image", "interactive", "image_path"),),
+    summary="Draw pictures with Stable Diffusion 1.x, 2.x or SDXL.",
+)
+
+SDXL_GEN_IMG = ScriptOptions(
+    name="sdxl_gen_img.py",
+    groups=GENERATION_GROUPS,
+    defaults={"sdxl": True},
+    required=GEN_IMG.required,
+    summary="Draw pictures with SDXL: gen_img.py with --sdxl.",
+)
+
+SCRIPTS = (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, SDXL_TRAIN, CACHE_LATENTS, GEN_IMG, SDXL_GEN_IMG)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library.log import UserError
-from library.text.tokens import TokenRows
+from library.text.tokens import Normalize, TokenRows
 
 
 def encode_chunks(encoder: nn.Module, ids_BNT: Tensor, clip_skip: int | None = None, final_norm: bool = True) -> Tensor:
@@ -53,14 +53,20 @@ def join_rows(hidden_RTD: Tensor, rows: int) -> Tensor:
     return torch.cat([hidden_BNTD[:, 0, :1], inner_BLD, hidden_BNTD[:, -1, -1:]], dim=1)
 
 
-def apply_weights(hidden_BLD: Tensor, weights_BL: Tensor) -> Tensor:
+def apply_weights(hidden_BLD: Tensor, weights_BL: Tensor, normalize: Normalize = "original") -> Tensor:
     """Multiply positions by their weights, then rescale each caption so that its mean is what it was.
 
-    Means are taken in float32 over positions and channels. Where the mean is too near 0 to carry a scale, or its sign
-    turns, nothing is rescaled: the quotient of two such means would be noise.
+    ``normalize`` "abs" keeps the mean of absolute values instead, "none" rescales nothing. Means are taken in float32
+    over positions and channels. Where the mean is too near 0 to carry a scale, or its sign turns, nothing is rescaled:
+    the quotient of two such means would be noise.
     """
     hidden = hidden_BLD.float()
     weighted = hidden * weights_BL.to(hidden).unsqueeze(-1)
+    if normalize == "none":
+        return weighted.to(hidden_BLD.dtype)
+    if normalize == "abs":
+        sizes = hidden.abs().mean(dim=(1, 2), keepdim=True), weighted.abs().mean(dim=(1, 2), keepdim=True)
+        return (weighted * sizes[0] / sizes[1].clamp(min=1e-12)).to(hidden_BLD.dtype)
     before, after = hidden.mean(dim=(1, 2), keepdim=True), weighted.mean(dim=(1, 2), keepdim=True)
     carries_scale = (before * after > 0) & (after.abs() > 1e-3 * weighted.abs().mean(dim=(1, 2), keepdim=True))
     factor = torch.where(carries_scale, before / torch.where(carries_scale, after, 1.0), 1.0)
@@ -72,7 +78,7 @@ def encode_tokens(
 ) -> Tensor:
     """A batch of captions with their weights -> (B, 75 N + 2, D). The layout is the same with and without weights."""
     hidden_BLD = encode_chunks(encoder, tokens.ids_BNT, clip_skip, final_norm)
-    return hidden_BLD if tokens.weights_BL is None else apply_weights(hidden_BLD, tokens.weights_BL)
+    return hidden_BLD if tokens.weights_BL is None else apply_weights(hidden_BLD, tokens.weights_BL, tokens.normalize)
 
 
 def pooled_at_first_eos(last_hidden_BTD: Tensor, ids_BT: Tensor, eos_id: int, projection: nn.Module) -> Tensor:

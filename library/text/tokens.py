@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from library.text.emphasis import BREAK, Piece, parse_emphasis
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_TOKENS = 75
+Normalize = Literal["original", "none", "abs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,8 @@ class TextSettings:
 
     ``max_token_length`` counts tokens without the two marks: None (= 75), 75, 150 or 225. ``weighted_captions``
     understands ``(text:1.2)``; ``breaks`` also the word BREAK. ``shrink`` uses only as many rows as the longest text of
-    the batch needs (previews); without it the number of rows is always the same (training).
+    the batch needs (previews); without it the number of rows is always the same (training). ``normalize``: what weights
+    leave as it was: the mean, the mean of absolute values, or nothing.
     """
 
     max_token_length: int | None = None
@@ -32,6 +34,7 @@ class TextSettings:
     weighted_captions: bool = False
     breaks: bool = False
     shrink: bool = False
+    normalize: Normalize = "original"
 
     @property
     def max_rows(self) -> int:
@@ -56,15 +59,19 @@ class TokenRules:
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """Captions as rows of ids for one text encoder. ``weights_BL``: 1 at marks and padding; None if all are 1."""
+    """Captions as rows of ids for one text encoder. ``weights_BL``: 1 at marks and padding; None if all are 1.
+
+    ``normalize``: as in `TextSettings`.
+    """
 
     ids_BNT: Tensor
     weights_BL: Tensor | None = None
+    normalize: Normalize = "original"
 
     def to(self, device: torch.device | str) -> TokenRows:
         """The same on a device."""
         weights = None if self.weights_BL is None else self.weights_BL.to(device)
-        return TokenRows(self.ids_BNT.to(device), weights)
+        return TokenRows(self.ids_BNT.to(device), weights, self.normalize)
 
 
 def token_rows(ids: Sequence[int], rows: int, rules: TokenRules) -> list[list[int]]:
@@ -140,7 +147,7 @@ def tokenize(tokenizer: Any, captions: Sequence[str], settings: TextSettings) ->
     for index, (_, weights) in enumerate(lines):
         kept = torch.tensor(weights[: rows * rules.content])
         weights_BL[index, 1 : 1 + len(kept)] = kept
-    return TokenRows(ids_BNT, weights_BL)
+    return TokenRows(ids_BNT, weights_BL, settings.normalize)
 
 
 def _weighted_ids(tokenizer: Any, pieces: Sequence[Piece], rules: TokenRules) -> tuple[list[int], list[float]]:

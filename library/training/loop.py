@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 
 from library.data.records import Batch, StepPlan
+from library.interrupt import StopRequest
 from library.rng import seed_of
 from library.training.clock import Clock
 from library.training.guard import FiniteGuard
-from library.training.interrupt import StopRequest
 from library.training.trainable import Trainable
 
 

@@ -15,10 +15,11 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata as packages
-from pathlib import Path, PurePath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoint.modelspec import CHECKPOINT_IMPLEMENTATION, Modelspec, current_time
+from library.checkpoint.privacy import without_folders
 from library.rng import seed_of
 
 if TYPE_CHECKING:
@@ -231,25 +232,6 @@ def as_text(key: str, value: Any) -> str:
     if isinstance(value, dict | list):
         return json.dumps(without_folders(value))
     return str(without_folders(value))
-
-
-def without_folders(value: Any) -> Any:
-    """The same value with every absolute path cut down to its last part."""
-    if isinstance(value, PurePath):
-        return value.name
-    if isinstance(value, str):
-        head, equals, tail = value.partition("=")  # arguments are of the form key=value
-        return head + equals + _last_part(tail) if equals and head.isidentifier() else _last_part(value)
-    if isinstance(value, Mapping):
-        return {without_folders(key): without_folders(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(without_folders(item) for item in value)
-    return value
-
-
-def _last_part(text: str) -> str:
-    is_path = (text.startswith("/") or PureWindowsPath(text).is_absolute()) and "\n" not in text
-    return (PureWindowsPath(text).name or text) if is_path else text
 
 
 # ---- the parts

@@ -155,7 +155,7 @@ def make_step(settings: Settings, models: Models, machine: Machine, schedule: No
     text = TextSource(
         models.family,
         models.parts,
-        TextSettings(options.max_token_length, options.clip_skip, options.weighted_captions),
+        TextSettings(options.max_token_length, clip_skip_of(options, models.family), options.weighted_captions),
         learns=models.text_learns,
         captions_repeat=repeats,
         device=machine.device,
@@ -173,6 +173,11 @@ def make_step(settings: Settings, models: Models, machine: Machine, schedule: No
         device=machine.device,
         processes=machine.processes,
     )
+
+
+def clip_skip_of(options: ModelOptions, family: ModelFamily) -> int | None:
+    """The text encoder's layer in training, counted from the end; None: the family's own."""
+    return options.clip_skip if family.trains_with_clip_skip else None
 
 
 def make_previewer(
@@ -200,7 +205,7 @@ def make_previewer(
             schedule=schedule,
             device=machine.device,
             dtype=machine.weight_dtype,
-            clip_skip=settings[ModelOptions].clip_skip,
+            clip_skip=clip_skip_of(settings[ModelOptions], models.family),
             default_sampler=sample.sample_sampler,
             precision=lambda: models.trainable.precision(machine.device, machine.weight_dtype),
         ),

@@ -13,10 +13,10 @@ from library.data.records import CaptionClock, ResolvedDataset
 from library.data.sources import resolve
 from library.data.spec import load_dataset_specs
 from library.data.spec_checks import uncacheable_subsets
+from library.interrupt import stop_on_signals
 from library.log import UserError
 from library.options import CacheOptions, DataOptions, LoopOptions, SaveOptions
 from library.options.settings import Settings
-from library.training.interrupt import stop_on_signals
 from library.training.loop import train
 from library.training.preflight import check_places
 from library.training.script import Script

@@ -16,6 +16,7 @@ from library.data.user_dataset import load_user_dataset
 from library.device import describe
 from library.diffusion.schedule import make_schedule
 from library.hub import Uploader, download_state
+from library.interrupt import StopRequest
 from library.log import Progress, progress
 from library.options import (
     DataOptions,
@@ -41,7 +42,6 @@ from library.training.clock import Clock
 from library.training.fingerprint import fingerprint
 from library.training.fused import FusedUpdate
 from library.training.guard import FiniteGuard
-from library.training.interrupt import StopRequest
 from library.training.loop import Job
 from library.training.lr import Schedule, create_schedule, learning_rates, table, table_lines
 from library.training.machine import Machine, open_machine

@@ -14,7 +14,9 @@ from tests.house.source_map import ROOT, Import, files_of_tests, imports_of, mod
 LAYERS = {
     "library.options": 0,
     "library.log": 0,
+    "library.command": 0,
     "library.device": 0,
+    "library.interrupt": 0,
     "library.rng": 0,
     "library.plugin": 0,
     "library.data.records": 0,

@@ -21,7 +21,7 @@ PLAIN = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 SOLVER = {"solver_type": "midpoint", "final_sigmas_type": "sigma_min"}
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False, "steps_offset": 1}),
-    "pndm": ("PNDMScheduler", {"steps_offset": 1}),
+    "pndm": ("PNDMScheduler", {"steps_offset": 1, "skip_prk_steps": True}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),

@@ -26,6 +26,7 @@ from library.log import UserError
 from library.models import build
 from library.models.infer import spec_of_file
 from library.options import ModelOptions
+from library.training.prepare import clip_skip_of
 from tests.toy import toy_spec, write_toy_checkpoint, write_toy_folder
 
 FAMILY = SdxlFamily()
@@ -237,9 +238,13 @@ def test_text_condition_is_diffusers_own(parts: ModelParts, pipeline: Any) -> No
     torch.testing.assert_close(condition.pooled_BP, pooled_BP, rtol=1e-5, atol=1e-5)
 
 
-def test_clip_skip_changes_nothing(parts: ModelParts) -> None:
-    plain, skipped = encode(parts, CAPTIONS), encode(parts, CAPTIONS, TextSettings(clip_skip=1))
-    assert torch.equal(plain.hidden_BTD, skipped.hidden_BTD)
+def test_clip_skip_is_2_and_not_changed_by_training(parts: ModelParts) -> None:
+    plain, named = encode(parts, CAPTIONS), encode(parts, CAPTIONS, TextSettings(clip_skip=2))
+    assert torch.equal(plain.hidden_BTD, named.hidden_BTD)
+    last = encode(parts, CAPTIONS, TextSettings(clip_skip=1))
+    assert not torch.equal(plain.hidden_BTD, last.hidden_BTD)
+    assert torch.equal(plain.pooled_BP, last.pooled_BP)
+    assert clip_skip_of(ModelOptions(clip_skip=1), FAMILY) is None
 
 
 def test_long_captions_pool_their_first_row(parts: ModelParts) -> None:

@@ -34,7 +34,7 @@ class FullTraining(Trainable):
         zero_snr = settings[NoiseOptions].zero_terminal_snr or parts.zero_terminal_snr
         self._family = family
         self._parts = replace(parts, zero_terminal_snr=zero_snr)
-        self._clip_skip = settings[ModelOptions].clip_skip
+        self._clip_skip = settings[ModelOptions].clip_skip if family.trains_with_clip_skip else None
         modules = {name: module for name, module in parts.by_name().items() if name in rates}
         self._learning = modules
         self.module = nn.ModuleDict(modules)

@@ -14,20 +14,24 @@ logger = logging.getLogger(__name__)
 class StopRequest:
     """Set by the first signal; the loop reads it between steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, promise: str) -> None:
         self.is_set = False
+        self._promise = promise
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         if self.is_set:
             raise KeyboardInterrupt
         self.is_set = True
-        logger.warning("stopping after this step and saving; press Ctrl-C again to stop at once")
+        logger.warning("%s; press Ctrl-C again to stop at once", self._promise)
 
 
 @contextmanager
-def stop_on_signals() -> Generator[StopRequest]:
-    """Listen for SIGINT and SIGTERM inside the block, and give the old handlers back after it."""
-    request = StopRequest()
+def stop_on_signals(promise: str = "stopping after this step and saving") -> Generator[StopRequest]:
+    """Listen for SIGINT and SIGTERM inside the block, and give the old handlers back after it.
+
+    ``promise``: what the first signal makes the program say.
+    """
+    request = StopRequest(promise)
     signals = [signal.SIGINT, signal.SIGTERM]
     try:
         previous = {number: signal.signal(number, request.handle) for number in signals}

@@ -1,0 +1,271 @@
+"""From prompt lines to jobs: one picture each, with everything that decides how it looks; and jobs to batches.
+
+Precedence is in-line option, then command line, then the model's default, for each picture anew.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from library.generation.lines import SWITCHED_OFF, PromptLine, unsharp_params
+from library.log import UserError
+from library.options.generation import DrawOptions, HighresOptions, PictureOptions
+from library.options.settings import Settings
+
+DEFAULT_STRENGTH = 0.8
+DEFAULT_SHRINK_DEPTH = 3
+DEFAULT_TIMESTEPS = 650
+AND = " AND "
+
+
+@dataclass(frozen=True, slots=True)
+class SizeCondition:
+    """What an SDXL picture is told of its making, in pixels; None: as if it were an uncropped original of its size."""
+
+    original_width: int | None = None
+    original_height: int | None = None
+    original_width_negative: int | None = None
+    original_height_negative: int | None = None
+    crop_top: int | None = None
+    crop_left: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeepShrink:
+    """Before block ``depth_1`` the picture is made smaller by ``ratio`` while the timestep is at least ``timesteps_1``,
+    then before ``depth_2`` down to ``timesteps_2``.
+    """
+
+    depth_1: int
+    timesteps_1: int
+    depth_2: int | None
+    timesteps_2: int
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class GradualLatent:
+    """The latents begin at ``ratio`` of their size and grow by ``ratio_step`` every few steps below ``timesteps``.
+
+    ``unsharp``: ksize, sigma, strength, and whether the target (1) or the source (0) is sharpened.
+    """
+
+    timesteps: int
+    ratio: float
+    ratio_step: float
+    every_n_steps: int
+    s_noise: float
+    unsharp: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all pictures of one batch share. ``parts``: sub-prompts joined by AND; ``rows``: rows of 75 tokens."""
+
+    width: int
+    height: int
+    steps: int
+    sampler: str
+    scale: float
+    negative_scale: float | None = None
+    strength: float = DEFAULT_STRENGTH
+    sizes: SizeCondition = field(default_factory=SizeCondition)
+    multipliers: tuple[float, ...] = ()
+    parts: int = 1
+    rows: int = 1
+    deep_shrink: DeepShrink | None = None
+    gradual_latent: GradualLatent | None = None
+
+    def with_rows(self, rows: int) -> Shared:
+        """The same for texts of this many rows."""
+        return replace(self, rows=rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One picture. ``number`` counts from 0; ``source``, ``mask`` and ``guides`` are files."""
+
+    number: int
+    raw: str
+    prompt: str
+    negative_prompt: str
+    seed: int
+    shared: Shared
+    clip_prompt: str | None = None
+    source: str | None = None
+    mask: str | None = None
+    guides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What the command line and the model say. ``size_step``: sides are made multiples of it, in pixels."""
+
+    options: Mapping[str, Any]
+    usual_size: int
+    size_step: int
+    network_multipliers: tuple[float, ...] = ()
+
+
+def defaults_of(settings: Settings, usual_size: int, size_step: int, multipliers: Sequence[float] = ()) -> Defaults:
+    """Defaults from the options of a run."""
+    groups = (DrawOptions, HighresOptions, PictureOptions)
+    values = {name: value for group in groups for name, value in vars(settings[group]).items()}
+    text = values["gradual_latent_unsharp_params"]
+    if text is not None:
+        try:
+            values["gradual_latent_unsharp_params"] = unsharp_params(tuple(float(part) for part in text.split(",")))
+        except ValueError:
+            raise UserError(f"--gradual_latent_unsharp_params {text}: must be numbers separated by commas") from None
+    return Defaults(values, usual_size, size_step, tuple(multipliers))
+
+
+def settle(line: PromptLine, defaults: Defaults) -> tuple[Shared, list[str]]:
+    """Everything but seed and files for a line, and notes about what had to be changed. Raises UserError."""
+    options, notes = {**defaults.options}, list(line.notes)
+    options.update({"width": options["W"], "height": options["H"]})
+    options.update({name: value for name, value in line.options.items() if name not in _OWN_MERGE})
+    negative_scale = None if options["negative_scale"] == SWITCHED_OFF else options["negative_scale"]
+    if negative_scale is not None and options["scale"] <= 1:
+        notes.append("a negative scale does nothing without guidance (a scale above 1)")
+        negative_scale = None
+    shared = Shared(
+        width=_side(options["width"], "--w", defaults, notes),
+        height=_side(options["height"], "--h", defaults, notes),
+        steps=options["steps"],
+        sampler=options["sampler"],
+        scale=options["scale"],
+        negative_scale=negative_scale,
+        strength=DEFAULT_STRENGTH if options["strength"] is None else options["strength"],
+        sizes=SizeCondition(**{name: options[name] for name in _SIZES}),
+        multipliers=_multipliers(line, defaults, notes),
+        parts=len(line.prompt.split(AND)),
+        deep_shrink=_deep_shrink(line.options, defaults.options),
+        gradual_latent=_gradual_latent(line.options, defaults.options),
+    )
+    return shared, notes
+
+
+_SIZES = tuple(SizeCondition.__dataclass_fields__)
+_SHRINK = ("ds_depth_1", "ds_timesteps_1", "ds_depth_2", "ds_timesteps_2", "ds_ratio")
+_GRADUAL = (
+    "gradual_latent_timesteps",
+    "gradual_latent_ratio",
+    "gradual_latent_ratio_step",
+    "gradual_latent_every_n_steps",
+    "gradual_latent_s_noise",
+    "gradual_latent_unsharp_params",
+)
+_OWN_MERGE = (*_SHRINK, *_GRADUAL, "multipliers", "seeds")
+
+
+def _side(given: int | None, name: str, defaults: Defaults, notes: list[str]) -> int:
+    if given is None:
+        return defaults.usual_size
+    side = max(defaults.size_step, given // defaults.size_step * defaults.size_step)
+    if side != given:
+        notes.append(f"{name} {given}: must be a multiple of {defaults.size_step}; {side} is drawn")
+    return side
+
+
+def _multipliers(line: PromptLine, defaults: Defaults, notes: list[str]) -> tuple[float, ...]:
+    given, count = line.options.get("multipliers"), len(defaults.network_multipliers)
+    if given is None:
+        return defaults.network_multipliers
+    if len(given) > count:
+        notes.append(f"--am has {len(given)} numbers for {count} networks; the rest is ignored")
+    return tuple((*given, *[given[-1]] * count)[:count])
+
+
+def _merged(names: Iterable[str], given: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The values of a feature for a line, the first of which switches it on; None if it is off."""
+    first, *_ = names
+    values = {name: given.get(name, options[name]) for name in names}
+    if values[first] == SWITCHED_OFF or (values[first] is None and not any(name in given for name in names)):
+        return None
+    return values
+
+
+def _deep_shrink(given: Mapping[str, Any], options: Mapping[str, Any]) -> DeepShrink | None:
+    values = _merged(_SHRINK, given, options)
+    if values is None:
+        return None
+    first, second = values["ds_depth_1"], values["ds_depth_2"]
+    return DeepShrink(
+        DEFAULT_SHRINK_DEPTH if first is None else first,
+        values["ds_timesteps_1"],
+        None if second == SWITCHED_OFF else second,
+        values["ds_timesteps_2"],
+        values["ds_ratio"],
+    )
+
+
+def _gradual_latent(given: Mapping[str, Any], options: Mapping[str, Any]) -> GradualLatent | None:
+    values = _merged(_GRADUAL, given, options)
+    if values is None:
+        return None
+    start, ratio, step, every, noise, unsharp = (values[name] for name in _GRADUAL)
+    return GradualLatent(DEFAULT_TIMESTEPS if start is None else start, ratio, step, every, noise, unsharp)
+
+
+# ---- seeds
+
+
+class Seeds:
+    """Seeds of pictures that name none. With ``seed`` the same row in each run; one picture alone gets it itself."""
+
+    def __init__(self, seed: int | None, alone: bool = False) -> None:
+        self._alone = seed if alone else None
+        self._random = random.SystemRandom() if seed is None else random.Random(seed)
+
+    def next(self) -> int:
+        """The next seed, below 2**32."""
+        return self._random.randint(0, 2**32 - 1) if self._alone is None else self._alone
+
+
+def seed_for(line: PromptLine, index: int, otherwise: int) -> int:
+    """The seed of the ``index``-th picture of a raw line: its own list, whose last value repeats, or ``otherwise``."""
+    seeds = line.options.get("seeds")
+    return otherwise if not seeds else seeds[min(index, len(seeds) - 1)]
+
+
+# ---- batches
+
+
+def batches(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
+    """Neighbours that share what a batch must share, at most ``size`` of them, in order."""
+    queue: list[Job] = []
+    for job in jobs:
+        if queue and (len(queue) == size or queue[-1].shared != job.shared):
+            yield queue
+            queue = []
+        queue.append(job)
+    if queue:
+        yield queue
+
+
+def first_stage(job: Job, scale: float, steps: int, strength: float | None, size_step: int) -> Job:
+    """The small picture that highres fix begins with: sizes and size conditions times ``scale``."""
+    shared = job.shared
+
+    def small(side: int) -> int:
+        return max(size_step, int(side * scale + 0.5) // size_step * size_step)
+
+    sizes = {
+        name: None if value is None else int(value * scale + 0.5)
+        for name, value in ((name, getattr(shared.sizes, name)) for name in _SIZES)
+    }
+    return replace(
+        job,
+        shared=replace(
+            shared,
+            width=small(shared.width),
+            height=small(shared.height),
+            steps=steps,
+            strength=shared.strength if strength is None else strength,
+            sizes=SizeCondition(**sizes),
+        ),
+    )

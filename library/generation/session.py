@@ -1,0 +1,219 @@
+"""A run of the generator from options to files: prompts, seeds, batches, pictures."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from library.checkpoint.privacy import without_folders
+from library.generation.engine import Engine, EngineSettings
+from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, seed_for, settle
+from library.generation.lines import parse_line
+from library.generation.model import LoadedModel, load_model
+from library.generation.output import Place, Writer, now_text, read_recipe, text_entries
+from library.generation.pipeline import to_picture
+from library.generation.sources import KeyboardLines, LineSource, ListedLines, RawLine, read_prompt_file
+from library.generation.variants import expand
+from library.interrupt import StopRequest, stop_on_signals
+from library.log import UserError, progress
+from library.options.generation import DrawOptions, GenModelOptions, OutputOptions, PromptOptions
+from library.options.settings import DEFAULT, Settings
+from library.rng import stream
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_ROWS = 3
+_NOT_OF_A_PICTURE = frozenset(vars(OutputOptions())) | {
+    *("prompt", "from_file", "from_module", "prompter_module_args", "from_image", "interactive", "no_preview"),
+    *("images_per_prompt", "n_iter", "shuffle_prompts", "seed", "iter_same_seed", "dry_run", "batch_size", "lowram"),
+    *("config_file", "output_config", "console_log_level", "console_log_file", "console_log_simple"),
+}
+
+
+def run_session(settings: Settings) -> int:
+    """Draw what the options ask for. Returns the exit status: 1 if a line or a picture could not be drawn."""
+    pictures = settings[PromptOptions].from_image
+    if pictures:
+        return max(_repeat(settings, path) for path in pictures)
+    source, failed = make_source(settings[PromptOptions])
+    with stop_on_signals("stopping after this picture") as stop:
+        session = Session(settings, load_model(settings[GenModelOptions], settings[DrawOptions]), stop)
+        return session.run(source) or min(failed, 1)
+
+
+def _repeat(settings: Settings, path: str) -> int:
+    """Draw a picture once more from what stands in it. Options of the command line win."""
+    job, recipe = read_recipe(path)
+    told = {name: value for name, value in recipe["options"].items() if not settings.given(name)}
+    given = {name: value for name, value in settings.as_flat_dict().items() if settings.given(name)}
+    sources = {name: settings.source_of(name) for name in given}
+    again = Settings(settings.script, {**told, **given}, sources)
+    with stop_on_signals("stopping after this picture") as stop:
+        session = Session(again, load_model(again[GenModelOptions], again[DrawOptions]), stop)
+        return session.draw([[job]])
+
+
+def make_source(options: PromptOptions) -> tuple[LineSource, int]:
+    """Where the lines come from, and how many of them were found to be wrong (and left out) already."""
+    if options.interactive:
+        return KeyboardLines(), 0
+    lines = read_prompt_file(options.from_file) if options.from_file else [RawLine(options.prompt or "", "--prompt")]
+    good = [line for line in lines if _is_good(line)]
+    seed = options.seed
+    shuffle = None
+    if options.shuffle_prompts:
+        base = int.from_bytes(os.urandom(7), "little") if seed is None else seed
+        shuffle = lambda iteration: stream(base, "order", iteration)  # noqa: E731
+    return ListedLines(good, shuffle), len(lines) - len(good)
+
+
+def _is_good(line: RawLine) -> bool:
+    """False for a line with which nothing can be drawn, which is reported: before any model is loaded."""
+    try:
+        for text in expand(line.text, 1, stream(0, "check")):
+            parse_line(text)
+    except UserError as error:
+        logger.error("%s: %s; it is left out", line.where, error)
+        return False
+    return True
+
+
+@dataclass
+class Session:
+    """Everything that lives as long as the run. ``failed`` counts what could not be drawn."""
+
+    settings: Settings
+    model: LoadedModel
+    stop: StopRequest
+    failed: int = 0
+    engine: Engine = field(init=False)
+
+    def __post_init__(self) -> None:
+        options, draw = self.settings[PromptOptions], self.settings[DrawOptions]
+        self.engine = Engine(
+            self.model.family,
+            self.model.parts,
+            EngineSettings(
+                schedule=self.model.schedule,
+                device=self.model.device,
+                dtype=self.model.dtype,
+                clip_skip=options.clip_skip,
+                max_rows=options.max_embeddings_multiples or DEFAULT_ROWS,
+                normalize=options.emb_normalize_mode,
+                vae_batch=draw.vae_batch_size,
+            ),
+        )
+        usual = self.model.family.default_sample_size(self.model.parts)
+        self.defaults: Defaults = defaults_of(self.settings, usual, self.model.family.picture_step)
+        self.writer = Writer(self.settings[OutputOptions])
+        self._recipe = self._make_recipe()
+
+    # ---- from lines to batches
+
+    def run(self, source: LineSource) -> int:
+        """Draw all iterations. Returns the exit status."""
+        options = self.settings[PromptOptions]
+        size = self.settings[DrawOptions].batch_size
+        seeds = Seeds(options.seed, alone=self._is_alone(source))
+        for iteration in range(1 if options.interactive else options.n_iter):
+            common = seeds.next() if options.iter_same_seed else None
+            jobs = self._jobs(source, iteration, seeds, common)
+            if options.interactive:  # a line is drawn when it was typed, not when a batch is full
+                for of_line in jobs:
+                    self.draw(batches(of_line, size))
+            else:
+                self.draw(batches((job for of_line in jobs for job in of_line), size))
+            if self.stop.is_set:
+                break
+        return 1 if self.failed else 0
+
+    def _is_alone(self, source: LineSource) -> bool:
+        """True if one picture is asked for in all, which then gets the given seed itself."""
+        options = self.settings[PromptOptions]
+        if not isinstance(source, ListedLines) or len(source.all) != 1 or options.n_iter > 1:
+            return False
+        return len(expand(source.all[0].text, 1, stream(0, "check"))) * options.images_per_prompt == 1
+
+    def _jobs(self, source: LineSource, iteration: int, seeds: Seeds, common: int | None) -> Iterator[list[Job]]:
+        """The jobs of each line. A line that cannot be drawn is reported and counted."""
+        number = 0
+        for index, line in enumerate(source.lines(iteration)):
+            if self.stop.is_set:
+                return
+            try:
+                jobs = list(self._jobs_of(line, (iteration, index), number, seeds, common))
+            except UserError as error:
+                logger.error("%s: %s; it is left out", line.where, error)
+                self.failed += 1
+                continue
+            number += len(jobs)
+            yield jobs
+
+    def _jobs_of(
+        self, line: RawLine, place: tuple[int, int], number: int, seeds: Seeds, common: int | None
+    ) -> Iterator[Job]:
+        options = self.settings[PromptOptions]
+        base = int.from_bytes(os.urandom(7), "little") if options.seed is None else options.seed
+        texts = expand(line.text, options.images_per_prompt, stream(base, "variants", *place))
+        texts = texts * options.images_per_prompt if len(texts) == 1 else texts
+        told: set[str] = set()
+        for index, text in enumerate(texts):
+            parsed = parse_line(text)
+            shared, notes = settle(parsed, self.defaults)
+            for note in notes:
+                if note not in told:
+                    logger.warning("%s: %s", line.where, note)
+                    told.add(note)
+            negative = str(parsed.options.get("negative_prompt", ""))
+            yield Job(
+                number=number + index,
+                raw=parsed.raw,
+                prompt=parsed.prompt,
+                negative_prompt=negative,
+                seed=seed_for(parsed, index, seeds.next() if common is None else common),
+                shared=shared.with_rows(self.engine.rows_of(parsed.prompt, negative)),
+                clip_prompt=parsed.options.get("clip_prompt"),
+            )
+
+    # ---- from batches to files
+
+    def draw(self, queue: Iterable[Sequence[Job]]) -> int:
+        """Draw and write batches until all are done or a stop is asked for. Returns the exit status."""
+        for batch in queue:
+            try:
+                self._draw(batch)
+            except UserError as error:
+                logger.error("%s: %s", batch[0].raw, error)
+                self.failed += len(batch)
+            if self.stop.is_set:
+                break
+        for path in self.writer.wait():
+            logger.debug("written: %s", path)
+        return 1 if self.failed else 0
+
+    def _draw(self, batch: Sequence[Job]) -> None:
+        with progress(None, f"picture {batch[0].number + 1}") as bar:
+            self.engine.on_progress = bar.advance
+            pictures = self.engine.draw(batch)
+        moment = now_text()
+        for index, (job, picture) in enumerate(zip(batch, pictures, strict=True)):
+            entries = text_entries(job, job.shared.sampler, self._recipe, self.model.family.name == "sdxl")
+            place = Place(index, batch[0].number, moment)
+            path = self.writer.write(to_picture(picture[None]), job, place, entries)
+            logger.info("%s (seed %d)", path, job.seed)
+
+    def _make_recipe(self) -> dict[str, Any]:
+        """What decides a picture beside its job: the options that are not at their default, without folders."""
+        values = self.settings.as_flat_dict()
+        kept = {
+            name: value
+            for name, value in values.items()
+            if name not in _NOT_OF_A_PICTURE and self.settings.source_of(name) != DEFAULT
+        }
+        kept["ckpt"] = values["ckpt"]
+        path = self.model.parts.source.path
+        size = path.stat().st_size if path.is_file() else None
+        return {"options": without_folders(kept), "model_bytes": size}

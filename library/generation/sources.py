@@ -1,0 +1,122 @@
+"""Where prompt lines come from: the command line, a file, a module, the keyboard. One raw line at a time."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from library.log import UserError
+from library.options.generation import PromptOptions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RawLine:
+    """A line as it was given, and where."""
+
+    text: str
+    where: str
+
+
+class LineSource(Protocol):
+    """Gives the lines of one iteration after the other."""
+
+    def lines(self, iteration: int) -> Iterator[RawLine]: ...
+
+
+@dataclass(frozen=True)
+class ListedLines:
+    """Lines known from the start, shuffled anew in each iteration if asked for."""
+
+    all: Sequence[RawLine]
+    shuffle: Callable[[int], random.Random] | None = None
+
+    def lines(self, iteration: int) -> Iterator[RawLine]:
+        """The lines of an iteration."""
+        chosen = list(self.all)
+        if self.shuffle is not None:
+            self.shuffle(iteration).shuffle(chosen)
+        return iter(chosen)
+
+
+class KeyboardLines:
+    """Lines typed by the user until the end of input."""
+
+    def lines(self, iteration: int) -> Iterator[RawLine]:
+        """One line at a time, as they are typed; blank ones are asked for again."""
+        number = 0
+        while True:
+            try:
+                text = input("prompt (end with Ctrl-D): " if sys.stdin.isatty() else "")
+            except EOFError:
+                return
+            number += 1
+            if text.strip():
+                yield RawLine(text, f"line {number}")
+
+
+@dataclass
+class ModuleLines:
+    """Lines from a Python file of the user's. ``call`` is asked (seed source, iteration's seed, index, step)."""
+
+    call: Callable[[int], str | None]
+    shuffle: Callable[[], None] | None = None
+
+    def lines(self, iteration: int) -> Iterator[RawLine]:
+        """Lines until the module gives None."""
+        if self.shuffle is not None:
+            self.shuffle()
+        index = 0
+        while (text := self.call(index)) is not None:
+            index += 1
+            yield RawLine(text, f"prompt {index} of the module")
+
+
+def read_prompt_file(name: str) -> list[RawLine]:
+    """The prompts of a file; blank lines and lines that begin with # are left out. Raises UserError."""
+    try:
+        text = Path(name).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--from_file {name}: cannot be read as UTF-8 text ({error})") from error
+    numbered = enumerate(text.split("\n"), 1)
+    found = [RawLine(line.strip(), f"{name} line {number}") for number, line in numbered if line.strip()]
+    found = [line for line in found if not line.text.startswith("#")]
+    if not found:
+        raise UserError(f"--from_file {name}: there is no prompt in it")
+    return found
+
+
+def prompts_of_pictures(paths: Sequence[str]) -> list[tuple[RawLine, str]]:
+    """The prompts that stand in pictures, each with its picture; pictures without one are left out."""
+    from PIL import Image as PilImage
+
+    found: list[tuple[RawLine, str]] = []
+    for path in paths:
+        with PilImage.open(path) as image:
+            prompt, negative = image.info.get("prompt"), image.info.get("negative-prompt")
+        if not prompt:
+            logger.warning("%s: there is no prompt in it; it is left out", path)
+            continue
+        found.append((RawLine(f"{prompt} --n {negative}" if negative else prompt, path), path))
+    return found
+
+
+def load_prompt_module(options: PromptOptions, args: Any, engine: Any, networks: Sequence[Any]) -> Any:
+    """The prompter of ``--from_module``: what its ``get_prompter(args, pipe, networks)`` gives. Raises UserError."""
+    name = str(options.from_module)
+    spec = importlib.util.spec_from_file_location("prompt_module", name)
+    if spec is None or spec.loader is None or not Path(name).is_file():
+        raise UserError(f"--from_module {name}: there is no such Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_prompter(args, engine, list(networks))
+    except Exception as error:  # whatever the user's module does wrong is told in one line
+        raise UserError(f"--from_module {name}: {type(error).__name__}: {error}") from error
