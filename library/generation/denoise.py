@@ -7,6 +7,7 @@ empty prompts. C latent channels, H W latent height and width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library.families.base import Geometry, ModelFamily, TextCondition
+from library.generation.jobs import Job
 from library.generation.samplers import Sampler
 
 Predict = Callable[[Tensor, Tensor, int], Tensor]
@@ -92,6 +94,28 @@ class GuidedUNet:
             extra = self.residuals(input_KBCHW, timesteps_KB, self.condition, self.geometry, call)
         pred_KBCHW = self.family.predict(self.unet, input_KBCHW, timesteps_KB, self.condition, self.geometry, **extra)
         return self.guidance.combine(pred_KBCHW.float())
+
+
+@dataclass
+class Setup:
+    """A batch that is about to be drawn. An `Extension` may change anything in it before the loop begins.
+
+    ``predict`` is ``unet`` unless something is wrapped around it. ``latents_BCHW`` carry the latent scale and the
+    sampler's starting noise. ``first_call``: the model calls before it are left out.
+    """
+
+    batch: Sequence[Job]
+    steps: Steps
+    unet: GuidedUNet
+    predict: Predict
+    generators: Sequence[torch.Generator]
+    latents_BCHW: Tensor
+    first_call: int = 0
+    after_step: list[AfterStep] = field(default_factory=list["AfterStep"])
+
+
+Extension = Callable[[Setup], AbstractContextManager[object]]
+"""Something that takes part in drawing: entered before the loop, left after it; nothing stays changed."""
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from library.diffusion.schedule import NoiseSchedule
 from library.families.base import Geometry, ModelFamily, ModelParts, TextCondition
-from library.generation.denoise import Denoising, Guidance, GuidedUNet, starting_noise
+from library.generation.denoise import Denoising, Extension, Guidance, GuidedUNet, Setup, starting_noise
 from library.generation.jobs import Job, Shared
 from library.generation.pipeline import decode
 from library.generation.samplers import make_sampler
@@ -43,12 +44,18 @@ class EngineSettings:
 
 @dataclass
 class Engine:
-    """A loaded model with everything attached to it."""
+    """A loaded model with everything attached to it.
+
+    ``before_batch`` are called with the jobs before their text is encoded (strengths of networks); ``extensions`` take
+    part in the drawing, in this order.
+    """
 
     family: ModelFamily
     parts: ModelParts
     settings: EngineSettings
     on_progress: Callable[[], None] = lambda: None
+    before_batch: list[Callable[[Sequence[Job]], None]] = field(default_factory=list[Callable[[Sequence[Job]], None]])
+    extensions: list[Extension] = field(default_factory=list[Extension])
     _texts: dict[tuple[int, tuple[float, ...]], ConditionCache] = field(default_factory=dict, repr=False)
 
     # ---- text
@@ -108,7 +115,9 @@ class Engine:
         sampler = make_sampler(shared.sampler, shared.steps, self.settings.schedule, device)
         noise_BCHW = starting_noise(self.latent_shape(shared), generators, device)
         guidance = guidance_of(shared)
-        predict = GuidedUNet(
+        for prepare in self.before_batch:
+            prepare(batch)
+        unet = GuidedUNet(
             self.family,
             self.parts.unet,
             sampler,
@@ -117,8 +126,15 @@ class Engine:
             guidance,
             self.settings.dtype,
         )
-        run = Denoising(sampler, predict, generators, on_progress=self.on_progress)
-        return run.run(noise_BCHW * sampler.initial_scale)
+        setup = Setup(batch, sampler, unet, unet, generators, noise_BCHW * sampler.initial_scale)
+        with ExitStack() as stack:
+            for extension in self.extensions:
+                stack.enter_context(extension(setup))
+            unet.steps = setup.steps
+            run = Denoising(
+                setup.steps, setup.predict, generators, setup.first_call, setup.after_step, self.on_progress
+            )
+            return run.run(setup.latents_BCHW)
 
     def latent_shape(self, shared: Shared) -> tuple[int, int, int]:
         """C, H, W of a picture's latents."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from library.checkpoint.privacy import without_folders
 from library.generation.engine import Engine, EngineSettings
+from library.generation.inputs import InputFiles, list_pictures
 from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, seed_for, settle
 from library.generation.lines import parse_line
 from library.generation.model import LoadedModel, load_model
@@ -19,7 +20,14 @@ from library.generation.sources import KeyboardLines, LineSource, ListedLines, R
 from library.generation.variants import expand
 from library.interrupt import StopRequest, stop_on_signals
 from library.log import UserError, progress
-from library.options.generation import DrawOptions, GenModelOptions, OutputOptions, PromptOptions
+from library.options.generation import (
+    ControlOptions,
+    DrawOptions,
+    GenModelOptions,
+    OutputOptions,
+    PictureOptions,
+    PromptOptions,
+)
 from library.options.settings import DEFAULT, Settings
 from library.rng import stream
 
@@ -53,7 +61,9 @@ def _repeat(settings: Settings, path: str) -> int:
     again = Settings(settings.script, {**told, **given}, sources)
     with stop_on_signals("stopping after this picture") as stop:
         session = Session(again, load_model(again[GenModelOptions], again[DrawOptions]), stop)
-        return session.draw([[job]])
+        # in a batch of the same size: products of other shapes round differently
+        index, count = recipe.get("place", (0, 1))
+        return session.draw([[job] * count], only=index)
 
 
 def make_source(options: PromptOptions) -> tuple[LineSource, int]:
@@ -79,6 +89,18 @@ def _is_good(line: RawLine) -> bool:
         logger.error("%s: %s; it is left out", line.where, error)
         return False
     return True
+
+
+def input_files(settings: Settings) -> InputFiles:
+    """The pictures that the options name. Raises UserError."""
+    picture, control = settings[PictureOptions], settings[ControlOptions]
+    nets = [*(control.control_net_models or ()), *(control.control_net_lllite_models or ())]
+    return InputFiles(
+        sources=list_pictures(picture.image_path, "image_path") if picture.image_path else (),
+        masks=list_pictures(picture.mask_path, "mask_path") if picture.mask_path else (),
+        guides=[file for name in control.guide_image_path or () for file in list_pictures(name, "guide_image_path")],
+        nets=len(nets),
+    )
 
 
 @dataclass
@@ -108,6 +130,7 @@ class Session:
         )
         usual = self.model.family.default_sample_size(self.model.parts)
         self.defaults: Defaults = defaults_of(self.settings, usual, self.model.family.picture_step)
+        self.files = input_files(self.settings)
         self.writer = Writer(self.settings[OutputOptions])
         self._recipe = self._make_recipe()
 
@@ -176,15 +199,21 @@ class Session:
                 seed=seed_for(parsed, index, seeds.next() if common is None else common),
                 shared=shared.with_rows(self.engine.rows_of(parsed.prompt, negative)),
                 clip_prompt=parsed.options.get("clip_prompt"),
+                source=self.files.source_of(number + index),
+                mask=self.files.mask_of(number + index),
+                guides=self.files.guides_of(number + index),
             )
 
     # ---- from batches to files
 
-    def draw(self, queue: Iterable[Sequence[Job]]) -> int:
-        """Draw and write batches until all are done or a stop is asked for. Returns the exit status."""
+    def draw(self, queue: Iterable[Sequence[Job]], only: int | None = None) -> int:
+        """Draw and write batches until all are done or a stop is asked for. Returns the exit status.
+
+        ``only``: of each batch just this picture is written.
+        """
         for batch in queue:
             try:
-                self._draw(batch)
+                self._draw(batch, only)
             except UserError as error:
                 logger.error("%s: %s", batch[0].raw, error)
                 self.failed += len(batch)
@@ -194,13 +223,16 @@ class Session:
             logger.debug("written: %s", path)
         return 1 if self.failed else 0
 
-    def _draw(self, batch: Sequence[Job]) -> None:
+    def _draw(self, batch: Sequence[Job], only: int | None) -> None:
         with progress(None, f"picture {batch[0].number + 1}") as bar:
             self.engine.on_progress = bar.advance
             pictures = self.engine.draw(batch)
         moment = now_text()
         for index, (job, picture) in enumerate(zip(batch, pictures, strict=True)):
-            entries = text_entries(job, job.shared.sampler, self._recipe, self.model.family.name == "sdxl")
+            if only not in (None, index):
+                continue
+            recipe = {**self._recipe, "place": (index, len(batch))}
+            entries = text_entries(job, job.shared.sampler, recipe, self.model.family.name == "sdxl")
             place = Place(index, batch[0].number, moment)
             path = self.writer.write(to_picture(picture[None]), job, place, entries)
             logger.info("%s (seed %d)", path, job.seed)
