@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.generation.engine import Engine
-from library.generation.jobs import Job, Shared, first_stage
-from library.generation.pictures import to_tensor
+from library.generation.jobs import Job, first_stage
+from library.generation.pictures import resized, to_tensor
 from library.generation.pipeline import to_picture
 from library.log import UserError
 from library.options.generation import HighresOptions
@@ -67,6 +67,8 @@ def make_stages(engine: Engine, options: HighresOptions) -> Stages:
     """How the engine's batches are drawn. Raises UserError for an upscaler that cannot be used."""
     if options.highres_fix_scale is None:
         return Stages(engine, options)
+    vae: Any = engine.parts.vae
+    vae.register_to_config(scaling_factor=engine.family.latent_scale)  # what upscalers go by; a VAE file has none
     return Stages(engine, options, load_upscaler(options, engine.settings.device, engine.settings.dtype))
 
 
@@ -154,7 +156,7 @@ class Stages:
         if pictures_BCHW is None:
             size = self.engine.latent_shape(shared)[1:]
             return F.interpolate(latents_BCHW, size, mode="bilinear", align_corners=False)
-        return self._encoded(batch, [lanczos(to_picture(picture[None]), shared) for picture in pictures_BCHW])
+        return self._encoded(batch, [to_picture(picture[None]) for picture in pictures_BCHW])
 
     def _by_module(
         self, upscaler: Upscaler, batch: Sequence[Job], latents_BCHW: Tensor, pictures_BCHW: Tensor | None
@@ -175,7 +177,7 @@ class Stages:
                     1,
                 )
             if not isinstance(found, torch.Tensor):
-                found = self._encoded([job], [lanczos(image.convert("RGB"), job.shared) for image in found])
+                found = self._encoded([job], [image.convert("RGB") for image in found])
             if tuple(found.shape) != wanted:
                 raise UserError(
                     f"--highres_fix_upscaler {self.options.highres_fix_upscaler}: gave latents of the shape "
@@ -185,13 +187,6 @@ class Stages:
         return torch.cat(parts)
 
     def _encoded(self, batch: Sequence[Job], images: list[Image]) -> Tensor:
+        size = (batch[0].shared.width, batch[0].shared.height)
         generators = [torch_stream(job.seed, "picture") for job in batch]
-        return self.engine.encode_pictures(to_tensor(images), generators)
-
-
-def lanczos(picture: Image, shared: Shared) -> Image:
-    """The picture at the size of a batch; itself if it has that size."""
-    from PIL import Image as PilImage
-
-    size = (shared.width, shared.height)
-    return picture if picture.size == size else picture.resize(size, PilImage.Resampling.LANCZOS)
+        return self.engine.encode_pictures(to_tensor([resized(image, size) for image in images]), generators)

@@ -74,6 +74,13 @@ def fit(picture: Image, size: tuple[int, int]) -> Image:
     return picture.resize(size, PilImage.Resampling.LANCZOS, box=(left, top, left + width, top + height))
 
 
+def resized(picture: Image, size: tuple[int, int]) -> Image:
+    """The whole picture at another size, by Lanczos; itself if it has that size."""
+    from PIL import Image as PilImage
+
+    return picture if picture.size == size else picture.resize(size, PilImage.Resampling.LANCZOS)
+
+
 def read_mask(path: str, source_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """How much of each pixel (1, H, W) is drawn anew, 0..1. It is cut like its picture, whose size is ``source_size``.
 
