@@ -18,7 +18,7 @@ from library.generation.jobs import (
     SizeCondition,
     batches,
     first_stage,
-    seed_for,
+    own_seed,
 )
 from library.generation.lines import parse_line
 from library.generation.output import job_from_json
@@ -76,8 +76,8 @@ def test_row_of_seeds_is_known() -> None:
 
 def test_seed_list_repeats_its_last() -> None:
     line = parse_line("x --d 1,2")
-    assert [seed_for(line, index, 9) for index in range(3)] == [1, 2, 2]
-    assert seed_for(parse_line("x"), 0, 9) == 9
+    assert [own_seed(line, index) for index in range(3)] == [1, 2, 2]
+    assert own_seed(parse_line("x"), 0) is None
 
 
 # ---- batches
