@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -15,23 +16,27 @@ from library.generation.deep_shrink import attach_deep_shrink
 from library.generation.engine import Engine, EngineSettings
 from library.generation.from_picture import attach_pictures
 from library.generation.gradual_latent import attach_gradual_latent
+from library.generation.grid import Sheet
 from library.generation.highres import TWO_STAGES, make_stages
 from library.generation.inputs import InputFiles, find_again, list_pictures
-from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, seed_for, settle
+from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle
 from library.generation.lines import parse_line
 from library.generation.model import LoadedModel, load_model
-from library.generation.output import Place, Writer, now_text, read_recipe, text_entries
+from library.generation.output import Place, Writer, now_text, read_recipe, text_entries, write_png
 from library.generation.pictures import size_of_picture
 from library.generation.pipeline import to_picture
 from library.generation.sources import (
     KeyboardLines,
     LineSource,
     ListedLines,
+    ModuleLines,
     RawLine,
+    load_prompt_module,
     prompts_of_pictures,
     read_prompt_file,
 )
 from library.generation.variants import expand
+from library.generation.watch import Preview, Window
 from library.interrupt import StopRequest, stop_on_signals
 from library.log import UserError, progress
 from library.options.generation import (
@@ -67,6 +72,8 @@ def run_session(settings: Settings) -> int:
     with stop_on_signals("stopping after this picture") as stop:
         model = load_model(settings[GenModelOptions], settings[DrawOptions])
         session = Session(settings, model, stop, files)
+        if isinstance(source, ListedLines) and not source.all and settings[PromptOptions].from_module:
+            source = session.module_lines()
         return session.run(source) or min(failed, 1)
 
 
@@ -89,6 +96,8 @@ def make_source(options: PromptOptions, files: InputFiles) -> tuple[LineSource, 
     """Where the lines come from, and how many of them were found to be wrong (and left out) already."""
     if options.interactive:
         return KeyboardLines(), 0
+    if options.from_module and not options.from_file:
+        return ListedLines(()), 0
     if options.from_file:
         lines = read_prompt_file(options.from_file)
     elif options.prompt is None and files.sources:
@@ -137,6 +146,10 @@ class Session:
     files: InputFiles
     failed: int = 0
     engine: Engine = field(init=False)
+    seeds: Seeds = field(init=False)
+    _iteration_seed: int | None = None
+    _queued: int = 0  # pictures of this iteration so far
+    _drawn: int = 0  # pictures of all batches before this one
 
     def __post_init__(self) -> None:
         options, draw = self.settings[PromptOptions], self.settings[DrawOptions]
@@ -155,12 +168,28 @@ class Session:
         )
         usual = self.model.family.default_sample_size(self.model.parts)
         self.defaults: Defaults = defaults_of(self.settings, usual, self.model.family.picture_step)
-        self.writer = Writer(self.settings[OutputOptions])
+        output = self.settings[OutputOptions]
+        self.writer = Writer(output)
+        self.sheet = Sheet() if output.grid else None
+        self.window = Window() if options.interactive and not options.no_preview else None
         attach_pictures(self.engine, self.settings[PictureOptions])
         attach_deep_shrink(self.engine)
         attach_gradual_latent(self.engine)
         self.stages = make_stages(self.engine, self.settings[HighresOptions])
+        if output.preview_every_n_steps:
+            self.engine.extensions.append(Preview(output.outdir, output.preview_every_n_steps, self.engine.decode))
         self._recipe, self._first_recipe = self._make_recipe(), self._make_recipe(TWO_STAGES)
+
+    def module_lines(self) -> LineSource:
+        """The prompts that ``--from_module`` makes."""
+        options = self.settings[PromptOptions]
+        args = SimpleNamespace(**self.settings.as_flat_dict())
+        prompter = load_prompt_module(options, args, self.engine, ())
+
+        def call(index: int) -> str | None:
+            return prompter(args, self.engine, self.seeds.source, self._iteration_seed, index, self._queued)
+
+        return ModuleLines(call, prompter.shuffle if options.shuffle_prompts else None)
 
     # ---- from lines to batches
 
@@ -168,10 +197,10 @@ class Session:
         """Draw all iterations. Returns the exit status."""
         options = self.settings[PromptOptions]
         size = self.settings[DrawOptions].batch_size
-        seeds = Seeds(options.seed, alone=self._is_alone(source))
+        self.seeds = Seeds(options.seed, alone=self._is_alone(source))
         for iteration in range(1 if options.interactive else options.n_iter):
-            common = seeds.next() if options.iter_same_seed else None
-            jobs = self._jobs(source, iteration, seeds, common)
+            self._iteration_seed = self.seeds.next() if options.iter_same_seed else None
+            jobs = self._jobs(source, iteration)
             if options.interactive:  # a line is drawn when it was typed, not when a batch is full
                 for of_line in jobs:
                     self.draw(batches(of_line, size))
@@ -179,6 +208,9 @@ class Session:
                 self.draw(batches((job for of_line in jobs for job in of_line), size))
             if self.stop.is_set:
                 break
+        if self.sheet is not None and self.sheet.cells:
+            path = self.writer.free(f"grid_{now_text()}.png")
+            logger.info("%s", write_png(self.sheet.draw(), path, {}))
         return 1 if self.failed else 0
 
     def _is_alone(self, source: LineSource) -> bool:
@@ -188,24 +220,22 @@ class Session:
             return False
         return len(expand(source.all[0].text, 1, stream(0, "check"))) * options.images_per_prompt == 1
 
-    def _jobs(self, source: LineSource, iteration: int, seeds: Seeds, common: int | None) -> Iterator[list[Job]]:
+    def _jobs(self, source: LineSource, iteration: int) -> Iterator[list[Job]]:
         """The jobs of each line. A line that cannot be drawn is reported and counted."""
-        number = 0
+        self._queued = 0
         for index, line in enumerate(source.lines(iteration)):
             if self.stop.is_set:
                 return
             try:
-                jobs = list(self._jobs_of(line, (iteration, index), number, seeds, common))
+                jobs = list(self._jobs_of(line, (iteration, index), self._queued))
             except UserError as error:
                 logger.error("%s: %s; it is left out", line.where, error)
                 self.failed += 1
                 continue
-            number += len(jobs)
+            self._queued += len(jobs)
             yield jobs
 
-    def _jobs_of(
-        self, line: RawLine, place: tuple[int, int], number: int, seeds: Seeds, common: int | None
-    ) -> Iterator[Job]:
+    def _jobs_of(self, line: RawLine, place: tuple[int, int], number: int) -> Iterator[Job]:
         options = self.settings[PromptOptions]
         base = int.from_bytes(os.urandom(7), "little") if options.seed is None else options.seed
         texts = expand(line.text, options.images_per_prompt, stream(base, "variants", *place))
@@ -225,13 +255,19 @@ class Session:
                 raw=parsed.raw,
                 prompt=parsed.prompt,
                 negative_prompt=negative,
-                seed=seed_for(parsed, index, seeds.next() if common is None else common),
+                seed=self._seed(own_seed(parsed, index)),
                 shared=shared.with_rows(self.engine.rows_of(parsed.prompt, negative)),
                 clip_prompt=parsed.options.get("clip_prompt"),
                 source=source,
                 mask=line.mask or self.files.mask_of(number + index),
                 guides=self.files.guides_of(number + index),
             )
+
+    def _seed(self, own: int | None) -> int:
+        """The picture's own seed, else that of the iteration, else the next of the row."""
+        if own is not None:
+            return own
+        return self.seeds.next() if self._iteration_seed is None else self._iteration_seed
 
     # ---- from batches to files
 
@@ -260,7 +296,8 @@ class Session:
         for stage in drawn:
             for index, (job, picture) in enumerate(zip(stage.batch, stage.pictures_BCHW, strict=True)):
                 if only in (None, index):
-                    self._write(job, picture, Place(index, batch[0].number, moment, stage.stage), len(batch))
+                    self._write(job, picture, Place(index, self._drawn, moment, stage.stage), len(batch))
+        self._drawn += len(batch)
 
     def _write(self, job: Job, picture_CHW: Tensor, place: Place, batch_size: int) -> None:
         if not bool(picture_CHW.isfinite().all()):
@@ -269,8 +306,15 @@ class Session:
             return
         recipe = {**(self._first_recipe if place.stage == "0" else self._recipe), "place": (place.index, batch_size)}
         entries = text_entries(job, job.shared.sampler, recipe, self.model.family.name == "sdxl")
-        path = self.writer.write(to_picture(picture_CHW[None]), job, place, entries)
+        drawn = to_picture(picture_CHW[None])
+        path = self.writer.write(drawn, job, place, entries)
         logger.info("%s (seed %d)", path, job.seed)
+        if place.stage == "0":
+            return
+        if self.sheet is not None:
+            self.sheet.add(job.prompt, f"seed {job.seed}", drawn)
+        if self.window is not None:
+            self.window.show(drawn, job.prompt)
 
     def _make_recipe(self, without: Collection[str] = ()) -> dict[str, Any]:
         """What decides a picture beside its job: the options that are not at their default, without folders."""
