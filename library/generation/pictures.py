@@ -61,7 +61,10 @@ def read_picture(path: str) -> Image:
 
 
 def fit(picture: Image, size: tuple[int, int]) -> Image:
-    """The picture scaled (Lanczos) until it covers ``size``, its middle cut out; not scaled if it is hardly larger."""
+    """The picture scaled until it covers ``size``, its middle cut out; not scaled if it is hardly larger.
+
+    Colours are scaled by Lanczos. Grey masks are averaged, so that no edge reaches beyond the pixels under it.
+    """
     from PIL import Image as PilImage
 
     over = (picture.width - size[0], picture.height - size[1])
@@ -71,7 +74,8 @@ def fit(picture: Image, size: tuple[int, int]) -> Image:
     factor = max(size[0] / picture.width, size[1] / picture.height)
     width, height = size[0] / factor, size[1] / factor
     left, top = (picture.width - width) / 2, (picture.height - height) / 2
-    return picture.resize(size, PilImage.Resampling.LANCZOS, box=(left, top, left + width, top + height))
+    filter_ = PilImage.Resampling.BOX if picture.mode == "L" else PilImage.Resampling.LANCZOS
+    return picture.resize(size, filter_, box=(left, top, left + width, top + height))
 
 
 def resized(picture: Image, size: tuple[int, int]) -> Image:
@@ -96,7 +100,7 @@ def read_mask(path: str, source_size: tuple[int, int], size: tuple[int, int]) ->
             f"{source_size[0]}x{source_size[1]}; the mask must have the proportions of its picture"
         )
     if mask.size != source_size:
-        mask = mask.resize(source_size, PilImage.Resampling.BILINEAR)
+        mask = mask.resize(source_size, PilImage.Resampling.BOX)
     return to_tensor([fit(mask, size)])[0] / 2 + 0.5
 
 

@@ -39,7 +39,9 @@ def test_it_always_ends_at_the_full_size(
     sizes = [size_at(ratio, (height, width)), *found.values()]
     assert sizes[-1] == (height, width)
     assert sizes == sorted(sizes)
-    assert all(side % 8 == 0 or side == full for size in sizes for side, full in zip(size, (height, width), strict=True))
+    assert all(
+        side % 8 == 0 or side == full for size in sizes for side, full in zip(size, (height, width), strict=True)
+    )
     assert all(first <= number < steps for number in found)
     late = steps - first >= 8 and every <= 2
     assert not late or max(found, default=0) <= steps - every  # there is something left to draw at the full size
