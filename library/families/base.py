@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoint.hashes import FileHashes, file_hashes
-from library.models.spec import ArchitectureSpec, PredictionType
+from library.models.spec import ArchitectureSpec, PredictionType, TextEncoderSpec
 from library.text.tokens import TextSettings, TokenRows
 
 if TYPE_CHECKING:
@@ -174,6 +174,12 @@ class ModelFamily(ABC):
         self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> AutoencoderKL:
         """Only the VAE of what the options name: for caching latents ahead of time."""
+
+    @abstractmethod
+    def load_text_encoders(
+        self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> tuple[tuple[nn.Module, ...], tuple[TextEncoderSpec, ...]]:
+        """Only the text encoders of what the options name, and what they are: for encoding captions ahead of time."""
 
     @abstractmethod
     def tokenize(self, captions: Sequence[str], settings: TextSettings) -> TokenBatch:

@@ -18,7 +18,9 @@ from library.options import (
     SampleOptions,
     SaveOptions,
     ScheduleOptions,
+    TextCacheOptions,
 )
+from library.options.base import OptionGroup
 from library.options.settings import ScriptOptions
 
 IMAGES = ("train_data_dir", "in_json", "dataset_config", "dataset_class")
@@ -48,10 +50,19 @@ TRAIN_NETWORK = ScriptOptions(
     summary="Train a LoRA or another network on Stable Diffusion 1.x or 2.x.",
 )
 
+SDXL_DEFAULTS = {"bucket_reso_steps": 32, "sample_sampler": "euler_a"}
+
+
+def with_text_cache(groups: tuple[type[OptionGroup], ...]) -> tuple[type[OptionGroup], ...]:
+    """The groups of a script that can also cache text encoder outputs, which stand behind the latent cache."""
+    place = groups.index(CacheOptions) + 1
+    return (*groups[:place], TextCacheOptions, *groups[place:])
+
+
 SDXL_TRAIN_NETWORK = ScriptOptions(
     name="sdxl_train_network.py",
-    groups=TRAIN_NETWORK.groups,
-    defaults={"bucket_reso_steps": 32, "sample_sampler": "euler_a"},
+    groups=with_text_cache(TRAIN_NETWORK.groups),
+    defaults=SDXL_DEFAULTS,
     required=TRAIN_NETWORK.required,
     summary="Train a LoRA or another network on SDXL.",
     family="sdxl",
@@ -59,10 +70,19 @@ SDXL_TRAIN_NETWORK = ScriptOptions(
 
 CACHE_LATENTS = ScriptOptions(
     name="tools/cache_latents.py",
-    groups=(*TRAIN_NETWORK.groups, CacheToolOptions),
+    groups=(*SDXL_TRAIN_NETWORK.groups, CacheToolOptions),  # files of SDXL trainings, too
     defaults={"cache_latents": True, "cache_latents_to_disk": True},
     required=("pretrained_model_name_or_path", IMAGES),
     summary="Encode training images ahead of time into .npz files. Takes the options (and the file) of the training.",
 )
 
-SCRIPTS = (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, CACHE_LATENTS)
+CACHE_TEXT = ScriptOptions(
+    name="tools/cache_text_encoder_outputs.py",
+    groups=(*SDXL_TRAIN_NETWORK.groups, CacheToolOptions),
+    defaults={**SDXL_DEFAULTS, "cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True},
+    required=("pretrained_model_name_or_path", IMAGES),
+    summary="Encode captions ahead of time into .npz files (SDXL). Takes the options (and the file) of the training.",
+    family="sdxl",
+)
+
+SCRIPTS = (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, CACHE_LATENTS, CACHE_TEXT)

@@ -87,10 +87,10 @@ def _warn_of_face_crops(datasets: Sequence[ResolvedDataset]) -> None:
             logger.warning("%s: face_crop_aug_range has no effect on cached latents (centred cuts)", subset.name)
 
 
-def vae_fingerprint(vae: nn.Module) -> str:
-    """Hash of a VAE's weights as they are in memory (names, shapes, types and bytes): 16 hexadecimal digits."""
+def weights_fingerprint(module: nn.Module) -> str:
+    """Hash of a module's weights as they are in memory (names, shapes, types and bytes): 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(vae.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -387,7 +387,7 @@ def cache_ahead(settings: Settings) -> CachingReport:
     dtype = vae_dtype(precision)
     family = family_for(settings[ModelOptions], "sdxl" if settings[CacheToolOptions].sdxl else "sd")
     vae = family.load_vae(settings[ModelOptions], dtype=dtype, device=device)
-    store = LatentStore(family.latent_space, vae_fingerprint(vae), to_disk=True)
+    store = LatentStore(family.latent_space, weights_fingerprint(vae), to_disk=True)
     _, report = cache_latents(
         datasets,
         vae,

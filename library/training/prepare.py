@@ -13,11 +13,12 @@ import torch
 from library.data.cache import LatentStore
 from library.data.dataset import TrainImages
 from library.data.records import ResolvedDataset
+from library.data.text_cache import TextStore
 from library.device import attention_kind, one_process_at_a_time
 from library.diffusion.objective import Objective
 from library.diffusion.schedule import NoiseSchedule
 from library.families import family_for
-from library.families.base import ModelFamily, ModelParts, TextSettings
+from library.families.base import ModelFamily, ModelParts
 from library.generation.pipeline import GenerationSettings
 from library.log import UserError
 from library.models.memory import set_attention, set_gradient_checkpointing
@@ -33,14 +34,16 @@ from library.options import (
 )
 from library.options.settings import Settings
 from library.rng import seed_of
-from library.training.caching import WorkShare, bind_prepared_latents, cache_latents, vae_fingerprint
+from library.training.caching import WorkShare, bind_prepared_latents, cache_latents, weights_fingerprint
 from library.training.latent_source import LatentSource
 from library.training.machine import Machine
 from library.training.optimizers import OptimizerMode
 from library.training.preview import Previewer
 from library.training.script import Script
+from library.training.step import TextSource as CaptionSource
 from library.training.step import TrainStep
-from library.training.text_source import TextSource, text_learns
+from library.training.text_caching import CaptionEncoder, cache_captions, text_cache_options, text_settings
+from library.training.text_source import CachedTextSource, TextSource, text_learns
 from library.training.trackers import Trackers
 from library.training.trainable import Trainable
 
@@ -56,6 +59,7 @@ class Models:
     trainable: Trainable
     images: TrainImages
     text_learns: bool
+    text_store: TextStore | None = None
 
 
 def load_models(
@@ -76,11 +80,13 @@ def load_models(
     learns = text_learns(family, parts, trainable, machine.weight_dtype)
     save_memory(settings[PrecisionOptions], parts, trainable, learns)
     datasets, store = make_latents(settings, datasets, family, parts, machine)
-    images = TrainImages(datasets, store, seed, settings[DataOptions].on_bad_image)
+    variants = text_cache_options(settings).cache_text_encoder_outputs_variants or 0
+    images = TrainImages(datasets, store, seed, settings[DataOptions].on_bad_image, variants)
     if datasets and all(images.gives_latents(index) for index in range(len(datasets))):
         torch.nn.Module.to(parts.vae, "cpu")
         machine.empty_cache()
-    return Models(family, parts, trainable, images, learns)
+    text_store = make_text_outputs(settings, datasets, family, parts, machine, learns)
+    return Models(family, parts, trainable, images, learns, text_store)
 
 
 def check_bucket_steps(family: ModelFamily, datasets: Sequence[ResolvedDataset]) -> None:
@@ -124,7 +130,7 @@ def make_latents(
         return datasets, None
     store = LatentStore(
         family.latent_space,
-        vae_fingerprint(parts.vae),
+        weights_fingerprint(parts.vae),
         to_disk=cache.cache_latents_to_disk,
         memory_dtype=machine.vae_dtype,
     )
@@ -147,26 +153,58 @@ def make_latents(
     return datasets, store
 
 
-def make_step(settings: Settings, models: Models, machine: Machine, schedule: NoiseSchedule) -> TrainStep:
-    """The training step with its sources."""
-    options = settings[ModelOptions]
+def make_text_outputs(
+    settings: Settings,
+    datasets: Sequence[ResolvedDataset],
+    family: ModelFamily,
+    parts: ModelParts,
+    machine: Machine,
+    text_learns: bool,
+) -> TextStore | None:
+    """What the text encoders make of all captions, if that is to be cached; the encoders leave the device then."""
+    options = text_cache_options(settings)
+    if not options.cache_text_encoder_outputs:
+        return None
+    if text_learns:
+        raise UserError("--cache_text_encoder_outputs: the text encoders learn here, so leave it out")
+    store, _ = cache_captions(
+        datasets,
+        CaptionEncoder(family, parts.text_encoders, parts.spec.text_encoders, text_settings(settings[ModelOptions])),
+        options,
+        memory_dtype=machine.weight_dtype,
+        share=WorkShare(machine.rank, machine.processes, machine.wait),
+    )
+    for encoder in parts.text_encoders:
+        encoder.to("cpu")
+    machine.empty_cache()
+    return store
+
+
+def make_text_source(settings: Settings, models: Models, machine: Machine) -> CaptionSource:
+    """Where the step takes the text condition from."""
+    if models.text_store is not None:
+        return CachedTextSource(models.text_store, device=machine.device, dtype=machine.weight_dtype)
     subsets = [subset for dataset in models.images.datasets for subset in dataset.spec.subsets]
     repeats = bool(subsets) and not any(subset.captions.is_random for subset in subsets)
-    text = TextSource(
+    return TextSource(
         models.family,
         models.parts,
-        TextSettings(options.max_token_length, options.clip_skip, options.weighted_captions),
+        text_settings(settings[ModelOptions]),
         learns=models.text_learns,
         captions_repeat=repeats,
         device=machine.device,
         dtype=machine.weight_dtype,
     )
+
+
+def make_step(settings: Settings, models: Models, machine: Machine, schedule: NoiseSchedule) -> TrainStep:
+    """The training step with its sources."""
     return TrainStep(
         family=models.family,
         parts=models.parts,
         trainable=models.trainable,
         latents=LatentSource(models.family, models.parts.vae, machine.device),
-        text=text,
+        text=make_text_source(settings, models, machine),
         schedule=schedule,
         objective=Objective(settings[NoiseOptions], settings[LossOptions]),
         compute_dtype=machine.weight_dtype,

@@ -9,7 +9,7 @@ import pytest
 
 from library.options.parser import read_command_line
 from library.options.script import parse
-from library.options.scripts import CACHE_LATENTS, TRAIN_NETWORK
+from library.options.scripts import CACHE_LATENTS, CACHE_TEXT, SDXL_TRAIN_NETWORK, TRAIN_NETWORK
 from library.options.settings import ScriptOptions
 
 DATA = Path(__file__).parent / "data" / "train_network_flags.tsv"
@@ -29,6 +29,12 @@ NEW_OPTIONS = {
     "on_bad_image",
     "on_nan",
     "save_state_on_train_end",
+}
+# The first two are the reference's, the third is new.
+TEXT_CACHE = {
+    "cache_text_encoder_outputs",
+    "cache_text_encoder_outputs_to_disk",
+    "cache_text_encoder_outputs_variants",
 }
 ANY_SCRIPT = ScriptOptions("train_network.py", TRAIN_NETWORK.groups)
 SPECS = {name: spec for spec in TRAIN_NETWORK.specs().values() for name in spec.names}
@@ -104,5 +110,14 @@ def test_misspelt_caption_option_of_old_command_lines():
 
 
 def test_the_cache_tool_takes_every_option_of_the_training():
-    specs = CACHE_LATENTS.specs()
-    assert set(TRAIN_NETWORK.specs()) | {"skip_existing", "sdxl"} == set(specs)
+    assert set(TRAIN_NETWORK.specs()) | TEXT_CACHE | {"skip_existing", "sdxl"} == set(CACHE_LATENTS.specs())
+
+
+def test_the_text_cache_is_of_the_scripts_for_sdxl():
+    assert set(SDXL_TRAIN_NETWORK.specs()) - set(TRAIN_NETWORK.specs()) == TEXT_CACHE
+    assert set(SDXL_TRAIN_NETWORK.specs()) | {"skip_existing", "sdxl"} == set(CACHE_TEXT.specs())
+    words = "--sdxl --skip_existing --cache_text_encoder_outputs --cache_text_encoder_outputs_to_disk"
+    words += " --pretrained_model_name_or_path m --train_data_dir d --resolution 1024"
+    settings = parse(CACHE_TEXT, words.split())
+    assert settings.value_of("cache_text_encoder_outputs_to_disk") is True
+    assert settings.value_of("bucket_reso_steps") == 32
