@@ -142,9 +142,9 @@ def cache_captions(
         lines += [f"{target.path}: its text encoder outputs could not be made" for target in left]
     if lines:
         raise UserError.of([*sorted(lines), "not even float32 helped: check the text encoders of the model"])
-    logger.info(
-        "text encoder outputs: %d entries, %d reused, %d captions encoded", report.total, report.reused, report.encoded
-    )
+    by = " by this process" if share.count > 1 else ""
+    counts = (report.total, report.reused, report.encoded)
+    logger.info("text encoder outputs: %d entries, %d reused, %d captions encoded%s", *counts, by)
     return store, report
 
 
