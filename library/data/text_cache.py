@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,11 @@ class TextLayout:
             f"hidden_state{number}": (self.tokens, width) for number, width in enumerate(self.widths, 1)
         }
         return found if self.pooled_width is None else {**found, f"pool{len(self.widths)}": (self.pooled_width,)}
+
+    @property
+    def size_bytes(self) -> int:
+        """What the arrays of one caption take on disk."""
+        return 4 * sum(math.prod(shape) for shape in self.shapes().values())
 
     def arrays(self, outputs: TextOutputs) -> dict[str, NDArray[Any]]:
         """The members that hold one caption's outputs, float32."""

@@ -49,6 +49,12 @@ def text_settings(options: ModelOptions) -> TextSettings:
     return TextSettings(options.max_token_length, options.clip_skip, options.weighted_captions)
 
 
+def layout_of(specs: Sequence[TextEncoderSpec], settings: TextSettings) -> TextLayout:
+    """Shapes of what encoders give for a caption: rows are joined, so that two marks are left of all."""
+    tokens = CHUNK_TOKENS * settings.max_rows + 2
+    return TextLayout(tokens, tuple(spec.width for spec in specs), specs[-1].projection_width)
+
+
 @dataclass
 class TextCachingReport:
     """What caching did in this process. ``total`` and ``reused`` count archives and captions kept in memory,
@@ -82,11 +88,6 @@ class CaptionEncoder:
             pooled = [None] * len(hidden_BTD) if condition.pooled_BP is None else list(condition.pooled_BP.cpu())
             outputs += [TextOutputs(one, pool) for one, pool in zip(hidden_BTD, pooled, strict=True)]
         return outputs
-
-    def layout(self) -> TextLayout:
-        """Shapes of what comes out: rows are joined, so that two marks are left of all."""
-        tokens = CHUNK_TOKENS * self.settings.max_rows + 2
-        return TextLayout(tokens, tuple(spec.width for spec in self.specs), self.specs[-1].projection_width)
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the outputs of a caption: weights, their type, the tokenizer with its settings.
@@ -122,7 +123,10 @@ def cache_captions(
     """
     to_disk, share = options.cache_text_encoder_outputs_to_disk, share or WorkShare()
     store = TextStore(
-        encode.layout(), encode.fingerprint() if to_disk else {}, to_disk=to_disk, memory_dtype=memory_dtype
+        layout_of(encode.specs, encode.settings),
+        encode.fingerprint() if to_disk else {},
+        to_disk=to_disk,
+        memory_dtype=memory_dtype,
     )
     targets = targets_of(datasets, options.cache_text_encoder_outputs_variants or 0, to_disk=to_disk)
     missing = [targets[index] for index in store.find(targets)]

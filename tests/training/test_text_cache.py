@@ -161,6 +161,18 @@ def test_what_cannot_be_cached_is_refused_before_anything_slow(
         assert watch.encoded == []
 
 
+def test_the_plan_counts_the_files(
+    sdxl: Path, pictures: Path, tmp_path: Path, watch: Watch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vary = ("--shuffle_caption", VARIANTS, "2", TO_DISK, "--dry_run")
+    for path in pictures.rglob("*.caption"):
+        path.write_text("a, b, c, d, e, f, g, h")
+    watch(sdxl, pictures, tmp_path / "out", *vary)
+    megabytes = 4 * 2 * 4 * (77 * 96 + 48) / 1e6
+    assert f"text encoder outputs: {megabytes:.1f} MB" in capsys.readouterr().out
+    assert (watch.encoded, archives(pictures)) == ([], {})
+
+
 def test_cached_captions_resume(sdxl: Path, pictures: Path, tmp_path: Path, watch: Watch) -> None:
     shared = ("--shuffle_caption", VARIANTS, "2", "--lr_scheduler", "constant")
     whole = watch(sdxl, pictures, tmp_path / "whole", *shared, CACHE, "--max_train_steps", "4")

@@ -18,8 +18,10 @@ import torch
 from library.data.records import ResolvedDataset
 from library.data.text_cache import TextLayout, TextOutputs, TextStore
 from library.log import UserError
+from library.models.spec import TextEncoderSpec
+from library.text.tokens import TextSettings
 from library.training.caching import WorkShare
-from library.training.text_caching import CAPTIONS_AT_ONCE, CaptionEncoder, in_float32
+from library.training.text_caching import CAPTIONS_AT_ONCE, CaptionEncoder, in_float32, layout_of
 from library.training.text_source import CachedTextSource
 from tests.text_cache_fixtures import FAMILY, Counting, cache, captioned, encoder
 
@@ -227,7 +229,7 @@ def test_one_image_in_two_data_sets_with_other_rules(tmp_path: Path) -> None:
 
 
 def write_foreign(path: Path, encode: CaptionEncoder, text: str) -> None:
-    arrays = encode.layout().arrays(direct(encode, text))
+    arrays = layout_of(encode.specs, encode.settings).arrays(direct(encode, text))
     np.savez(path, **{name: array + 1 for name, array in arrays.items()})
     moment = time.time_ns() + 10**9
     os.utime(path, ns=(moment, moment))
@@ -367,6 +369,14 @@ def test_processes_share_the_work_on_disk(tmp_path: Path) -> None:
 
 
 # ---- the layout
+
+
+def test_the_layout_of_the_real_model() -> None:
+    specs = (TextEncoderSpec(), TextEncoderSpec(1280, 5120, 20, 32, projection_width=1280))
+    for length, tokens in ((None, 77), (75, 77), (150, 152), (225, 227)):
+        layout = layout_of(specs, TextSettings(length))
+        assert layout.shapes() == {"hidden_state1": (tokens, 768), "hidden_state2": (tokens, 1280), "pool2": (1280,)}
+    assert layout.size_bytes == 4 * (227 * 2048 + 1280)
 
 
 def test_a_layout_without_pooled_vector() -> None:
