@@ -17,6 +17,7 @@ from library.data.text_cache import TextOutputs, TextStore
 from library.families.sdxl import SdxlFamily
 from library.options import TextCacheOptions
 from library.text.tokens import TextSettings
+from library.training.caching import WorkShare
 from library.training.text_caching import CaptionEncoder, TextCachingReport, cache_captions
 from tests.data_fixtures import cover_fit, dataset, record, write_picture
 from tests.toy import toy_modules, toy_spec
@@ -70,11 +71,12 @@ def cache(
     encode: CaptionEncoder,
     disk: bool = True,
     variants: int | None = None,
-    **more: Any,
+    memory_dtype: torch.dtype = torch.float32,
+    share: WorkShare | None = None,
 ) -> tuple[TextStore, TextCachingReport]:
     options = TextCacheOptions(
         cache_text_encoder_outputs=True,
         cache_text_encoder_outputs_to_disk=disk,
         cache_text_encoder_outputs_variants=variants,
     )
-    return cache_captions(datasets, encode, options, **{"memory_dtype": torch.float32, **more})
+    return cache_captions(datasets, encode, options, memory_dtype=memory_dtype, share=share)

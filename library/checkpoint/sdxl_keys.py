@@ -53,3 +53,19 @@ def key_map(spec: ArchitectureSpec, present: Container[str] = ()) -> KeyMap:
             for row in rows
         ]
     return KeyMap(tuple(rows), (UNET_PREFIX, first, second, VAE_PREFIX), re.compile("|".join(_IGNORABLE)))
+
+
+_BLOCK = re.compile(r"(?P<part>time_embed|label_emb|input_blocks|middle_block|output_blocks|out)\.(?P<number>\d+)\.")
+_FIRST_OF = {"input_blocks": 1, "middle_block": 10, "output_blocks": 13}
+"""Where the blocks of a part begin in the count of 23: embeddings 0, input 1-9, middle 10-12, output 13-21, out 22."""
+
+
+def parameter_blocks(spec: ArchitectureSpec) -> dict[str, int]:
+    """The block, 0 to 22, of each parameter of the U-Net by its Diffusers name."""
+    found: dict[str, int] = {}
+    for name, key, _ in unet_rows(spec.unet):
+        match = _BLOCK.match(name)
+        assert match is not None, name
+        first = _FIRST_OF.get(match["part"])
+        found[key] = (22 if match["part"] == "out" else 0) if first is None else first + int(match["number"])
+    return found

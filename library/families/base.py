@@ -7,7 +7,7 @@ width, P pooled width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoint.hashes import FileHashes, file_hashes
+from library.log import UserError
 from library.models.spec import ArchitectureSpec, PredictionType, TextEncoderSpec
 from library.text.tokens import TextSettings, TokenRows
 
@@ -69,6 +70,11 @@ class ModelParts:
     def source_name(self) -> str:
         """Name of the base model for metadata."""
         return self.source.name
+
+    def by_name(self) -> dict[str, nn.Module]:
+        """All parts under the names of their Diffusers folders: text_encoder, text_encoder_2, unet, vae."""
+        texts = dict(zip(self.spec.text_parts, self.text_encoders, strict=True))
+        return {**texts, "unet": self.unet, "vae": self.vae}
 
     def modules(self) -> tuple[nn.Module, ...]:
         """All parts: text encoders, U-Net, VAE."""
@@ -161,9 +167,12 @@ class ModelFamily(ABC):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        vae_dtype: torch.dtype | None = None,
+        part_dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> ModelParts:
-        """Load the model that the options name, in ``dtype`` on ``device``, in eval mode and frozen."""
+        """Load the model that the options name, in ``dtype`` on ``device``, in eval mode and frozen.
+
+        ``part_dtypes``: types of parts that differ from it, by name (unet, vae, text_encoder, text_encoder_2).
+        """
 
     @abstractmethod
     def outline(self, options: ModelOptions) -> ModelParts:
@@ -180,6 +189,13 @@ class ModelFamily(ABC):
         self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> tuple[tuple[nn.Module, ...], tuple[TextEncoderSpec, ...]]:
         """Only the text encoders of what the options name, and what they are: for encoding captions ahead of time."""
+
+    @abstractmethod
+    def reload(self, parts: ModelParts, names: Collection[str], dtype: torch.dtype) -> ModelParts:
+        """The same model with the parts of these names read anew from where they came from, on the CPU.
+
+        Raises UserError if that is there no more.
+        """
 
     @abstractmethod
     def tokenize(self, captions: Sequence[str], settings: TextSettings) -> TokenBatch:
@@ -202,9 +218,18 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def save_checkpoint(
-        self, parts: ModelParts, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None = None
+        self,
+        parts: ModelParts,
+        path: Path,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str] | None = None,
+        counters: Mapping[str, int] | None = None,
     ) -> None:
-        """Write a Stability single file (safetensors), floating point tensors cast to ``dtype`` (None: as they are)."""
+        """Write a Stability single file, floating point tensors cast to ``dtype`` (None: as they are).
+
+        A path that ends in .ckpt gives the old pickled form, with ``counters`` (epoch, global_step); metadata have no
+        place there.
+        """
 
     @abstractmethod
     def save_diffusers(self, parts: ModelParts, folder: Path, dtype: torch.dtype | None) -> None:
@@ -213,6 +238,13 @@ class ModelFamily(ABC):
     @abstractmethod
     def adapter_views(self, parts: ModelParts) -> AdapterViews:
         """The modules that network plug-ins attach to."""
+
+    def unet_parameter_blocks(self, parts: ModelParts) -> dict[str, int]:
+        """The block of each of the U-Net's parameters by its name in memory, for learning rates by block.
+
+        Raises UserError if the family numbers no blocks.
+        """
+        raise UserError(f"learning rates by block are not for this kind of model ({self.name})")
 
     @abstractmethod
     def default_sample_size(self, parts: ModelParts) -> int:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from library import hub
+from library.checkpoint.modelspec import CHECKPOINT_IMPLEMENTATION
+from library.checkpoint.sdxl_keys import MARKERS, parameter_blocks
 from library.families.base import (
     AdapterViews,
     Geometry,
@@ -44,7 +46,7 @@ class SdxlFamily(StableDiffusionFamily):
     latent_scale = SDXL_LATENT_SCALE
     latent_space = "sdxl"
     bucket_step = 32
-    modelspec_implementation_network = "https://github.com/Stability-AI/generative-models"
+    modelspec_implementation_network = CHECKPOINT_IMPLEMENTATION
     parts_on_hub = (*hub.MODEL_PARTS, "text_encoder_2")
 
     def __init__(self, tokenizer_cache_dir: str | None = None) -> None:
@@ -104,6 +106,14 @@ class SdxlFamily(StableDiffusionFamily):
 
     def adapter_views(self, parts: ModelParts) -> AdapterViews:
         return AdapterViews([text_encoder_view(encoder) for encoder in parts.text_encoders], sdxl_view(parts.unet))
+
+    def unet_parameter_blocks(self, parts: ModelParts) -> dict[str, int]:
+        return parameter_blocks(parts.spec)
+
+    def _markers(self, parts: ModelParts) -> tuple[str, ...]:
+        if parts.prediction_type != "v_prediction":
+            return ()
+        return MARKERS if parts.zero_terminal_snr else MARKERS[:1]
 
     # ---- names
 

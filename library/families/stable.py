@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -54,18 +55,20 @@ class StableDiffusionFamily(ModelFamily):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        vae_dtype: torch.dtype | None = None,
+        part_dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> ModelParts:
         source, found = self._find(options)
         prediction = self._prediction(options, found, source)
         vae_source = None if options.vae is None else _resolve(options.vae, "--vae", ("vae",))
-        targets = {name: Target(dtype, device) for name in (*found.spec.text_parts, "unet")}
-        if options.vae is None:
-            targets["vae"] = Target(vae_dtype or dtype, device)
+        names = (*found.spec.text_parts, "unet", "vae")
+        targets = {name: Target((part_dtypes or {}).get(name, dtype), device) for name in names}
+        vae_target = targets["vae"]
+        if options.vae is not None:
+            del targets["vae"]
         spec = self._spec_to_load(found, prediction, source)
         modules: dict[str, Any] = dict(load.load_parts(source.path, spec, targets))
         if vae_source is not None:
-            modules["vae"] = load.load_vae(vae_source.path, Target(vae_dtype or dtype, device))
+            modules["vae"] = load.load_vae(vae_source.path, vae_target)
         parts = ModelParts(
             tuple(modules[name] for name in spec.text_parts),
             modules["unet"],
@@ -104,6 +107,16 @@ class StableDiffusionFamily(ModelFamily):
         modules = load.load_parts(source.path, found.spec, {name: Target(dtype, device) for name in names})
         return tuple(modules[name] for name in names), found.spec.text_encoders
 
+    def reload(self, parts: ModelParts, names: Collection[str], dtype: torch.dtype) -> ModelParts:
+        target = Target(dtype)
+        own = [name for name in names if name != "vae" or parts.vae_source is None]
+        modules: dict[str, Any] = dict(load.load_parts(parts.source.path, parts.spec, dict.fromkeys(own, target)))
+        if "vae" in names and parts.vae_source is not None:
+            modules["vae"] = load.load_vae(parts.vae_source.path, target)
+        modules = {**parts.by_name(), **modules}
+        text_encoders = tuple(modules[name] for name in parts.spec.text_parts)
+        return replace(parts, text_encoders=text_encoders, unet=modules["unet"], vae=modules["vae"])
+
     def _find(self, options: ModelOptions) -> tuple[ModelSource, Recognised]:
         """The model on this machine and what it is; refuses another family than the options say."""
         name = "--pretrained_model_name_or_path"
@@ -135,20 +148,25 @@ class StableDiffusionFamily(ModelFamily):
         raise UserError(f"{source.given} says that it predicts noise: leave out --v_parameterization")
 
     def save_checkpoint(
-        self, parts: ModelParts, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None = None
+        self,
+        parts: ModelParts,
+        path: Path,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str] | None = None,
+        counters: Mapping[str, int] | None = None,
     ) -> None:
-        save_single_file(path, parts.spec, _by_name(parts), dtype, metadata, parts.source.path)
+        source, markers = parts.source.path, self._markers(parts)
+        save_single_file(path, parts.spec, parts.by_name(), dtype, metadata, source, markers, counters)
+
+    def _markers(self, parts: ModelParts) -> tuple[str, ...]:
+        """Empty tensors by which a single file says what the model predicts."""
+        return ()
 
     def save_diffusers(self, parts: ModelParts, folder: Path, dtype: torch.dtype | None) -> None:
         with whole_folder(folder) as temporary:
-            save_folder(temporary, parts.spec, _by_name(parts), parts.prediction_type, dtype, parts.zero_terminal_snr)
+            save_folder(temporary, parts.spec, parts.by_name(), parts.prediction_type, dtype, parts.zero_terminal_snr)
             for tokenizer, name in zip(self.tokenizers, ("tokenizer", "tokenizer_2"), strict=False):
                 tokenizer.save_pretrained(temporary / name)
-
-
-def _by_name(parts: ModelParts) -> dict[str, nn.Module]:
-    texts = dict(zip(parts.spec.text_parts, parts.text_encoders, strict=True))
-    return {**texts, "unet": parts.unet, "vae": parts.vae}
 
 
 def _check_latents(parts: ModelParts) -> None:

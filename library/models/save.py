@@ -6,14 +6,21 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from library.checkpoint.io import LazyTensor, atomic_write_json, open_model_file, save_safetensors
+from library.checkpoint.io import (
+    LazyTensor,
+    atomic_path,
+    atomic_write_json,
+    open_model_file,
+    save_safetensors,
+    stored_dtype,
+)
 from library.checkpoint.sd_keys import OPENCLIP_PREFIX
 from library.checkpoint.sdxl_keys import LOGIT_SCALE, MARKERS
 from library.checkpoint.tables import key_map
@@ -30,27 +37,49 @@ def save_single_file(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
     source: Path | None = None,
+    markers: Iterable[str] = (),
+    counters: Mapping[str, int] | None = None,
 ) -> None:
-    """Write a Stability file (safetensors) of the text encoders, unet and vae, streamed.
+    """Write a Stability file of the text encoders, unet and vae: safetensors, streamed, or by its suffix a pickled
+    .ckpt, which holds ``counters`` (epoch, global_step) but no metadata.
 
     SD2 files also hold a layer that is never run, a text projection and a logit scale: they are taken from ``source``
     (the single file that the model came from) or made up, and then named in the metadata. SDXL files keep the logit
-    scale and the marker tensors of ``source``; nothing is made up.
+    scale and the marker tensors of ``source``, and get those that the model needs (see `whole_state`).
     """
-    tensors, notes = whole_state(spec, modules, source)
-    save_safetensors(path, tensors, {**(metadata or {}), **notes}, dtype)
+    tensors, notes = whole_state(spec, modules, source, markers)
+    if path.suffix == ".ckpt":
+        _save_pickle(path, tensors, dtype, counters or {})
+    else:
+        save_safetensors(path, tensors, {**(metadata or {}), **notes}, dtype)
+
+
+def _save_pickle(
+    path: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None, counters: Mapping[str, int]
+) -> None:
+    """The old form, ``state_dict`` beside counters. All tensors are in memory at once: pickles cannot be streamed."""
+    state = {key: value.read().detach().to("cpu", stored_dtype(value, dtype)) for key, value in tensors.items()}
+    with atomic_path(path) as temporary:
+        torch.save({"state_dict": state, **counters}, temporary)
 
 
 def whole_state(
-    spec: ArchitectureSpec, modules: Mapping[str, nn.Module], source: Path | None = None
+    spec: ArchitectureSpec,
+    modules: Mapping[str, nn.Module],
+    source: Path | None = None,
+    markers: Iterable[str] = (),
 ) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """The tensors of a single file, made when they are written, and what its metadata must say of them."""
+    """The tensors of a single file, made when they are written, and what its metadata must say of them.
+
+    ``markers``: names of empty tensors by which programs see what an SDXL model predicts.
+    """
     states = {name: build.canonical_state(module) for name, module in modules.items()}
     tensors = key_map(spec).to_file(states)
     if spec.family == "sd1":
         return tensors, {}
     if spec.family == "sdxl":
-        return {**tensors, **_kept_from(source, lambda key: key in (LOGIT_SCALE, *MARKERS))}, {}
+        marks = {key: _constant(torch.zeros(0)) for key in markers}
+        return {**tensors, **marks, **_kept_from(source, lambda key: key in (LOGIT_SCALE, *MARKERS))}, {}
     extras = (f"{OPENCLIP_PREFIX}text_projection", f"{OPENCLIP_PREFIX}logit_scale")
     kept = _kept_from(source, lambda key: key.startswith(_last_block(spec)) or key in extras)
     if kept:

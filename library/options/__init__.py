@@ -1,6 +1,7 @@
 """Options: one group for each concern. Other rooms import the groups from here and take those that they need."""
 
 from library.options.data import CacheOptions, CacheToolOptions, DataOptions, TextCacheOptions
+from library.options.full import FullOptions, SdxlFullOptions
 from library.options.model import ModelOptions, PrecisionOptions
 from library.options.network import NetworkOptions
 from library.options.saving import (
@@ -8,6 +9,8 @@ from library.options.saving import (
     HubOptions,
     LogOptions,
     MetadataOptions,
+    ModelFileOptions,
+    NetworkFileOptions,
     SampleOptions,
     SaveOptions,
 )
@@ -18,12 +21,15 @@ __all__ = [
     "CacheToolOptions",
     "ConfigOptions",
     "DataOptions",
+    "FullOptions",
     "HubOptions",
     "LogOptions",
     "LoopOptions",
     "LossOptions",
     "MetadataOptions",
+    "ModelFileOptions",
     "ModelOptions",
+    "NetworkFileOptions",
     "NetworkOptions",
     "NoiseOptions",
     "OptimizerOptions",
@@ -31,5 +37,6 @@ __all__ = [
     "SampleOptions",
     "SaveOptions",
     "ScheduleOptions",
+    "SdxlFullOptions",
     "TextCacheOptions",
 ]

@@ -37,6 +37,7 @@ EXCLUDES = (
     ("use_8bit_adam", "optimizer_type"),
     ("use_lion_optimizer", "optimizer_type"),
     ("cache_text_encoder_outputs", "dataset_class"),
+    ("cache_text_encoder_outputs", "train_text_encoder"),
 )
 
 # (option, options of which one must be set for it to have an effect).
@@ -53,12 +54,15 @@ NO_EFFECT_WITHOUT = (
     ("huggingface_path_in_repo", ("huggingface_repo_id",)),
     ("log_prefix", ("logging_dir", "log_with")),
     ("log_tracker_config", ("logging_dir", "log_with")),
+    ("learning_rate_te1", ("train_text_encoder",)),
+    ("learning_rate_te2", ("train_text_encoder",)),
 )
 
 # (option, option that takes a value from it unless it is given itself, the value).
 IMPLIES: tuple[tuple[str, str, Any], ...] = (
     ("cache_latents_to_disk", "cache_latents", True),
     ("cache_text_encoder_outputs_to_disk", "cache_text_encoder_outputs", True),
+    ("diffusers_xformers", "xformers", True),
     ("sdxl", "bucket_reso_steps", SDXL_BUCKET_STEP),
 )
 
@@ -177,6 +181,34 @@ def _for_sdxl(settings: Settings) -> Iterator[str]:
         yield f"--bucket_reso_steps {steps}: must be a multiple of {SDXL_BUCKET_STEP} for SDXL"
 
 
+def _full_training(settings: Settings) -> Iterator[str]:
+    """What cannot be when the model itself learns."""
+    if settings.value_of("fp8_base") and _is_full(settings):
+        yield "--fp8_base is for networks: float8 weights cannot learn; leave it out"
+    if settings.value_of("block_lr") and settings.value_of("learning_rate") == 0:
+        yield "--block_lr with --learning_rate 0, which freezes the U-Net: give a --learning_rate above 0"
+    if not settings.value_of("fused_backward_pass"):
+        return
+    if settings.value_of("mixed_precision") == "fp16":
+        yield "--fused_backward_pass does not go with --mixed_precision fp16: use bf16 or no"
+    if (settings.value_of("gradient_accumulation_steps") or 1) > 1:
+        yield (
+            "--fused_backward_pass drops each gradient at once, so there is nothing to accumulate: leave out"
+            " --gradient_accumulation_steps and give a larger --train_batch_size"
+        )
+
+
+def _is_full(settings: Settings) -> bool:
+    return settings.value_of("fused_backward_pass") is not None
+
+
+def _fused_clipping(settings: Settings) -> str | None:
+    limit = settings.value_of("max_grad_norm")
+    if settings.value_of("fused_backward_pass") and limit:
+        return f"--fused_backward_pass: --max_grad_norm {limit:g} limits each tensor's gradient by itself"
+    return None
+
+
 def _v_parameterization(settings: Settings) -> str | None:
     if _is_sdxl(settings):
         unusual = settings.value_of("v_parameterization")
@@ -243,6 +275,7 @@ DOUBTS: tuple[Rule, ...] = (
     _metadata_latents,
     _steps_and_epochs,
     _samples_twice,
+    _fused_clipping,
 )
 
 
@@ -255,7 +288,8 @@ def problems(settings: Settings) -> list[str]:
     found += [
         f"--{one} and --{other} exclude each other" for one, other in EXCLUDES if value_of(one) and value_of(other)
     ]
-    found += [*_full_precision(settings), *_cached_augmentation(settings), *_for_sdxl(settings)]
+    found += [*_full_precision(settings), *_cached_augmentation(settings)]
+    found += [*_for_sdxl(settings), *_full_training(settings)]
     return found + [line for rule in REFUSALS if (line := rule(settings))]
 
 

@@ -34,9 +34,6 @@ class SaveOptions(OptionGroup):
 
     output_dir: str | None = option(None, help="folder of models, states and previews", metavar="DIR")
     output_name: str | None = option(None, help="stem of all saved files", metavar="NAME")
-    save_model_as: Literal["ckpt", "pt", "safetensors"] | None = option(
-        "safetensors", help="file format of saved models"
-    )
     save_precision: Literal["float", "fp16", "bf16"] | None = option(
         None, help="number type of saved models; that of training when absent"
     )
@@ -56,6 +53,33 @@ class SaveOptions(OptionGroup):
     resume: str | None = option(None, help="state folder of the run to continue", metavar="DIR")
     allow_mismatch: bool = option(
         False, help="resume although options, data or model that change the result are different"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkFileOptions(OptionGroup):
+    """The form of saved networks."""
+
+    title: ClassVar[str] = "File format"
+
+    save_model_as: Literal["ckpt", "pt", "safetensors"] | None = option(
+        "safetensors", help="file format of saved models"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFileOptions(OptionGroup):
+    """The form of whole saved models."""
+
+    title: ClassVar[str] = "File format"
+
+    save_model_as: Literal["ckpt", "safetensors", "diffusers", "diffusers_safetensors"] | None = option(
+        None,
+        help="form of saved models: one file, or a Diffusers folder (with safetensors in either case);"
+        " that of the base model when absent",
+    )
+    use_safetensors: bool = option(
+        False, help="save safetensors where the base model is a .ckpt file and save_model_as is absent"
     )
 
 

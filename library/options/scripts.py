@@ -10,7 +10,9 @@ from library.options import (
     LoopOptions,
     LossOptions,
     MetadataOptions,
+    ModelFileOptions,
     ModelOptions,
+    NetworkFileOptions,
     NetworkOptions,
     NoiseOptions,
     OptimizerOptions,
@@ -18,6 +20,7 @@ from library.options import (
     SampleOptions,
     SaveOptions,
     ScheduleOptions,
+    SdxlFullOptions,
     TextCacheOptions,
 )
 from library.options.base import OptionGroup
@@ -45,7 +48,7 @@ TRAINING_GROUPS = (
 
 TRAIN_NETWORK = ScriptOptions(
     name="train_network.py",
-    groups=(*TRAINING_GROUPS[:2], NetworkOptions, *TRAINING_GROUPS[2:]),
+    groups=(*TRAINING_GROUPS[:2], NetworkOptions, *TRAINING_GROUPS[2:], NetworkFileOptions),
     required=("pretrained_model_name_or_path", "network_module", "output_dir", IMAGES),
     summary="Train a LoRA or another network on Stable Diffusion 1.x or 2.x.",
 )
@@ -68,6 +71,15 @@ SDXL_TRAIN_NETWORK = ScriptOptions(
     family="sdxl",
 )
 
+SDXL_TRAIN = ScriptOptions(
+    name="sdxl_train.py",
+    groups=with_text_cache((*TRAINING_GROUPS[:2], SdxlFullOptions, *TRAINING_GROUPS[2:], ModelFileOptions)),
+    defaults=SDXL_DEFAULTS,
+    required=("pretrained_model_name_or_path", "output_dir", IMAGES),
+    summary="Train the U-Net and the text encoders of SDXL themselves.",
+    family="sdxl",
+)
+
 CACHE_LATENTS = ScriptOptions(
     name="tools/cache_latents.py",
     groups=(*SDXL_TRAIN_NETWORK.groups, CacheToolOptions),  # files of SDXL trainings, too
@@ -85,4 +97,4 @@ CACHE_TEXT = ScriptOptions(
     family="sdxl",
 )
 
-SCRIPTS = (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, CACHE_LATENTS, CACHE_TEXT)
+SCRIPTS = (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, SDXL_TRAIN, CACHE_LATENTS, CACHE_TEXT)

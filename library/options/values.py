@@ -189,6 +189,22 @@ def steps_or_share(raw: Any) -> int | float:
     return value if 0 < value < 1 else int(value)
 
 
+def rate_list(count: int) -> Callable[[Any], tuple[float, ...]]:
+    """The check for exactly ``count`` learning rates: ``"1e-4,0,2e-5 ..."`` or a list of numbers."""
+
+    def check(raw: Any) -> tuple[float, ...]:
+        try:
+            rates = _numbers(raw, number)
+        except ValueError:
+            rates = []
+        if len(rates) != count or min(rates) < 0:
+            found = f", not {len(rates)}" if rates and len(rates) != count else ""
+            raise ValueError(f"must be {count} numbers of 0 or more, separated by commas{found}")
+        return tuple(rates)
+
+    return check
+
+
 def not_empty(raw: Any) -> str:
     """Text of at least one character."""
     if not text(raw):

@@ -110,12 +110,12 @@ def _disk_lines(
 ) -> list[str]:
     save = settings[SaveOptions]
     plan = SavePlan.of(save, clock.num_epochs)
-    numbers = sum(parameter.numel() for parameter in trainable.trained_parameters())
+    learnt = sum(parameter.numel() for parameter in trainable.trained_parameters())
     width = (save_dtype(save.save_precision) or torch.float32).itemsize
     models = _kept(plan.epoch_saves(clock.num_epochs), plan.keep_epochs)
     models += _kept(plan.step_saves(clock.max_train_steps), plan.keep_steps, plan.every_n_steps) + 1
     states = (models - 1 if plan.with_state else 0) + plan.state_at_end
-    needed = {"models": models * numbers * width, "states": states * numbers * 4 * _MOMENTS}
+    needed = {"models": models * trainable.saved_numbers() * width, "states": states * learnt * 4 * _MOMENTS}
     if settings[CacheOptions].cache_latents_to_disk:
         needed["latents"] = int(sum(_latent_bytes(dataset) for dataset in datasets))
     text = text_cache_options(settings)

@@ -50,6 +50,7 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         network_alpha network_dropout network_args dim_from_weights network_train_unet_only
         network_train_text_encoder_only unet_lr text_encoder_lr scale_weight_norms base_weights_multiplier
         cache_text_encoder_outputs_variants
+        train_text_encoder learning_rate_te1 learning_rate_te2 block_lr fused_backward_pass
     """,
     length="max_train_steps max_train_epochs",
     data="""
@@ -67,7 +68,8 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         sample_prompts huggingface_repo_id huggingface_repo_type huggingface_path_in_repo config_file
     """,
     machine="""
-        gradient_checkpointing sdpa xformers mem_eff_attn lowram highvram torch_compile dynamo_backend
+        gradient_checkpointing sdpa xformers diffusers_xformers mem_eff_attn lowram highvram torch_compile
+        dynamo_backend use_safetensors
         deterministic ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph max_data_loader_n_workers
         persistent_data_loader_workers cache_latents_to_disk vae_batch_size
         cache_text_encoder_outputs cache_text_encoder_outputs_to_disk save_model_as save_precision

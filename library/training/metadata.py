@@ -18,7 +18,7 @@ from importlib import metadata as packages
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoint.modelspec import Modelspec, current_time
+from library.checkpoint.modelspec import CHECKPOINT_IMPLEMENTATION, Modelspec, current_time
 from library.rng import seed_of
 
 if TYPE_CHECKING:
@@ -82,6 +82,11 @@ _OPTIONS = [
     "lr_scheduler_type",
     "lr_scheduler_num_cycles",
     "lr_scheduler_power",
+    "train_text_encoder",
+    "learning_rate_te1",
+    "learning_rate_te2",
+    "block_lr",
+    "fused_backward_pass",
 ]
 # And these when the data come from the command line: a data set file has them for each of its parts.
 _DATA_OPTIONS = [
@@ -164,7 +169,7 @@ def modelspec_of(options: Mapping[str, Any], facts: RunFacts) -> Modelspec:
     given = options.get("resolution")
     return Modelspec(
         architecture=facts.model.architecture,
-        implementation=facts.model.implementation,
+        implementation=facts.model.implementation if facts.kind == "lora" else CHECKPOINT_IMPLEMENTATION,
         kind=facts.kind,
         resolution=(given[0], given[1]) if given else (side, side),
         title=options.get("metadata_title") or without_folders(options.get("output_name")),
@@ -251,12 +256,13 @@ def _last_part(text: str) -> str:
 
 
 def _of_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    result = {f"ss_{name}": options.get(name) for name in _OPTIONS}
+    result = {f"ss_{name}": options[name] for name in _OPTIONS if name in options}
     length = options.get("max_token_length")
     result["ss_max_token_length"] = None if length == 75 else length
     result["ss_debiased_estimation"] = bool(options.get("debiased_estimation_loss"))
-    rates = options.get("text_encoder_lr")
-    result["ss_text_encoder_lr"] = rates[0] if isinstance(rates, list) and len(rates) == 1 else rates
+    if "text_encoder_lr" in options:
+        rates = options["text_encoder_lr"]
+        result["ss_text_encoder_lr"] = rates[0] if isinstance(rates, list) and len(rates) == 1 else rates
     if options.get("network_args"):
         dropout = options.get("network_dropout")
         arguments = _pairs(options["network_args"])

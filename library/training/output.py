@@ -128,7 +128,8 @@ class Output:
         self._optimizer = optimizer.optimizer
         self._schedule = optimizer.schedule
         self._mode = OptimizerMode(optimizer.optimizer)
-        self._facts = run_facts(settings, identity, model, datasets, clock, machine.processes, optimizer)
+        kind = trainable.artifact.modelspec_kind
+        self._facts = run_facts(settings, identity, model, datasets, clock, machine.processes, optimizer, kind)
         self._uploader = uploader
         options = settings[SaveOptions]
         self.saver = Saver(
@@ -147,7 +148,8 @@ class Output:
         metadata = build_metadata(options, self._facts, epoch=finished_epochs, step=clock.step)
         with self._mode.evaluating():
             self._refuse_broken_weights(path)
-            self._trainable.save(str(path), save_dtype(self._settings[SaveOptions].save_precision), metadata)
+            dtype = save_dtype(self._settings[SaveOptions].save_precision)
+            self._trainable.save(str(path), dtype, metadata, {"epoch": finished_epochs, "global_step": clock.step})
 
     def _refuse_broken_weights(self, path: Path) -> None:
         names = [name for name, tensor in self._trainable.state_tensors().items() if not bool(tensor.isfinite().all())]
@@ -217,6 +219,7 @@ def run_facts(
     clock: Clock,
     processes: int,
     optimizer: OptimizerFacts,
+    kind: str,
 ) -> RunFacts:
     """What metadata tell of the run beside its options."""
     return RunFacts(
@@ -231,6 +234,7 @@ def run_facts(
         data=metadata_facts(datasets),
         processes=processes,
         relative_step=uses_relative_step(optimizer.optimizer),
+        kind=kind,
         fingerprint=identity.fingerprint,
         commit_hash=commit_hash(),
     )

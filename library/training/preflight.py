@@ -10,6 +10,8 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from library.log import UserError
 from library.options import (
     LogOptions,
@@ -99,17 +101,29 @@ def _check_prompts(settings: Settings) -> None:
 
 def _check_optimizer(settings: Settings) -> None:
     """Optimizer and schedule can be made, shown on a weight of no importance: the model is not read for a typo."""
-    import torch
-
     from library.device import choose_device
+    from library.training.fused import refuse_joint_optimizer
     from library.training.lr import create_schedule
     from library.training.optimizers import create_optimizer
 
-    device = choose_device()
+    device, options = choose_device(), settings[OptimizerOptions]
     with _silent():
         weight = torch.nn.Parameter(torch.zeros(2, 2, device=device))
-        optimizer, _ = create_optimizer(settings[OptimizerOptions], [weight], device)
+        optimizer, _ = create_optimizer(options, [weight], device)
+        _try_step(optimizer, weight)
         create_schedule(settings[ScheduleOptions], optimizer, settings[LoopOptions].max_train_steps)
+        if settings.value_of("fused_backward_pass"):
+            name = type(optimizer).__name__
+            refuse_joint_optimizer(lambda groups: create_optimizer(options, groups, device)[0], name, device)
+
+
+def _try_step(optimizer: torch.optim.Optimizer, weight: torch.nn.Parameter) -> None:
+    weight.grad = torch.zeros_like(weight)
+    try:
+        optimizer.step()
+    except TypeError as error:
+        name = type(optimizer).__name__
+        raise UserError(f"--optimizer_type {name}: needs more than gradients for a step ({error})") from error
 
 
 @contextmanager

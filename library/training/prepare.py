@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -69,8 +68,10 @@ def load_models(
     options = settings[ModelOptions]
     family = family_for(options, script.family)
     check_bucket_steps(family, datasets)
+    types = dict.fromkeys(script.load_kind().trained_parts(settings), machine.trained_dtype)
+    types["vae"] = machine.vae_dtype
     with one_process_at_a_time(settings[PrecisionOptions].lowram):
-        parts = family.load(options, dtype=machine.weight_dtype, device=machine.device, vae_dtype=machine.vae_dtype)
+        parts = family.load(options, dtype=machine.weight_dtype, device=machine.device, part_dtypes=types)
     if parts.zero_terminal_snr and not settings[NoiseOptions].zero_terminal_snr:
         logger.warning("%s was trained with zero terminal SNR: --zero_terminal_snr is missing", parts.source_name)
     set_attention(parts.unet, attention_kind(settings[PrecisionOptions]))
@@ -103,8 +104,7 @@ def check_bucket_steps(family: ModelFamily, datasets: Sequence[ResolvedDataset])
 
 def make_trainable(script: Script, settings: Settings, family: ModelFamily, parts: ModelParts) -> Trainable:
     """What learns, attached to the models (which may be without weights, for a plan)."""
-    module, _, name = script.kind.partition(":")
-    return getattr(importlib.import_module(module), name)(settings, family, parts)
+    return script.load_kind()(settings, family, parts)
 
 
 def save_memory(options: PrecisionOptions, parts: ModelParts, trainable: Trainable, text_learns: bool) -> None:

@@ -221,7 +221,8 @@ def remove_leftovers(folder: Path, output_name: str | None) -> None:
     """Remove what a killed run of the same name left half written or half removed. All of it has hidden names."""
     base = re.escape(output_name or "")
     stems = rf"{base}(-\d{{6}}|-step\d{{8}})?" if output_name else r"epoch-\d{6}|at-step\d{8}|last"
-    pattern = re.compile(rf"\.+({stems})(-state)?((\.[0-9a-f]{{8}}\.tmp)+\.\w+|\.\d+\.tmp|\.gone)")
+    # a folder moved aside while its successor takes its name (.old) is the only copy if that did not happen
+    pattern = re.compile(rf"\.+({stems})(-state)?((\.[0-9a-f]{{8}}\.tmp)+(\.\w+)?|\.\d+\.tmp|\.gone)")
     for path in folder.iterdir() if folder.is_dir() else ():
         if pattern.fullmatch(path.name):
             logger.info("removing %s, left by a run that was killed", path.name)

@@ -4,15 +4,19 @@ once.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from library.options.settings import FamilyChoice, ScriptOptions
+
+if TYPE_CHECKING:
+    from library.training.trainable import Trainable
 
 
 @dataclass(frozen=True)
 class Script:
-    """``kind`` is ``module:function`` of the kind of training: called with (settings, family, parts), gives a
-    Trainable.
+    """``kind`` is ``module:class`` of the kind of training, a Trainable that is made of (settings, family, parts).
 
     ``tracker_name`` is the name of the TensorBoard folder or wandb project when none is given.
     """
@@ -25,3 +29,8 @@ class Script:
     def family(self) -> FamilyChoice:
         """What kind of base model the script is for."""
         return self.options.family
+
+    def load_kind(self) -> type[Trainable]:
+        """The class, imported now."""
+        module, _, name = self.kind.partition(":")
+        return getattr(importlib.import_module(module), name)

@@ -15,6 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from library.checkpoint.io import open_model_file
+from library.log import UserError
+from library.models.spec import FAMILY_TITLES, ArchitectureSpec
 
 Inspector = Callable[[Mapping[str, Tensor]], Mapping[str, float]]
 
@@ -78,6 +80,21 @@ def check_network_file(path: str | Path, inspect: Inspector | None = None) -> Ne
     with open_model_file(path) as file:
         tensors = {key: file.tensor(key) for key in file.infos}
     return check_network(tensors, Path(path).name, inspect)
+
+
+def check_model(path: Path, spec: ArchitectureSpec) -> list[str]:
+    """Recognise a whole model that was just saved (file or Diffusers folder); lines for the report.
+
+    Raises UserError if it is not what was trained.
+    """
+    from library.models.load import recognise
+
+    found = recognise(path).spec
+    if found.family != spec.family or found.unet.widths != spec.unet.widths:
+        raise UserError(f"{path.name}: the saved model is not recognised as what was trained; keep the training state")
+    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    return [f"{path.name}: {FAMILY_TITLES[found.family]}, {size / 1e6:,.0f} MB, can be read"]
 
 
 def check_network(tensors: Mapping[str, Tensor], file: str, inspect: Inspector | None = None) -> NetworkCheck:

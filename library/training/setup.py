@@ -39,6 +39,7 @@ from library.training.arrange import (
 )
 from library.training.clock import Clock
 from library.training.fingerprint import fingerprint
+from library.training.fused import FusedUpdate
 from library.training.guard import FiniteGuard
 from library.training.interrupt import StopRequest
 from library.training.loop import Job
@@ -167,9 +168,12 @@ def make_optimizer(settings: Settings, models: Models, machine: Machine, clock: 
 
 def make_update(
     settings: Settings, models: Models, machine: Machine, step: TrainStep, optimizer: Any, facts: OptimizerFacts
-) -> WeightUpdate:
-    """Step and optimizer as accelerate wraps them, with the schedule."""
+) -> WeightUpdate | FusedUpdate:
+    """Step and optimizer as accelerate wraps them, with the schedule; or the optimizer in the backward pass."""
     trainable = models.trainable
+    max_grad_norm = settings[OptimizerOptions].max_grad_norm
+    if settings.value_of("fused_backward_pass"):
+        return FusedUpdate(machine.accelerator, step.to(machine.device), optimizer, facts.schedule, max_grad_norm)
     skips_layers = models.text_learns and (settings[ModelOptions].clip_skip or 1) > 1  # the last ones get no gradient
     wrapped = machine.wrap(step, optimizer, may_skip_parameters=trainable.may_skip_parameters or skips_layers)
     return WeightUpdate(
@@ -177,7 +181,7 @@ def make_update(
         *wrapped,
         facts.schedule,
         trainable.trained_parameters(),
-        settings[OptimizerOptions].max_grad_norm,
+        max_grad_norm,
     )
 
 

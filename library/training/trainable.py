@@ -7,6 +7,7 @@ The loop, the step and all effects know only this interface. Kinds live in `libr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from library.families.base import ModelFamily, ModelParts
+from library.options.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,29 @@ class Trainable(ABC):
     """True if the forward pass is right without autocast, whatever the dtypes of base and trained weights."""
 
     @abstractmethod
+    def __init__(self, settings: Settings, family: ModelFamily, parts: ModelParts) -> None:
+        """Set the training up on loaded models, or on models without weights, for a plan. Raises UserError."""
+
+    @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups; each may carry ``lr`` and carries its logged name as ``lr_name``."""
 
+    @staticmethod
+    def trained_parts(settings: Settings) -> frozenset[str]:
+        """Parts of the model itself that learn, by name (unet, text_encoder ...); they are loaded in the type of
+        trained weights.
+        """
+        return frozenset()
+
     @abstractmethod
-    def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
-        """Write the artifact under its final name, atomically."""
+    def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str], counters: Mapping[str, int]) -> None:
+        """Write the artifact under its final name, atomically. ``counters`` (epoch, global_step) are for forms that
+        hold them apart from the metadata.
+        """
+
+    def saved_numbers(self) -> int:
+        """How many numbers an artifact holds."""
+        return sum(parameter.numel() for parameter in self.trained_parameters())
 
     def check(self, path: Path) -> list[str]:
         """Read what was saved again; lines for the report at the end."""

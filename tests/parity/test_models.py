@@ -154,7 +154,7 @@ def test_sd2_keeps_the_unused_tensors_of_its_source(tmp_path: Path) -> None:
 def test_half_precision_file_is_loaded_in_the_wanted_type(tmp_path: Path, family: str) -> None:
     path = write_toy_checkpoint(tmp_path / "h.safetensors", family, dtype=torch.float16)
     options = ModelOptions(pretrained_model_name_or_path=str(path), v2=family == "sd2")
-    loaded = family_for(options).load(options, dtype=torch.bfloat16, vae_dtype=torch.float32)
+    loaded = family_for(options).load(options, dtype=torch.bfloat16, part_dtypes={"vae": torch.float32})
     assert {tensor.dtype for tensor in loaded.unet.parameters()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in loaded.vae.parameters()} == {torch.float32}
     assert not any(tensor.requires_grad for module in loaded.modules() for tensor in module.parameters())

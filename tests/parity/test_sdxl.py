@@ -159,7 +159,7 @@ def test_pickle_of_half_precision_is_loaded_in_the_wanted_type(checkpoint: Path,
     state = {key: value.half() for key, value in load_file(checkpoint).items()}
     torch.save({"state_dict": state}, tmp_path / "h.ckpt")
     options = ModelOptions(pretrained_model_name_or_path=str(tmp_path / "h.ckpt"))
-    loaded = FAMILY.load(options, dtype=torch.bfloat16, vae_dtype=torch.float32)
+    loaded = FAMILY.load(options, dtype=torch.bfloat16, part_dtypes={"vae": torch.float32})
     frozen = [*loaded.unet.parameters(), *loaded.text_encoders[0].parameters(), *loaded.text_encoders[1].parameters()]
     assert {tensor.dtype for tensor in frozen} == {torch.bfloat16}
     assert {tensor.dtype for tensor in loaded.vae.parameters()} == {torch.float32}

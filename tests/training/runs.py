@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from library.options.scripts import TRAIN_NETWORK
 from library.training.app import run
 from library.training.script import Script
 
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Script(TRAIN_NETWORK, kind="library.training.kinds.adapter:AdapterTraining", tracker_name="network_train")
 
 
@@ -31,10 +35,11 @@ def write_photos(folder: Path, sizes: list[tuple[int, int]], seed: int = 0) -> P
     return folder
 
 
-def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+def command(model: Path, data: Path, out: Path, *more: str, script: Script = SCRIPT) -> list[str]:
     """A command line with what every run here has; ``more`` wins."""
+    network = ["--network_module", "networks.lora"] if "network_module" in script.options.specs() else []
     return [
-        "--pretrained_model_name_or_path", str(model), "--network_module", "networks.lora", "--output_dir", str(out),
+        "--pretrained_model_name_or_path", str(model), *network, "--output_dir", str(out),
         "--output_name", "toy", "--train_data_dir", str(data), "--resolution", "64", "--seed", "7",
         "--learning_rate", "1e-3", "--max_train_steps", "4", "--max_data_loader_n_workers", "0", *more,
     ]  # fmt: skip
@@ -43,7 +48,16 @@ def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
 def train(model: Path, data: Path, out: Path, *more: str, script: Script = SCRIPT) -> int:
     """Run to the end; returns the exit status."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    return run(script, command(model, data, out, *more))
+    return run(script, command(model, data, out, *more, script=script))
+
+
+def launch_two(script: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run an entry script in two processes on the CPU."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, script, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 def tensors(path: Path) -> dict[str, Tensor]:

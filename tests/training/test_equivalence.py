@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.toy import toy_modules, toy_spec
-from tests.training.runs import command, tensors, train, write_photos
+from tests.training.runs import command, launch_two, tensors, train, write_photos
 
-ROOT = Path(__file__).resolve().parents[2]
 # Adam turns gradients of rounding size into whole steps of either sign, so equal mathematics is compared under SGD.
 SGD = ("--optimizer_type", "SGD", "--learning_rate", "0.1", "--max_grad_norm", "0")
 
@@ -50,11 +46,7 @@ def test_two_processes_equal_one_with_twice_the_batch(model, photos, tmp_path):
     # with clip_skip the encoder's last layer gets no gradient, which several processes must bear
     shared = ("--cache_latents_to_disk", "--clip_skip", "2", "--max_train_steps", "2", *SGD)
     arguments = command(model, photos, tmp_path / "two", "--train_batch_size", "1", *shared)
-    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, "train_network.py", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-    )
+    done = launch_two("train_network.py", arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes" in done.stderr
     assert train(model, photos, tmp_path / "one", "--train_batch_size", "2", *shared) == 0

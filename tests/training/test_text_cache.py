@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +13,17 @@ import torch
 from torch import nn
 
 from library.families.sdxl import SdxlFamily
-from library.options.scripts import SDXL_TRAIN_NETWORK
+from library.options.scripts import SDXL_TRAIN, SDXL_TRAIN_NETWORK
 from library.training import loop, prepare
 from library.training.script import Script
 from library.training.text_caching import CaptionEncoder
 from tests.toy import write_toy_checkpoint
-from tests.training.runs import command, tensors, train, write_photos
+from tests.training.runs import command, launch_two, tensors, train, write_photos
 
 SCRIPT = Script(SDXL_TRAIN_NETWORK, kind="library.training.kinds.adapter:AdapterTraining", tracker_name="network_train")
-ROOT = Path(__file__).resolve().parents[2]
-BASE = ("--network_train_unet_only", "--max_train_steps", "3", "--cache_latents")
+FULL = Script(SDXL_TRAIN, kind="library.training.kinds.full:FullTraining", tracker_name="finetuning")
+BASE = ("--max_train_steps", "3", "--cache_latents")
+ONLY_UNET = "--network_train_unet_only"
 CACHE, TO_DISK = "--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"
 VARIANTS = "--cache_text_encoder_outputs_variants"
 
@@ -66,10 +64,13 @@ class Watch:
         monkeypatch.setattr(CaptionEncoder, "__call__", noted_encode)
         monkeypatch.setattr(prepare.CachedTextSource, "__call__", noted_source)
 
-    def __call__(self, model: Path, data: Path, out: Path, *more: str, status: int = 0) -> list[float]:
+    def __call__(
+        self, model: Path, data: Path, out: Path, *more: str, status: int = 0, script: Script = SCRIPT
+    ) -> list[float]:
         for noted in (self.losses, self.encoded, self.trained):
             noted.clear()
-        assert train(model, data, out, *BASE, *more, script=SCRIPT) == status
+        base = (*BASE, ONLY_UNET) if script is SCRIPT else BASE
+        assert train(model, data, out, *base, *more, script=script) == status
         return list(self.losses)
 
 
@@ -123,6 +124,20 @@ def test_half_precision(sdxl: Path, pictures: Path, tmp_path: Path, watch: Watch
     assert all(np.isfinite(kept))
 
 
+def test_full_training_without_its_text_encoders(
+    sdxl: Path, pictures: Path, tmp_path: Path, watch: Watch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = watch(sdxl, pictures, tmp_path / "plain", script=FULL)
+    disk = watch(sdxl, pictures, tmp_path / "disk", TO_DISK, script=FULL)
+    assert len(watch.encoded) == 4
+    assert disk == pytest.approx(plain, rel=1e-5)
+    saved, expected = (tensors(tmp_path / name / "toy.safetensors") for name in ("disk", "plain"))
+    assert saved.keys() == expected.keys()
+    capsys.readouterr()
+    watch(sdxl, pictures, tmp_path / "no", CACHE, "--train_text_encoder", script=FULL, status=1)
+    assert f"{CACHE} and --train_text_encoder exclude each other" in capsys.readouterr().err
+
+
 # ---- what varies
 
 
@@ -148,7 +163,7 @@ def test_what_cannot_be_cached_is_refused_before_anything_slow(
     for more, words in (
         (("--shuffle_caption", CACHE), "shuffle_caption cannot go with cached text encoder outputs unless"),
         (("--token_warmup_step", "2", VARIANTS, "2", CACHE), "token_warmup_step makes captions depend on the step"),
-        (("--no-network_train_unet_only", CACHE), f"{CACHE} needs --network_train_unet_only"),
+        (("--no-network_train_unet_only", CACHE), f"{CACHE} needs {ONLY_UNET}"),
         (("--dataset_class", "a.B", CACHE), f"{CACHE} and --dataset_class exclude each other"),
         ((VARIANTS, "2"), f"{VARIANTS} needs {CACHE}"),
         ((VARIANTS, "0", CACHE), "must be 1 or more"),
@@ -250,7 +265,7 @@ def test_the_tool_fills_the_cache_of_the_training(
 def test_the_tool_takes_the_command_line_of_the_training(sdxl: Path, pictures: Path, tmp_path: Path) -> None:
     from tools.cache_text_encoder_outputs import main
 
-    assert main(command(sdxl, pictures, tmp_path / "out", *BASE, CACHE)) == 0
+    assert main(command(sdxl, pictures, tmp_path / "out", *BASE, ONLY_UNET, CACHE)) == 0
     assert len(archives(pictures)) == 4
 
 
@@ -272,21 +287,14 @@ def test_the_tool_refuses_in_one_line(
     assert archives(pictures) == {}
 
 
-def launch(words: Sequence[str]) -> str:
-    """Two processes on the CPU; returns what they said."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*launcher, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout + result.stderr
-
-
 def test_two_processes_divide_the_work(sdxl: Path, tmp_path: Path, watch: Watch) -> None:
     pictures = write_photos(tmp_path / "pictures", [(64, 64)] * 40)
-    said = launch(["tools/cache_text_encoder_outputs.py", *tool(sdxl, pictures, "--shuffle_caption", VARIANTS, "1")])
-    assert "40 entries, 0 reused, 24 captions encoded" in said  # groups of 16: two for the first, one for the other
+    words = tool(sdxl, pictures, "--shuffle_caption", VARIANTS, "1")
+    result = launch_two("tools/cache_text_encoder_outputs.py", words)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (
+        "40 entries, 0 reused, 24 captions encoded" in result.stderr
+    )  # groups of 16: two for the first, one for the other
     assert len(archives(pictures)) == 40
     watch(sdxl, pictures, tmp_path / "out", TO_DISK, "--shuffle_caption", VARIANTS, "1")
     assert watch.encoded == []

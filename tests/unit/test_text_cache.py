@@ -230,7 +230,8 @@ def test_one_image_in_two_data_sets_with_other_rules(tmp_path: Path) -> None:
 
 def write_foreign(path: Path, encode: CaptionEncoder, text: str) -> None:
     arrays = layout_of(encode.specs, encode.settings).arrays(direct(encode, text))
-    np.savez(path, **{name: array + 1 for name, array in arrays.items()})
+    shifted: dict[str, Any] = {name: array + 1 for name, array in arrays.items()}
+    np.savez(path, **shifted)
     moment = time.time_ns() + 10**9
     os.utime(path, ns=(moment, moment))
 
@@ -351,8 +352,11 @@ def test_processes_share_the_work_on_disk(tmp_path: Path) -> None:
     encoders = [encoder(), encoder()]
     results: dict[int, Any] = {}
 
+    def wait() -> None:
+        barrier.wait()
+
     def process(rank: int) -> None:
-        share = WorkShare(rank, 2, lambda: barrier.wait() and None)
+        share = WorkShare(rank, 2, wait)
         results[rank] = cache([data], encoders[rank], share=share)
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from library.checkpoint.io import atomic_path
 from library.families.base import ModelFamily, ModelParts
 from library.log import UserError
 from library.models.memory import store_in_fp8
-from library.options import NetworkOptions, OptimizerOptions, PrecisionOptions, SaveOptions
+from library.options import NetworkFileOptions, NetworkOptions, OptimizerOptions, PrecisionOptions
 from library.options.settings import Settings
 from library.options.values import split_pairs
 from library.plugin import load_network_module
@@ -69,7 +69,7 @@ class AdapterTraining(Trainable):
             )
         self.may_skip_parameters = bool(getattr(network, "may_skip_parameters", True))
         self.artifact = Artifact(
-            suffix=f".{settings[SaveOptions].save_model_as or 'safetensors'}", modelspec_kind="lora"
+            suffix=f".{settings[NetworkFileOptions].save_model_as or 'safetensors'}", modelspec_kind="lora"
         )
 
     def _network_args(self) -> dict[str, str]:
@@ -194,7 +194,7 @@ class AdapterTraining(Trainable):
     def after_update(self) -> dict[str, float]:
         return self._limit_norms() if self._limit_norms else {}
 
-    def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+    def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str], counters: Mapping[str, int]) -> None:
         with atomic_path(path) as temporary:  # third-party networks write in place
             self.module.save_weights(str(temporary), dtype, metadata)  # type: ignore[operator]
 
