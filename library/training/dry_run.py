@@ -29,7 +29,7 @@ from library.training.lr import table, table_lines
 from library.training.machine import process_count
 from library.training.optimizers import create_optimizer
 from library.training.preflight import check_places, free_bytes
-from library.training.prepare import make_trainable
+from library.training.prepare import check_bucket_steps, make_trainable
 from library.training.saving import SavePlan
 from library.training.script import Script
 from library.training.trainable import Trainable
@@ -45,7 +45,7 @@ def print_plan(script: Script, settings: Settings, datasets: Sequence[ResolvedDa
     if not datasets:
         raise UserError("--dry_run plans runs on images; a --dataset_class only knows its batches")
     clock = make_clock(count_steps(datasets, settings[LoopOptions], process_count()), settings[LoopOptions])
-    trainable = _outline(script, settings)
+    trainable = _outline(script, settings, datasets)
     sections = {
         "Data": _data_lines(settings, datasets),
         "Steps": _step_lines(settings, datasets, clock),
@@ -58,9 +58,10 @@ def print_plan(script: Script, settings: Settings, datasets: Sequence[ResolvedDa
     return 0
 
 
-def _outline(script: Script, settings: Settings) -> Trainable:
-    """What would learn, on models without weights."""
+def _outline(script: Script, settings: Settings, datasets: Sequence[ResolvedDataset]) -> Trainable:
+    """What would learn, on models without weights; refuses what a run on this family would refuse."""
     family = family_for(settings[ModelOptions], script.family)
+    check_bucket_steps(family, datasets)
     return make_trainable(script, settings, family, family.outline(settings[ModelOptions]))
 
 
