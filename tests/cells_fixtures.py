@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ class Outcome:
         """One for each optimizer step."""
         return [report.loss for report in self.reports]
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Of the saved file."""
         return tensors(self.file)
