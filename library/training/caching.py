@@ -33,6 +33,7 @@ from library.options.settings import Settings
 from library.rng import torch_stream
 
 logger = logging.getLogger(__name__)
+_NEVER_FINITE = "its latents are not finite, not even in float32; check the VAE file"
 
 _POSTERIOR_SEED = 0  # latents do not depend on a run's seed: runs share the files
 
@@ -246,7 +247,7 @@ class _Encoder:
                 )
                 alone = [(item,) for item in not_finite]
                 hopeless = self._encode_all(alone, torch.float32, "caching latents in float32", writer, problems)
-                problems += [ImageProblem(item.target.path, "its latents are not finite") for item in hopeless]
+                problems += [ImageProblem(item.target.path, _NEVER_FINITE) for item in hopeless]
                 self._move(self._dtype)
             self._wait_for_writing()
         return problems

@@ -31,7 +31,7 @@ from library.training.lr import table, table_lines
 from library.training.machine import process_count
 from library.training.optimizers import create_optimizer
 from library.training.preflight import check_places, free_bytes
-from library.training.prepare import make_trainable
+from library.training.prepare import check_bucket_steps, make_trainable
 from library.training.saving import SavePlan
 from library.training.script import Script
 from library.training.text_caching import layout_of, text_cache_options, text_settings
@@ -49,6 +49,7 @@ def print_plan(script: Script, settings: Settings, datasets: Sequence[ResolvedDa
         raise UserError("--dry_run plans runs on images; a --dataset_class only knows its batches")
     clock = make_clock(count_steps(datasets, settings[LoopOptions], process_count()), settings[LoopOptions])
     family = family_for(settings[ModelOptions], script.family)
+    check_bucket_steps(family, datasets)
     parts = family.outline(settings[ModelOptions])  # what would learn, on models without weights
     trainable = make_trainable(script, settings, family, parts)
     sections = {

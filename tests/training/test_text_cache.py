@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from library.families.sdxl import SdxlFamily
-from library.options.scripts import SDXL_TRAIN, SDXL_TRAIN_NETWORK
+from library.options.scripts import SDXL_TRAIN
 from library.training import loop, prepare
 from library.training.script import Script
 from library.training.text_caching import CaptionEncoder
 from tests.toy import write_toy_checkpoint
-from tests.training.runs import command, launch_two, tensors, train, write_photos
+from tests.training.runs import SDXL_SCRIPT, command, launch_two, tensors, train, write_photos
 
-SCRIPT = Script(SDXL_TRAIN_NETWORK, kind="library.training.kinds.adapter:AdapterTraining", tracker_name="network_train")
+SCRIPT = SDXL_SCRIPT
 FULL = Script(SDXL_TRAIN, kind="library.training.kinds.full:FullTraining", tracker_name="finetuning")
 BASE = ("--max_train_steps", "3", "--cache_latents")
 ONLY_UNET = "--network_train_unet_only"
