@@ -23,7 +23,7 @@ from library.options import (
     SdxlFullOptions,
     TextCacheOptions,
 )
-from library.options.base import OptionGroup
+from library.options.base import OptionGroup, specs_by_name
 from library.options.settings import ScriptOptions
 
 IMAGES = ("train_data_dir", "in_json", "dataset_config", "dataset_class")
@@ -80,9 +80,14 @@ SDXL_TRAIN = ScriptOptions(
     family="sdxl",
 )
 
+# The caching tools take the command line and the file of any training; how models are saved is not their business.
+_CACHE_GROUPS = tuple(group for group in SDXL_TRAIN_NETWORK.groups if group is not NetworkFileOptions)
+_NOT_FOR_CACHES = frozenset(specs_by_name((SdxlFullOptions, ModelFileOptions)))
+
 CACHE_LATENTS = ScriptOptions(
     name="tools/cache_latents.py",
-    groups=(*SDXL_TRAIN_NETWORK.groups, CacheToolOptions),  # files of SDXL trainings, too
+    groups=(*_CACHE_GROUPS, CacheToolOptions),
+    passes_over=_NOT_FOR_CACHES,
     defaults={"cache_latents": True, "cache_latents_to_disk": True},
     required=("pretrained_model_name_or_path", IMAGES),
     summary="Encode training images ahead of time into .npz files. Takes the options (and the file) of the training.",
@@ -90,7 +95,8 @@ CACHE_LATENTS = ScriptOptions(
 
 CACHE_TEXT = ScriptOptions(
     name="tools/cache_text_encoder_outputs.py",
-    groups=(*SDXL_TRAIN_NETWORK.groups, CacheToolOptions),
+    groups=(*_CACHE_GROUPS, CacheToolOptions),
+    passes_over=_NOT_FOR_CACHES,
     defaults={**SDXL_DEFAULTS, "cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True},
     required=("pretrained_model_name_or_path", IMAGES),
     summary="Encode captions ahead of time into .npz files (SDXL). Takes the options (and the file) of the training.",

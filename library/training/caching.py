@@ -376,6 +376,7 @@ def cache_ahead(settings: Settings) -> CachingReport:
     from accelerate import PartialState
 
     from library.families import family_for
+    from library.training.preflight import check_bucket_steps
 
     cache, data = settings[CacheOptions], settings[DataOptions]
     datasets = resolve(load_dataset_specs(data), data.on_bad_image, data.on_bad_caption, allow_captionless=True)
@@ -387,6 +388,7 @@ def cache_ahead(settings: Settings) -> CachingReport:
     check_precision(precision, device)
     dtype = vae_dtype(precision)
     family = family_for(settings[ModelOptions], "sdxl" if settings[CacheToolOptions].sdxl else "sd")
+    check_bucket_steps(family, datasets)
     vae = family.load_vae(settings[ModelOptions], dtype=dtype, device=device)
     store = LatentStore(family.latent_space, weights_fingerprint(vae), to_disk=True)
     _, report = cache_latents(

@@ -30,8 +30,8 @@ from library.training.clock import Clock, due_counts
 from library.training.lr import table, table_lines
 from library.training.machine import process_count
 from library.training.optimizers import create_optimizer
-from library.training.preflight import check_places, free_bytes
-from library.training.prepare import check_bucket_steps, make_trainable
+from library.training.preflight import check_bucket_steps, check_places, free_bytes
+from library.training.prepare import make_trainable
 from library.training.saving import SavePlan
 from library.training.script import Script
 from library.training.text_caching import layout_of, text_cache_options, text_settings

@@ -37,6 +37,7 @@ from library.training.caching import WorkShare, bind_prepared_latents, cache_lat
 from library.training.latent_source import LatentSource
 from library.training.machine import Machine
 from library.training.optimizers import OptimizerMode
+from library.training.preflight import check_bucket_steps
 from library.training.preview import Previewer
 from library.training.script import Script
 from library.training.step import TextSource as CaptionSource
@@ -88,18 +89,6 @@ def load_models(
         machine.empty_cache()
     text_store = make_text_outputs(settings, datasets, family, parts, machine, learns)
     return Models(family, parts, trainable, images, learns, text_store)
-
-
-def check_bucket_steps(family: ModelFamily, datasets: Sequence[ResolvedDataset]) -> None:
-    """Refuse bucket sizes that the family's U-Net cannot halve often enough."""
-    rules = [dataset.spec.buckets for dataset in datasets if dataset.spec.buckets]
-    steps = {rule.bucket_reso_steps for rule in rules if rule.enable_bucket}
-    wrong = sorted(step for step in steps if step % family.bucket_step)
-    if wrong:
-        listed = ", ".join(map(str, wrong))
-        raise UserError(
-            f"bucket_reso_steps {listed}: must be a multiple of {family.bucket_step} for this kind of model"
-        )
 
 
 def make_trainable(script: Script, settings: Settings, family: ModelFamily, parts: ModelParts) -> Trainable:

@@ -134,12 +134,24 @@ def test_misspelt_caption_option_of_old_command_lines():
 
 
 def test_the_cache_tool_takes_every_option_of_the_training():
-    assert set(TRAIN_NETWORK.specs()) | TEXT_CACHE | {"skip_existing", "sdxl"} == set(CACHE_LATENTS.specs())
+    for tool in (CACHE_LATENTS, CACHE_TEXT):
+        for training in (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, SDXL_TRAIN):
+            assert set(training.specs()) <= set(tool.specs()) | tool.passes_over
+        assert set(tool.specs()) <= set(SDXL_TRAIN_NETWORK.specs()) | {"skip_existing", "sdxl"}
+
+
+@pytest.mark.parametrize("tool", [CACHE_LATENTS, CACHE_TEXT])
+def test_the_cache_tools_take_a_full_training_s_file(tool: ScriptOptions, tmp_path: Path):
+    file = tmp_path / "full.toml"
+    file.write_text(
+        'save_model_as = "diffusers"\nfused_backward_pass = true\nblock_lr = "1,2"\nlearning_rate_te1 = 0\n'
+    )
+    words = f"--config_file {file} --pretrained_model_name_or_path m --train_data_dir d --resolution 1024"
+    assert parse(tool, words.split()).value_of("resolution") == (1024, 1024)
 
 
 def test_the_text_cache_is_of_the_scripts_for_sdxl():
     assert set(SDXL_TRAIN_NETWORK.specs()) - set(TRAIN_NETWORK.specs()) == TEXT_CACHE
-    assert set(SDXL_TRAIN_NETWORK.specs()) | {"skip_existing", "sdxl"} == set(CACHE_TEXT.specs())
     words = "--sdxl --skip_existing --cache_text_encoder_outputs --cache_text_encoder_outputs_to_disk"
     words += " --pretrained_model_name_or_path m --train_data_dir d --resolution 1024"
     settings = parse(CACHE_TEXT, words.split())
