@@ -20,7 +20,7 @@ from library.families import family_for
 from library.families.base import ModelFamily, ModelParts, TextSettings
 from library.generation.pipeline import GenerationSettings
 from library.log import UserError
-from library.models.memory import set_attention, set_gradient_checkpointing
+from library.models.memory import keep_less_for_backward, set_attention, set_gradient_checkpointing
 from library.options import (
     CacheOptions,
     DataOptions,
@@ -70,6 +70,7 @@ def load_models(
     if parts.zero_terminal_snr and not settings[NoiseOptions].zero_terminal_snr:
         logger.warning("%s was trained with zero terminal SNR: --zero_terminal_snr is missing", parts.source_name)
     set_attention(parts.unet, attention_kind(settings[PrecisionOptions]))
+    keep_less_for_backward(parts.unet)
     torch.manual_seed(seed_of(seed, "network init"))
     trainable = make_trainable(script, settings, family, parts)  # before the latents: its arguments may be refused
     trainable.module.to(machine.device, machine.trained_dtype)
