@@ -84,14 +84,14 @@ def quick_module(module: ModuleT, dtype: torch.dtype = torch.float32) -> ModuleT
 def _repeated(shapes: dict[str, tuple[int, ...]], block: Tensor) -> Iterator[tuple[str, Tensor]]:
     for key, shape in shapes.items():
         if len(shape) > 1:
-            yield key, _tile(block, shape).div_(torch.Size(shape[1:]).numel() ** 0.5)
+            yield key, _tile(block, shape) / torch.Size(shape[1:]).numel() ** 0.5
         else:
             yield key, torch.full(shape, 1.0 if "norm" in key and key.endswith("weight") else 0.0)
 
 
 def _tile(block: Tensor, shape: tuple[int, ...]) -> Tensor:
     count = torch.Size(shape).numel()
-    return block.repeat(-(-count // _BLOCK))[:count].view(shape)
+    return (block if count <= _BLOCK else block.repeat(-(-count // _BLOCK)))[:count].view(shape)
 
 
 def write_quick_checkpoint(path: Path, spec: ArchitectureSpec, dtype: torch.dtype) -> None:

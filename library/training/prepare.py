@@ -69,19 +69,28 @@ def load_models(
         parts = family.load(options, dtype=machine.weight_dtype, device=machine.device, vae_dtype=machine.vae_dtype)
     if parts.zero_terminal_snr and not settings[NoiseOptions].zero_terminal_snr:
         logger.warning("%s was trained with zero terminal SNR: --zero_terminal_snr is missing", parts.source_name)
-    set_attention(parts.unet, attention_kind(settings[PrecisionOptions]))
-    keep_less_for_backward(parts.unet)
-    torch.manual_seed(seed_of(seed, "network init"))
-    trainable = make_trainable(script, settings, family, parts)  # before the latents: its arguments may be refused
-    trainable.module.to(machine.device, machine.trained_dtype)
-    learns = text_learns(family, parts, trainable, machine.weight_dtype)
-    save_memory(settings[PrecisionOptions], parts, trainable, learns)
+    # before the latents: the network's arguments may be refused
+    trainable, learns = attach(script, settings, family, parts, machine, seed)
     datasets, store = make_latents(settings, datasets, family, parts, machine)
     images = TrainImages(datasets, store, seed, settings[DataOptions].on_bad_image)
     if datasets and all(images.gives_latents(index) for index in range(len(datasets))):
         torch.nn.Module.to(parts.vae, "cpu")
         machine.empty_cache()
     return Models(family, parts, trainable, images, learns)
+
+
+def attach(
+    script: Script, settings: Settings, family: ModelFamily, parts: ModelParts, machine: Machine, seed: int
+) -> tuple[Trainable, bool]:
+    """What learns, attached to loaded models that save memory as the options say; and whether it is reached by text."""
+    set_attention(parts.unet, attention_kind(settings[PrecisionOptions]))
+    keep_less_for_backward(parts.unet)
+    torch.manual_seed(seed_of(seed, "network init"))
+    trainable = make_trainable(script, settings, family, parts)
+    trainable.module.to(machine.device, machine.trained_dtype)
+    learns = text_learns(family, parts, trainable, machine.weight_dtype)
+    save_memory(settings[PrecisionOptions], parts, trainable, learns)
+    return trainable, learns
 
 
 def check_bucket_steps(family: ModelFamily, datasets: Sequence[ResolvedDataset]) -> None:
