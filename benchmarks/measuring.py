@@ -10,9 +10,11 @@ import statistics
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import psutil
 import torch
@@ -148,3 +150,40 @@ class SavedBytes:
         storages = [kept.tensor.untyped_storage() for kept in self._kept]
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
         return sum(size for place, size in sizes.items() if place not in self._held)
+
+
+def saved_by_operation(result: Tensor, held: Iterable[Tensor] = ()) -> dict[str, int]:
+    """The bytes that the graph behind ``result`` keeps, most first, by the names of the operations that need them.
+
+    Counted as `SavedBytes` counts; a storage that several operations need stands under all their names. Not for graphs
+    with checkpointed blocks: looking at those computes them again.
+    """
+    held_places = {tensor.untyped_storage().data_ptr() for tensor in held}
+    sizes: dict[int, int] = {}
+    users: dict[int, set[str]] = {}
+    seen: set[Any] = {None}
+    waiting: list[Any] = [result.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        for tensor in _kept_by(node):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in held_places:
+                sizes[storage.data_ptr()] = storage.nbytes()
+                users.setdefault(storage.data_ptr(), set()).add(node.name().partition("Backward")[0].strip("_"))
+    totals: Counter[str] = Counter()
+    for place, size in sizes.items():
+        totals[" + ".join(sorted(users[place]))] += size
+    return dict(totals.most_common())
+
+
+def _kept_by(node: Any) -> Iterator[Tensor]:
+    """A node's tensors: torch's own operations have an attribute for each, functions in Python one for all."""
+    for name in dir(node):
+        if name.startswith("_saved_") or name == "saved_tensors":
+            value = getattr(node, name)
+            values: list[Any] = list(value) if isinstance(value, tuple | list) else [value]
+            yield from (one for one in values if isinstance(one, Tensor))

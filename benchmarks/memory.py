@@ -28,7 +28,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measuring import MEGABYTE, PeakMemory, SavedBytes, timed
+from benchmarks.measuring import MEGABYTE, PeakMemory, SavedBytes, saved_by_operation, timed
 from benchmarks.random_models import DTYPES, SDXL_SIZES, TOY, quick_module, random_module
 from benchmarks.steps import MANY_STEPS, Forward, cached_images, optimizer_steps
 from library.data.records import Batch
@@ -36,6 +36,7 @@ from library.families.base import ModelParts, ModelSource, TextCondition, TextSe
 from library.families.sdxl import SdxlFamily
 from library.models import build
 from library.models.spec import ArchitectureSpec
+from library.options import PrecisionOptions
 from library.options.script import parse
 from library.options.scripts import SDXL_TRAIN_NETWORK
 from library.options.settings import Settings
@@ -106,8 +107,10 @@ def load(row: Row, spec: ArchitectureSpec, dtype: torch.dtype) -> tuple[SdxlFami
     return _CachedText(condition), parts
 
 
-def run(row: Row, arguments: argparse.Namespace, machine: Machine, spec: ArchitectureSpec) -> dict[str, float]:
-    """A few steps: bytes of the weights, bytes kept for the backward pass, and seconds of the last step."""
+def run(row: Row, arguments: argparse.Namespace, machine: Machine, spec: ArchitectureSpec) -> dict[str, Any]:
+    """A few steps: bytes of the weights, bytes kept for the backward pass and by which operations, and seconds of the
+    last step.
+    """
     settings = row.settings(arguments)
     family, parts = load(row, spec, DTYPES[arguments.dtype])
     skipped: AbstractContextManager[object] = mock.patch("library.training.prepare.keep_less_for_backward")
@@ -118,6 +121,7 @@ def run(row: Row, arguments: argparse.Namespace, machine: Machine, spec: Archite
     )
     frozen = [tensor for module in parts.modules() for tensor in module.state_dict().values()]
     kept: list[int] = []
+    operations: dict[str, int] = {}
 
     def around(forward: Forward) -> Forward:
         def watched(batch: Batch, count: int) -> Any:
@@ -126,16 +130,19 @@ def run(row: Row, arguments: argparse.Namespace, machine: Machine, spec: Archite
             with SavedBytes([*frozen, *trainable.trained_parameters()]) as saved:
                 result = forward(batch, count)
             kept.append(saved.total)
+            if not settings[PrecisionOptions].gradient_checkpointing:
+                operations.update(saved_by_operation(result.loss, [*frozen, *trainable.trained_parameters()]))
             return result
 
         return watched
 
     step = optimizer_steps(settings, models, machine, around)
     times = [timed(step).wall for _ in range(arguments.steps)]
-    return {"weights": sum(tensor.nbytes for tensor in frozen), "kept": kept[0], "seconds": times[-1]}
+    weights = sum(tensor.nbytes for tensor in frozen)
+    return {"weights": weights, "kept": kept[0], "seconds": times[-1], "operations": operations}
 
 
-def measure(row: Row, arguments: argparse.Namespace) -> dict[str, float]:
+def measure(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     """A row's figures, in this process; the peak is above what imports and a toy run take."""
     torch.set_num_threads(arguments.threads)
     settings = row.settings(arguments)
@@ -148,7 +155,7 @@ def measure(row: Row, arguments: argparse.Namespace) -> dict[str, float]:
     return {**figures, "peak": memory.above_start}
 
 
-def _in_own_process(name: str) -> dict[str, float]:
+def _in_own_process(name: str) -> dict[str, Any]:
     command = [sys.executable, __file__, *sys.argv[1:], "--inside", name]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=3600)
     return json.loads(done.stdout.splitlines()[-1])
@@ -165,6 +172,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2, help="steps a row; the time is that of the last one")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch: more than one disturb a busy machine")
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
+    parser.add_argument("--by_operation", action="store_true", help="print which operations keep what")
     parser.add_argument("--inside", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
@@ -177,6 +185,8 @@ def main() -> int:
         found = _in_own_process(name)
         weights, kept, peak = (f"{found[key] / MEGABYTE:>12,.1f}" for key in ("weights", "kept", "peak"))
         print(f"{name:<42}{weights}{kept}{peak}{found['seconds']:>10.2f}", flush=True)
+        for operation, size in found["operations"].items() if arguments.by_operation else ():
+            print(f"    {size / MEGABYTE:10.3f} MB  {operation}", flush=True)
     print(f"{time.perf_counter() - started:.0f} s in all")
     return 0
 
