@@ -20,7 +20,7 @@ from library.families import family_for
 from library.families.base import ModelFamily, ModelParts
 from library.generation.pipeline import GenerationSettings
 from library.log import UserError
-from library.models.memory import set_attention, set_gradient_checkpointing
+from library.models.memory import keep_less_for_backward, set_attention, set_gradient_checkpointing
 from library.options import (
     CacheOptions,
     DataOptions,
@@ -75,12 +75,8 @@ def load_models(
         parts = family.load(options, dtype=machine.weight_dtype, device=machine.device, part_dtypes=types)
     if parts.zero_terminal_snr and not settings[NoiseOptions].zero_terminal_snr:
         logger.warning("%s was trained with zero terminal SNR: --zero_terminal_snr is missing", parts.source_name)
-    set_attention(parts.unet, attention_kind(settings[PrecisionOptions]))
-    torch.manual_seed(seed_of(seed, "network init"))
-    trainable = make_trainable(script, settings, family, parts)  # before the latents: its arguments may be refused
-    trainable.module.to(machine.device, machine.trained_dtype)
-    learns = text_learns(family, parts, trainable, machine.weight_dtype)
-    save_memory(settings[PrecisionOptions], parts, trainable, learns)
+    # before the latents: the network's arguments may be refused
+    trainable, learns = attach(script, settings, family, parts, machine, seed)
     datasets, store = make_latents(settings, datasets, family, parts, machine)
     variants = text_cache_options(settings).cache_text_encoder_outputs_variants or 0
     images = TrainImages(datasets, store, seed, settings[DataOptions].on_bad_image, variants)
@@ -89,6 +85,20 @@ def load_models(
         machine.empty_cache()
     text_store = make_text_outputs(settings, datasets, family, parts, machine, learns)
     return Models(family, parts, trainable, images, learns, text_store)
+
+
+def attach(
+    script: Script, settings: Settings, family: ModelFamily, parts: ModelParts, machine: Machine, seed: int
+) -> tuple[Trainable, bool]:
+    """What learns, attached to loaded models that save memory as the options say; and whether it is reached by text."""
+    set_attention(parts.unet, attention_kind(settings[PrecisionOptions]))
+    keep_less_for_backward(parts.unet)
+    torch.manual_seed(seed_of(seed, "network init"))
+    trainable = make_trainable(script, settings, family, parts)
+    trainable.module.to(machine.device, machine.trained_dtype)
+    learns = text_learns(family, parts, trainable, machine.weight_dtype)
+    save_memory(settings[PrecisionOptions], parts, trainable, learns)
+    return trainable, learns
 
 
 def make_trainable(script: Script, settings: Settings, family: ModelFamily, parts: ModelParts) -> Trainable:
