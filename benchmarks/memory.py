@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,7 +38,7 @@ from library.models import build
 from library.models.spec import ArchitectureSpec
 from library.options import PrecisionOptions
 from library.options.script import parse
-from library.options.scripts import SDXL_TRAIN_NETWORK
+from library.options.scripts import SDXL_TRAIN, SDXL_TRAIN_NETWORK
 from library.options.settings import Settings
 from library.training.machine import Machine, open_machine
 from library.training.prepare import Models, attach
@@ -46,7 +46,12 @@ from library.training.script import Script
 from library.training.trackers import Trackers
 
 LORA = Script(SDXL_TRAIN_NETWORK, kind="library.training.kinds.adapter:AdapterTraining", tracker_name="benchmark")
-LORA_LINE = "--network_module networks.lora --network_train_unet_only"
+FULL = Script(SDXL_TRAIN, kind="library.training.kinds.full:FullTraining", tracker_name="benchmark")
+LORA_LINE = "--network_module networks.lora --network_train_unet_only --optimizer_type AdamW"
+FULL_LINE = (
+    "--optimizer_type AdaFactor --optimizer_args relative_step=False scale_parameter=False --max_grad_norm 0"
+    " --gradient_checkpointing"
+)
 COMMON_LINE = "--pretrained_model_name_or_path none --train_data_dir none --output_dir none --cache_latents --seed 1"
 
 
@@ -68,7 +73,8 @@ class Row:
         mixed = "no" if arguments.dtype == "fp32" else arguments.dtype
         size = f"--resolution {arguments.pixels} --train_batch_size {arguments.batch} --max_train_steps {MANY_STEPS}"
         rank = f"--network_dim {arguments.rank} --network_alpha {arguments.rank}" if self.script is LORA else ""
-        line = f"{COMMON_LINE} {self.line} {size} {rank} --mixed_precision {mixed} --optimizer_type AdamW"
+        full = "--full_bf16" if self.script is FULL and mixed == "bf16" else ""
+        line = f"{COMMON_LINE} {self.line} {size} {rank} {full} --mixed_precision {mixed}"
         return parse(self.script.options, line.split())
 
 
@@ -79,6 +85,8 @@ ROWS = {
     "LoRA, checkpointing, torch's own layers": Row(LORA, f"{LORA_LINE} --gradient_checkpointing", by_torch=True),
     "LoRA, checkpointing": Row(LORA, f"{LORA_LINE} --gradient_checkpointing"),
     "LoRA, checkpointing, cached text": Row(LORA, f"{LORA_LINE} --gradient_checkpointing", keeps_text_encoders=False),
+    "U-Net, checkpointing, cached text": Row(FULL, FULL_LINE, keeps_text_encoders=False),
+    "U-Net, the same, fused backward": Row(FULL, f"{FULL_LINE} --fused_backward_pass", keeps_text_encoders=False),
 }
 
 
@@ -99,7 +107,8 @@ def load(row: Row, spec: ArchitectureSpec, dtype: torch.dtype) -> tuple[SdxlFami
     texts = spec.text_encoders if row.keeps_text_encoders else ()
     encoders = tuple(quick_module(build.empty_text_encoder(text), dtype) for text in texts)
     vae = random_module(build.empty_vae(TOY.vae), dtype)
-    parts = ModelParts(encoders, unet, vae, spec, "epsilon", ModelSource("none", Path("none")))
+    held = replace(spec, text_encoders=texts)
+    parts = ModelParts(encoders, unet, vae, held, "epsilon", ModelSource("none", Path("none")))
     if row.keeps_text_encoders:
         return SdxlFamily(), parts
     pooled_width = spec.text_encoders[1].projection_width or 0

@@ -81,15 +81,15 @@ def test_zero_snr_model_asks_for_its_option(
 
 
 def test_frozen_layers_are_told_to_keep_little(
-    sdxl: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_sdxl: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The U-Net that the network gets keeps no input of frozen convolutions, and learns the same numbers."""
-    assert train(sdxl, pictures, tmp_path / "a", "--network_train_unet_only", script=SCRIPT) == 0
+    assert train(model_sdxl, pictures, tmp_path / "a", "--network_train_unet_only", script=SCRIPT) == 0
     changed: list[int] = []
     monkeypatch.setattr(prepare, "keep_less_for_backward", lambda unet: changed.append(keep_less_for_backward(unet)))
-    assert train(sdxl, pictures, tmp_path / "b", "--network_train_unet_only", script=SCRIPT) == 0
+    assert train(model_sdxl, pictures, tmp_path / "b", "--network_train_unet_only", script=SCRIPT) == 0
     assert changed[0] > 30
     monkeypatch.setattr(prepare, "keep_less_for_backward", lambda unet: 0)
-    assert train(sdxl, pictures, tmp_path / "c", "--network_train_unet_only", script=SCRIPT) == 0
+    assert train(model_sdxl, pictures, tmp_path / "c", "--network_train_unet_only", script=SCRIPT) == 0
     first, *others = (tensors(tmp_path / name / "toy.safetensors") for name in "abc")
     assert all(torch.equal(first[key], other[key]) for other in others for key in first)
