@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,16 +80,15 @@ class LoraAdapter(Adapter):
         down, up = self._down["weight"], self._up["weight"]
         assert down is not None
         assert up is not None
+        is_dropping = self.training and self.dropouts is not NO_DROPOUT
+        if not (self._is_conv or is_dropping):
+            rows_NO, rows_NI = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+            return cast(Tensor, _AddLowRank.apply(rows_NO, rows_NI, down, up, self.factor)).view(y.shape)
         if down.dtype is not y.dtype:
             down, up = down.to(y.dtype), up.to(y.dtype)
-        is_dropping = self.training and self.dropouts is not NO_DROPOUT
-        if self._is_conv or is_dropping:
-            hidden = self._operate(x, down)
-            hidden = self._dropped(hidden) if is_dropping else hidden * self.factor
-            return y + (F.conv2d(hidden, up) if self._is_conv else F.linear(hidden, up))
-        # one fused product, scale and sum on the flattened tokens
-        hidden = F.linear(x.reshape(-1, x.shape[-1]), down)
-        return torch.addmm(y.reshape(-1, y.shape[-1]), hidden, up.t(), alpha=self.factor).view(y.shape)
+        hidden = self._operate(x, down)
+        hidden = self._dropped(hidden) if is_dropping else hidden * self.factor
+        return y + (F.conv2d(hidden, up) if self._is_conv else F.linear(hidden, up))
 
     def _dropped(self, hidden: Tensor) -> Tensor:
         """Rank activations, (B, ..., R) or (B, R, H, W), after the dropouts and times the strength."""
@@ -102,6 +101,30 @@ class LoraAdapter(Adapter):
             hidden = hidden * kept_BR.view(spread)
             factor /= 1.0 - self.dropouts.rank
         return hidden * factor
+
+
+class _AddLowRank(torch.autograd.Function):
+    """y (N, O) + factor · up · down · x (N, I), one fused product, scale and sum.
+
+    Factors of another type than ``y`` are cast once more in the backward pass: autograd would keep the cast copies of
+    all adapters until then, with float32 factors half of what the whole network takes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, down: Tensor, up: Tensor, factor: float) -> Tensor:  # pyright: ignore
+        hidden_NR = F.linear(x, down.to(y.dtype))
+        ctx.save_for_backward(x, hidden_NR, down, up)
+        ctx.factor = factor
+        return torch.addmm(y, hidden_NR, up.to(y.dtype).t(), alpha=factor)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        x, hidden_NR, down, up = ctx.saved_tensors
+        of_hidden_NR = (grad_NO @ up.to(grad_NO.dtype)).mul_(ctx.factor)
+        of_x = of_hidden_NR @ down.to(grad_NO.dtype) if ctx.needs_input_grad[1] else None
+        of_up = (grad_NO.t() @ hidden_NR).mul_(ctx.factor) if ctx.needs_input_grad[3] else None
+        of_down = of_hidden_NR.t() @ x if ctx.needs_input_grad[2] else None
+        return grad_NO, of_x, of_down, of_up, None
 
 
 def create_network(

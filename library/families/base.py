@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from library.checkpoint.hashes import FileHashes, file_hashes
 from library.log import UserError
-from library.models.spec import ArchitectureSpec, PredictionType
+from library.models.spec import ArchitectureSpec, PredictionType, TextEncoderSpec
 from library.text.tokens import TextSettings, TokenRows
 
 if TYPE_CHECKING:
@@ -185,6 +185,12 @@ class ModelFamily(ABC):
         self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> AutoencoderKL:
         """Only the VAE of what the options name: for caching latents ahead of time."""
+
+    @abstractmethod
+    def load_text_encoders(
+        self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> tuple[tuple[nn.Module, ...], tuple[TextEncoderSpec, ...]]:
+        """Only the text encoders of what the options name, and what they are: for encoding captions ahead of time."""
 
     @abstractmethod
     def reload(self, parts: ModelParts, names: Collection[str], dtype: torch.dtype) -> ModelParts:

@@ -65,7 +65,10 @@ class SdxlFamily(StableDiffusionFamily):
         return clip_tokenizer(EOS_ID, folder, SD1_TOKENIZER), clip_tokenizer(0, folder, SECOND_TOKENIZER)
 
     def _advice(self, found: ArchitectureSpec) -> str:
-        return "this script is for SDXL; use the script of the same kind without sdxl_ in its name"
+        return (
+            "this script is for SDXL; for Stable Diffusion 1.x and 2.x use the script without sdxl_ in its name (there,"
+            " text encoder outputs are remembered in memory and need no cache)"
+        )
 
     # ---- text
 
