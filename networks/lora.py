@@ -146,7 +146,8 @@ def create_network_from_weights(
     """A network with the layers, ranks and alphas of a file (or of ``weights_sd``), and the file's tensors.
 
     The tensors are not loaded yet: `load_weights` after `apply_to`, or `merge_to`, does that. Dropouts and block
-    learning-rate factors are taken from the arguments. Raises UserError if the file has layers that the model lacks.
+    learning-rate factors are taken from the arguments. Raises UserError if the file has layers that the model lacks;
+    ``for_inference``: only if it has no other ones.
     """
     args = read_lora_args(network_args, layout=block_layout(unet))
     if args.sizes_given():
@@ -168,7 +169,10 @@ def create_network_from_weights(
         dropouts=NO_DROPOUT if for_inference else _dropouts(args, neuron_dropout),
         factors=args.block_factors,
     )
-    network.require_known(table)
+    if for_inference:
+        table = network.keep_known(table)
+    else:
+        network.require_known(table)
     return network, table.flat()
 
 

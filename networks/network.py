@@ -168,6 +168,29 @@ class AdapterNetwork(nn.Module):
             logger.warning("%s", report)
         return report
 
+    def keep_known(self, table: WeightTable) -> WeightTable:
+        """The modules of a file that an adapter of this network stands for; a warning says what is left out.
+
+        Raises UserError if nothing is left.
+        """
+        known = {entry.target.name for entry in self._placed}
+        kept = {name: tensors for name, tensors in table.modules.items() if name in known}
+        left_out = [name for name in table.modules if name not in known]
+        if not kept:
+            raise UserError(
+                f"{table.source}: none of its {len(left_out)} layers exists in this model, first {left_out[0]}; it was "
+                "made for another base model"
+            )
+        if left_out:
+            logger.warning(
+                "%s: %d of its %d layers do not exist in this model and are left out, first %s",
+                table.source,
+                len(left_out),
+                len(table.modules),
+                left_out[0],
+            )
+        return WeightTable(kept, table.source, table.metadata)
+
     def require_known(self, table: WeightTable) -> None:
         """Raise UserError if a file has modules that no adapter of this network stands for."""
         known = {entry.target.name for entry in self._placed}

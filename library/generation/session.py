@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from library.checkpoint.privacy import without_folders
+from library.generation.embeddings import attach_embeddings
 from library.generation.engine import Engine, EngineSettings
 from library.generation.inputs import InputFiles, list_pictures
-from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, seed_for, settle
+from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, seed_for, settle, texts_of
 from library.generation.lines import parse_line
 from library.generation.model import LoadedModel, load_model
+from library.generation.networks import attach_networks
 from library.generation.output import Place, Writer, now_text, read_recipe, text_entries
 from library.generation.pipeline import to_picture
 from library.generation.sources import KeyboardLines, LineSource, ListedLines, RawLine, read_prompt_file
@@ -128,8 +130,11 @@ class Session:
                 vae_batch=draw.vae_batch_size,
             ),
         )
+        attach_embeddings(self.engine, options)
+        self.networks = attach_networks(self.engine, self.settings)
         usual = self.model.family.default_sample_size(self.model.parts)
-        self.defaults: Defaults = defaults_of(self.settings, usual, self.model.family.picture_step)
+        multipliers = [network.multiplier for network in self.networks]
+        self.defaults: Defaults = defaults_of(self.settings, usual, self.model.family.picture_step, multipliers)
         self.files = input_files(self.settings)
         self.writer = Writer(self.settings[OutputOptions])
         self._recipe = self._make_recipe()
@@ -197,7 +202,7 @@ class Session:
                 prompt=parsed.prompt,
                 negative_prompt=negative,
                 seed=seed_for(parsed, index, seeds.next() if common is None else common),
-                shared=shared.with_rows(self.engine.rows_of(parsed.prompt, negative)),
+                shared=shared.with_rows(self.engine.rows_of(*texts_of(parsed.prompt, shared), negative)),
                 clip_prompt=parsed.options.get("clip_prompt"),
                 source=self.files.source_of(number + index),
                 mask=self.files.mask_of(number + index),
