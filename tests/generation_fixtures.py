@@ -49,7 +49,7 @@ def options(**values: Any) -> Settings:
 
 def make_job(prompt: str, seed: int = 3, mask: str | None = None, negative: str = "blurry", **shared: Any) -> Job:
     """A picture of 64 px in 3 steps; with a mask AND divides it."""
-    told = {"width": 64, "height": 64, "steps": 3, "sampler": "euler", "scale": 5.0, **shared}
+    told: dict[str, Any] = {"width": 64, "height": 64, "steps": 3, "sampler": "euler", "scale": 5.0, **shared}
     if mask is not None:
         told = {"regional": True, "parts": len(prompt.split(AND)), **told}
     return Job(0, prompt, prompt, negative, seed, Shared(**told), mask=mask)
@@ -61,7 +61,7 @@ def picture(engine: Engine, *jobs: Job) -> np.ndarray:
     return (images_BCHW / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
-def write_network(path: Path, kind: str = "sd1", seed: int = 1, size: float = 0.3, **args: str) -> str:
+def write_network(path: Path, kind: str = "sd1", seed: int = 1, size: float = 0.3, **args: Any) -> str:
     """A LoRA file for the toy whose effect can be seen. ``only``: text_encoder or unet."""
     only = args.pop("only", None)
     views = family_of(kind).adapter_views(toy_model(kind))

@@ -30,9 +30,8 @@ def rows(count: int, width: int = 32, seed: int = 0) -> Tensor:
 
 def attach(engine: Engine, *files: Path, xti: list[Path] | None = None) -> None:
     names = [str(file) for file in files] or None
-    attach_embeddings(
-        engine, PromptOptions(textual_inversion_embeddings=names, XTI_embeddings=xti and [str(file) for file in xti])
-    )
+    by_layer = None if xti is None else [str(file) for file in xti]
+    attach_embeddings(engine, PromptOptions(textual_inversion_embeddings=names, XTI_embeddings=by_layer))
 
 
 def write(path: Path, **tensors: Tensor) -> Path:

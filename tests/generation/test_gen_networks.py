@@ -207,6 +207,35 @@ def test_wrong_arguments_and_modules_are_one_line(first: str) -> None:
         assert says in str(caught.value)
 
 
+def test_parts_and_blocks_can_have_strengths_of_their_own(folder: Path, first: str) -> None:
+    def strong(arguments: str, **values: Any) -> np.ndarray:
+        return drawn(
+            make_job("a cat", multipliers=() if values else (0.5,)),
+            **{"network_weights": [first], "network_mul": [0.5], "network_args": [arguments], **values},
+        )
+
+    # halves as files of their own
+    tensors = load_file(first)
+    for part, start in (("text", "lora_te"), ("unet", "lora_unet"), ("middle", "lora_unet_mid")):
+        save_file(
+            {key: value for key, value in tensors.items() if key.startswith(start)}, folder / f"{part}.safetensors"
+        )
+    middle = ",".join("1" if block == 12 else "0" for block in range(25))
+    for arguments, part in (
+        ("unet_mul=0", "text"),
+        ("text_encoder_mul=0", "unet"),
+        (f"text_encoder_mul=0;block_mul={middle}", "middle"),
+    ):
+        other = str(folder / f"{part}.safetensors")
+        expected = drawn(make_job("a cat", multipliers=(0.5,)), network_weights=[other])
+        assert error(strong(arguments), expected) < 1e-5
+        assert error(strong(arguments, network_merge=True), expected) < 1e-5
+    assert error(strong("unet_mul=0"), strong("text_encoder_mul=0")) > 1e-2
+    for arguments, says in (("block_mul=1,2", "needs 25 values, has 2"), ("unet_mul=x", "must be a number")):
+        with pytest.raises(UserError, match=says):
+            strong(arguments)
+
+
 def test_metadata_is_shown(first: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         attach_networks(make_engine(), options(network_weights=[first], network_show_meta=True))

@@ -307,7 +307,7 @@ def test_each_text_changes_its_own_half(halves: str, kind: str, scale: float, ne
 def test_networks_in_all_ways_of_guidance(halves: str, networks: list[str]) -> None:
     plain = regional(make_job("a cat AND a dog", mask=halves))
     for scale, negative_scale in ((1.0, None), (5.0, None), (5.0, 2.0)):
-        shared = {"scale": scale, "negative_scale": negative_scale}
+        shared: dict[str, Any] = {"scale": scale, "negative_scale": negative_scale}
         jobs = [make_job("a cat AND a dog", mask=halves, multipliers=m, **shared) for m in ((1.0, 1.0), (0.0, 0.0))]
         engine = make_engine()
         attach_networks(engine, options(mask_path="m", network_weights=networks))

@@ -41,7 +41,7 @@ def pipeline(kind: str, parts: ModelParts) -> Any:
         "scheduler": EulerDiscreteScheduler(**SCHEDULE),  # type: ignore[arg-type]
     }
     if kind == "sdxl":
-        second = {"text_encoder_2": parts.text_encoders[1], "tokenizer_2": tokenizers[1]}
+        second: dict[str, Any] = {"text_encoder_2": parts.text_encoders[1], "tokenizer_2": tokenizers[1]}
         result: Any = StableDiffusionXLPipeline(**shared, **second, add_watermarker=False)
     else:
         unchecked: dict[str, Any] = dict.fromkeys(("safety_checker", "feature_extractor"))
@@ -66,7 +66,7 @@ def theirs(pipe: Any, prompt: str, negative: str = "blurry", **more: Any) -> np.
 
 @pytest.mark.parametrize(("kind", "args"), [("sd1", {}), ("sd1", {"conv_dim": "2"}), ("sd2", {}), ("sdxl", {})])
 @pytest.mark.parametrize("way", ["live", "merged"])
-def test_lora_draws_diffusers_picture(tmp_path: Path, kind: str, args: dict[str, str], way: str) -> None:
+def test_lora_draws_diffusers_picture(tmp_path: Path, kind: str, args: dict[str, Any], way: str) -> None:
     pytest.importorskip("peft")
     file = write_network(tmp_path / "net.safetensors", kind, **args)
     engine = make_engine(kind)
