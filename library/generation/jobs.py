@@ -273,17 +273,17 @@ class Seeds:
 
     def __init__(self, seed: int | None, alone: bool = False) -> None:
         self._alone = seed if alone else None
-        self._random = random.SystemRandom() if seed is None else random.Random(seed)
+        self.source = random.SystemRandom() if seed is None else random.Random(seed)
 
     def next(self) -> int:
         """The next seed, below 2**32."""
-        return self._random.randint(0, 2**32 - 1) if self._alone is None else self._alone
+        return self.source.randint(0, 2**32 - 1) if self._alone is None else self._alone
 
 
-def seed_for(line: PromptLine, index: int, otherwise: int) -> int:
-    """The seed of the ``index``-th picture of a raw line: its own list, whose last value repeats, or ``otherwise``."""
+def own_seed(line: PromptLine, index: int) -> int | None:
+    """The seed that a line gives its ``index``-th picture: its list, whose last value repeats; None without a list."""
     seeds = line.options.get("seeds")
-    return otherwise if not seeds else seeds[min(index, len(seeds) - 1)]
+    return seeds[min(index, len(seeds) - 1)] if seeds else None
 
 
 # ---- batches

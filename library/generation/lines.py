@@ -57,10 +57,8 @@ def _read_piece(piece: str, options: dict[str, Any], notes: list[str]) -> None:
             notes.append(f"--{word}: exactly one blank and a value must follow; it is left out")
         else:
             near = difflib.get_close_matches(word.lower(), _OPTIONS, 1)
-            hint = (
-                f", did you mean --{near[0]}?" if near else f"; there are {' '.join(f'--{name}' for name in _OPTIONS)}"
-            )
-            notes.append(f"there is no option --{word}{hint}; it is left out")
+            hint = f", did you mean --{near[0]}?" if near else ""
+            notes.append(f"there is no in-line option --{word}{hint}; it is left out")
         return
     name, read = _OPTIONS[letters]
     try:

@@ -124,7 +124,7 @@ class Writer:
 
     def write(self, picture: Image, job: Job, place: Place, entries: Mapping[str, str]) -> Path:
         """Queue a picture; returns the name that it will have."""
-        path = self._free(Path(self.options.outdir) / self._name(job, place))
+        path = self.free(self._name(job, place))
         self._taken.add(path)
         self._pending.append(self._pool.submit(write_png, picture, path, dict(entries)))
         return path
@@ -137,8 +137,9 @@ class Writer:
             return f"im_{place.stage}{number:06d}.png"
         return f"im_{place.moment}_{place.stage}{place.index:03d}_{job.seed}.png"
 
-    def _free(self, path: Path) -> Path:
-        """The path, or the first of ``stem_2``, ``stem_3`` ... that is not taken."""
+    def free(self, name: str) -> Path:
+        """A file of this name in the folder, or the first of ``stem_2``, ``stem_3`` ... that is not taken."""
+        path = Path(self.options.outdir) / name
         candidate, number = path, 1
         while candidate in self._taken or candidate.exists():
             number += 1

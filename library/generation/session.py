@@ -6,20 +6,31 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from library.checkpoint.privacy import without_folders
 from library.generation.embeddings import attach_embeddings
 from library.generation.engine import Engine, EngineSettings
+from library.generation.grid import Sheet
 from library.generation.inputs import InputFiles, list_pictures
-from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, seed_for, settle, texts_of
+from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle, texts_of
 from library.generation.lines import parse_line
 from library.generation.model import LoadedModel, load_model
 from library.generation.networks import attach_networks
-from library.generation.output import Place, Writer, now_text, read_recipe, text_entries
+from library.generation.output import Place, Writer, now_text, read_recipe, text_entries, write_png
 from library.generation.pipeline import to_picture
-from library.generation.sources import KeyboardLines, LineSource, ListedLines, RawLine, read_prompt_file
+from library.generation.sources import (
+    KeyboardLines,
+    LineSource,
+    ListedLines,
+    ModuleLines,
+    RawLine,
+    load_prompt_module,
+    read_prompt_file,
+)
 from library.generation.variants import expand
+from library.generation.watch import Preview, Window
 from library.interrupt import StopRequest, stop_on_signals
 from library.log import UserError, progress
 from library.options.generation import (
@@ -51,6 +62,8 @@ def run_session(settings: Settings) -> int:
     source, failed = make_source(settings[PromptOptions])
     with stop_on_signals("stopping after this picture") as stop:
         session = Session(settings, load_model(settings[GenModelOptions], settings[DrawOptions]), stop)
+        if isinstance(source, ListedLines) and not source.all and settings[PromptOptions].from_module:
+            source = session.module_lines()
         return session.run(source) or min(failed, 1)
 
 
@@ -72,6 +85,8 @@ def make_source(options: PromptOptions) -> tuple[LineSource, int]:
     """Where the lines come from, and how many of them were found to be wrong (and left out) already."""
     if options.interactive:
         return KeyboardLines(), 0
+    if options.from_module and not options.from_file:
+        return ListedLines(()), 0
     lines = read_prompt_file(options.from_file) if options.from_file else [RawLine(options.prompt or "", "--prompt")]
     good = [line for line in lines if _is_good(line)]
     seed = options.seed
@@ -114,6 +129,10 @@ class Session:
     stop: StopRequest
     failed: int = 0
     engine: Engine = field(init=False)
+    seeds: Seeds = field(init=False)
+    _iteration_seed: int | None = None
+    _queued: int = 0  # pictures of this iteration so far
+    _drawn: int = 0  # pictures of all batches before this one
 
     def __post_init__(self) -> None:
         options, draw = self.settings[PromptOptions], self.settings[DrawOptions]
@@ -136,8 +155,24 @@ class Session:
         multipliers = [network.multiplier for network in self.networks]
         self.defaults: Defaults = defaults_of(self.settings, usual, self.model.family.picture_step, multipliers)
         self.files = input_files(self.settings)
-        self.writer = Writer(self.settings[OutputOptions])
+        output = self.settings[OutputOptions]
+        self.writer = Writer(output)
+        self.sheet = Sheet() if output.grid else None
+        self.window = Window() if options.interactive and not options.no_preview else None
+        if output.preview_every_n_steps:
+            self.engine.extensions.append(Preview(output.outdir, output.preview_every_n_steps, self.engine.decode))
         self._recipe = self._make_recipe()
+
+    def module_lines(self) -> LineSource:
+        """The prompts that ``--from_module`` makes."""
+        options = self.settings[PromptOptions]
+        args = SimpleNamespace(**self.settings.as_flat_dict())
+        prompter = load_prompt_module(options, args, self.engine, [entry.network for entry in self.networks])
+
+        def call(index: int) -> str | None:
+            return prompter(args, self.engine, self.seeds.source, self._iteration_seed, index, self._queued)
+
+        return ModuleLines(call, prompter.shuffle if options.shuffle_prompts else None)
 
     # ---- from lines to batches
 
@@ -145,10 +180,10 @@ class Session:
         """Draw all iterations. Returns the exit status."""
         options = self.settings[PromptOptions]
         size = self.settings[DrawOptions].batch_size
-        seeds = Seeds(options.seed, alone=self._is_alone(source))
+        self.seeds = Seeds(options.seed, alone=self._is_alone(source))
         for iteration in range(1 if options.interactive else options.n_iter):
-            common = seeds.next() if options.iter_same_seed else None
-            jobs = self._jobs(source, iteration, seeds, common)
+            self._iteration_seed = self.seeds.next() if options.iter_same_seed else None
+            jobs = self._jobs(source, iteration)
             if options.interactive:  # a line is drawn when it was typed, not when a batch is full
                 for of_line in jobs:
                     self.draw(batches(of_line, size))
@@ -156,6 +191,9 @@ class Session:
                 self.draw(batches((job for of_line in jobs for job in of_line), size))
             if self.stop.is_set:
                 break
+        if self.sheet is not None and self.sheet.cells:
+            path = self.writer.free(f"grid_{now_text()}.png")
+            logger.info("%s", write_png(self.sheet.draw(), path, {}))
         return 1 if self.failed else 0
 
     def _is_alone(self, source: LineSource) -> bool:
@@ -165,24 +203,22 @@ class Session:
             return False
         return len(expand(source.all[0].text, 1, stream(0, "check"))) * options.images_per_prompt == 1
 
-    def _jobs(self, source: LineSource, iteration: int, seeds: Seeds, common: int | None) -> Iterator[list[Job]]:
+    def _jobs(self, source: LineSource, iteration: int) -> Iterator[list[Job]]:
         """The jobs of each line. A line that cannot be drawn is reported and counted."""
-        number = 0
+        self._queued = 0
         for index, line in enumerate(source.lines(iteration)):
             if self.stop.is_set:
                 return
             try:
-                jobs = list(self._jobs_of(line, (iteration, index), number, seeds, common))
+                jobs = list(self._jobs_of(line, (iteration, index), self._queued))
             except UserError as error:
                 logger.error("%s: %s; it is left out", line.where, error)
                 self.failed += 1
                 continue
-            number += len(jobs)
+            self._queued += len(jobs)
             yield jobs
 
-    def _jobs_of(
-        self, line: RawLine, place: tuple[int, int], number: int, seeds: Seeds, common: int | None
-    ) -> Iterator[Job]:
+    def _jobs_of(self, line: RawLine, place: tuple[int, int], number: int) -> Iterator[Job]:
         options = self.settings[PromptOptions]
         base = int.from_bytes(os.urandom(7), "little") if options.seed is None else options.seed
         texts = expand(line.text, options.images_per_prompt, stream(base, "variants", *place))
@@ -201,13 +237,19 @@ class Session:
                 raw=parsed.raw,
                 prompt=parsed.prompt,
                 negative_prompt=negative,
-                seed=seed_for(parsed, index, seeds.next() if common is None else common),
+                seed=self._seed(own_seed(parsed, index)),
                 shared=shared.with_rows(self.engine.rows_of(*texts_of(parsed.prompt, shared), negative)),
                 clip_prompt=parsed.options.get("clip_prompt"),
                 source=self.files.source_of(number + index),
                 mask=self.files.mask_of(number + index),
                 guides=self.files.guides_of(number + index),
             )
+
+    def _seed(self, own: int | None) -> int:
+        """The picture's own seed, else that of the iteration, else the next of the row."""
+        if own is not None:
+            return own
+        return self.seeds.next() if self._iteration_seed is None else self._iteration_seed
 
     # ---- from batches to files
 
@@ -238,9 +280,15 @@ class Session:
                 continue
             recipe = {**self._recipe, "place": (index, len(batch))}
             entries = text_entries(job, job.shared.sampler, recipe, self.model.family.name == "sdxl")
-            place = Place(index, batch[0].number, moment)
-            path = self.writer.write(to_picture(picture[None]), job, place, entries)
+            place = Place(index, self._drawn, moment)
+            drawn = to_picture(picture[None])
+            path = self.writer.write(drawn, job, place, entries)
             logger.info("%s (seed %d)", path, job.seed)
+            if self.sheet is not None:
+                self.sheet.add(job.prompt, f"seed {job.seed}", drawn)
+            if self.window is not None:
+                self.window.show(drawn, job.prompt)
+        self._drawn += len(batch)
 
     def _make_recipe(self) -> dict[str, Any]:
         """What decides a picture beside its job: the options that are not at their default, without folders."""

@@ -136,6 +136,9 @@ class OutputOptions(OptionGroup):
     outdir: str = option("outputs", help="folder of the pictures", metavar="DIR")
     sequential_file_name: bool = option(False, help="number the files instead of naming them by time and seed")
     use_original_file_name: bool = option(False, help="name files like the pictures that they began from")
+    preview_every_n_steps: int | None = option(
+        None, ge=1, help="write outdir/preview.png, a small picture of the present state, every N steps"
+    )
     grid: bool = option(False, help="also write one labelled sheet of all pictures")
     grid_networks: list[str] | None = option(
         None, help="network files or patterns: a sheet of these files times grid_weights", metavar="FILE"
