@@ -68,6 +68,7 @@ def attach_networks(engine: Engine, settings: Settings) -> tuple[LiveNetwork, ..
         raise UserError(f"--network_merge_n_models {to_merge}: there are only {len(requests)} --network_weights")
     if not requests:
         return ()
+    folded = options.network_pre_calc and not has_masks
     if options.network_pre_calc and has_masks:
         logger.warning("--network_pre_calc does nothing with --mask_path: regions need the networks beside the layers")
     views = engine.family.adapter_views(engine.parts)
@@ -83,8 +84,11 @@ def attach_networks(engine: Engine, settings: Settings) -> tuple[LiveNetwork, ..
             continue
         _put_beside(engine, views, network, weights, request, None if regions is None else (regions, len(live)))
         live.append(LiveNetwork(request.file, network, request.multiplier))
+        detach = optional_method(network, "detach")
+        if folded and detach is not None and _can_be_folded(live[-1]):
+            detach()  # its weights are in the layers' own then: nothing is left to do in a step
     if live:
-        engine.set_multipliers = Strengths(live, folded=options.network_pre_calc and not has_masks)
+        engine.set_multipliers = Strengths(live, folded)
     return tuple(live)
 
 
@@ -217,6 +221,9 @@ class Strengths:
         self._now: tuple[float, ...] | None = None
         self._setters = [_setter(entry) for entry in live]
         self._folded = [entry for entry in live if folded and _can_be_folded(entry)]
+        for entry in live if folded else ():
+            if entry not in self._folded:
+                logger.warning("--network_pre_calc: %s stays beside the layers, its module cannot do it", entry.file)
         for entry in self._folded:
             entry.network.backup_weights()
 
@@ -250,7 +257,4 @@ def _setter(entry: LiveNetwork) -> Callable[[float], Any]:
 
 def _can_be_folded(entry: LiveNetwork) -> bool:
     names = ("backup_weights", "restore_weights", "pre_calculation")
-    if all(optional_method(entry.network, name) is not None for name in names):
-        return True
-    logger.warning("--network_pre_calc: %s stays beside the layers, its module cannot do it", entry.file)
-    return False
+    return all(optional_method(entry.network, name) is not None for name in names)

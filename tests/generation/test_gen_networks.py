@@ -69,6 +69,9 @@ def test_after_merging_nothing_per_step_is_left(first: str, second: str) -> None
     engine = make_engine()
     assert attach_networks(engine, options(network_weights=[first, second], network_merge=True)) == ()
     assert [replaced_forwards(module) for module in engine.parts.modules()] == [0, 0, 0]
+    folded = make_engine()
+    attach_networks(folded, options(network_weights=[first, second], network_pre_calc=True))
+    assert [replaced_forwards(module) for module in folded.parts.modules()] == [0, 0, 0]
     live = make_engine()
     attach_networks(live, options(network_weights=[first]))
     assert replaced_forwards(live.parts.unet) == 192  # the count sees what it is to see
