@@ -21,6 +21,7 @@ from networks.adapter import NO_DROPOUT, Adapter, AdapterSize, Dropouts, Factor
 from networks.lowrank import product_norm
 from networks.network import AdapterNetwork, build_network
 from networks.network_args import LoraArgs, read_lora_args
+from networks.strengths import ARGUMENTS, PartStrengths, read_strengths
 from networks.targets import Target, TextEncoders, block_layout, find_targets
 from networks.weights import WeightTable, read_weights, to_weight_table
 
@@ -169,9 +170,14 @@ def create_network_from_weights(
     """A network with the layers, ranks and alphas of a file (or of ``weights_sd``), and the file's tensors.
 
     The tensors are not loaded yet: `load_weights` after `apply_to`, or `merge_to`, does that. Dropouts and block
-    learning-rate factors are taken from the arguments. Raises UserError if the file has layers that the model lacks.
+    learning-rate factors are taken from the arguments. Raises UserError if the file has layers that the model lacks;
+    ``for_inference``: only if it has no other ones, and the arguments may say how strong it is in the model's parts.
     """
-    args = read_lora_args(network_args, layout=block_layout(unet))
+    layout, strengths = block_layout(unet), PartStrengths()
+    if for_inference:
+        strengths = read_strengths(network_args, layout, "networks.lora")
+        network_args = {key: value for key, value in network_args.items() if key not in ARGUMENTS}
+    args = read_lora_args(network_args, layout=layout)
     if args.sizes_given():
         logger.warning("--network_args %s: the file decides ranks and alphas", ", ".join(args.sizes_given()))
     source = file or "the given weights"
@@ -190,8 +196,12 @@ def create_network_from_weights(
         multiplier=multiplier,
         dropouts=NO_DROPOUT if for_inference else _dropouts(args, neuron_dropout),
         factors=args.block_factors,
+        strengths=strengths,
     )
-    network.require_known(table)
+    if for_inference:
+        table = network.keep_known(table)
+    else:
+        network.require_known(table)
     return network, table.flat()
 
 

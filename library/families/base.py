@@ -199,6 +199,15 @@ class ModelFamily(ABC):
         Raises UserError if that is there no more.
         """
 
+    @property
+    @abstractmethod
+    def tokenizers(self) -> tuple[Any, ...]:
+        """One per text encoder."""
+
+    @abstractmethod
+    def with_tokenizers(self, tokenizers: Sequence[Any]) -> ModelFamily:
+        """The same family with other tokenizers; this one keeps its own."""
+
     @abstractmethod
     def tokenize(self, captions: Sequence[str], settings: TextSettings) -> TokenBatch:
         """Token rows of the captions."""

@@ -6,6 +6,7 @@ width, C latent channels, H W latent height and width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -63,6 +64,12 @@ class SdxlFamily(StableDiffusionFamily):
     def _both_tokenizers(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
         folder = self._tokenizer_cache_dir
         return clip_tokenizer(EOS_ID, folder, SD1_TOKENIZER), clip_tokenizer(0, folder, SECOND_TOKENIZER)
+
+    def with_tokenizers(self, tokenizers: Sequence[Any]) -> SdxlFamily:
+        first, second = tokenizers
+        other = copy.copy(self)
+        other._both_tokenizers = (first, second)
+        return other
 
     def _advice(self, found: ArchitectureSpec) -> str:
         return (

@@ -19,7 +19,7 @@ FOREIGN = {"--multi_gpu", "--num_processes", "--nproc_per_node", "--cpu", "--ind
 FOREIGN |= {"--name", "--no-name"}  # stand for any switch
 FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*(?!\w)")
 # The letters behind a prompt in a prompt file.
-PROMPT_LETTERS = re.compile(r"--(n|w|h|d|l|s|ss|cn)\b")
+PROMPT_LETTERS = re.compile(r"--(n|w|h|d|l|s|ss|cn|am)\b")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")
 
