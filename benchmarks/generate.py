@@ -1,8 +1,8 @@
 """The time of drawing a picture over that of the bare U-Net calls that it takes, with guidance (batches of two).
 
 Both sides share one U-Net with random weights and make the same number of calls; ours also samples, guides and takes
-its text from the cache of the engine. The VAE is left out. ``--networks N`` merges N LoRA networks first, which must cost
-nothing per step.
+its text from the cache of the engine. The VAE is left out. ``--networks N`` merges N LoRA networks first, which must
+cost nothing per step.
 """
 
 from __future__ import annotations

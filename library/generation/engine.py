@@ -19,7 +19,7 @@ from library.diffusion.schedule import NoiseSchedule
 from library.families.base import Geometry, ModelFamily, ModelParts, TextCondition
 from library.generation.denoise import Denoising, Extension, Guidance, GuidedUNet, Setup, starting_noise
 from library.generation.jobs import Job, Shared
-from library.generation.pipeline import decode
+from library.generation.pipeline import decode, encode
 from library.generation.samplers import make_sampler
 from library.text.encode import ConditionCache
 from library.text.tokens import CHUNK_TOKENS, TextSettings
@@ -42,12 +42,17 @@ class EngineSettings:
     vae_batch: float | None = None
 
 
+AfterDecode = Callable[[Sequence[Job], Tensor], Tensor]
+"""(jobs, pictures (B, 3, pixels, pixels) in -1..1) -> pictures to go on with."""
+
+
 @dataclass
 class Engine:
     """A loaded model with everything attached to it.
 
     ``before_batch`` are called with the jobs before their text is encoded; ``extensions`` take part in the drawing, in
     this order. ``set_multipliers`` gives the networks their strengths: before a text is encoded and before drawing.
+    ``after_decode`` change the pictures that come out of the VAE.
     """
 
     family: ModelFamily
@@ -57,6 +62,7 @@ class Engine:
     set_multipliers: Callable[[Sequence[float]], None] = lambda multipliers: None
     before_batch: list[Callable[[Sequence[Job]], None]] = field(default_factory=list[Callable[[Sequence[Job]], None]])
     extensions: list[Extension] = field(default_factory=list[Extension])
+    after_decode: list[AfterDecode] = field(default_factory=list[AfterDecode])
     _texts: dict[tuple[int, tuple[float, ...]], ConditionCache] = field(default_factory=dict, repr=False)
 
     # ---- text
@@ -109,10 +115,15 @@ class Engine:
     @torch.no_grad()
     def draw(self, batch: Sequence[Job]) -> Tensor:
         """Pictures (B, 3, height, width) in -1..1, not clipped, float32, on the CPU."""
-        return self.decode(self.draw_latents(batch))
+        return self.finish(batch, self.draw_latents(batch))
 
-    def draw_latents(self, batch: Sequence[Job]) -> Tensor:
-        """Latents (B, C, H, W) of a batch, float32, carrying the latent scale."""
+    @torch.no_grad()
+    def draw_latents(self, batch: Sequence[Job], stage: int = 0, clean_BCHW: Tensor | None = None) -> Tensor:
+        """Latents (B, C, H, W) of a batch, float32, carrying the latent scale.
+
+        ``clean_BCHW``: such latents to begin from, in place of what the jobs begin from. ``stage``: 1 in the second
+        stage of highres fix.
+        """
         shared = batch[0].shared
         device = self.settings.device
         generators = [torch.Generator("cpu").manual_seed(job.seed) for job in batch]
@@ -130,7 +141,19 @@ class Engine:
             guidance,
             self.settings.dtype,
         )
-        setup = Setup(batch, sampler, unet, unet, generators, noise_BCHW * sampler.initial_scale)
+        latents_BCHW = noise_BCHW * sampler.initial_scale
+        setup = Setup(
+            batch,
+            sampler,
+            unet,
+            unet,
+            generators,
+            latents_BCHW,
+            sampler,
+            noise_BCHW,
+            stage=stage,
+            clean_BCHW=clean_BCHW,
+        )
         with ExitStack() as stack:
             for extension in self.extensions:
                 stack.enter_context(extension(setup))
@@ -146,11 +169,38 @@ class Engine:
         factor = self.family.latent_factor
         return (self.family.latent_channels, shared.height // factor, shared.width // factor)
 
+    @torch.no_grad()
+    def finish(self, batch: Sequence[Job], latents_BCHW: Tensor) -> Tensor:
+        """Pictures of the latents that were drawn for jobs."""
+        pictures_BCHW = self.decode(latents_BCHW)
+        for change in self.after_decode:
+            pictures_BCHW = change(batch, pictures_BCHW)
+        return pictures_BCHW
+
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Pictures of latents, through the VAE in small batches."""
         size = vae_batch_size(self.settings.vae_batch, len(latents_BCHW))
         pictures = [decode(self.family, self.parts, part, self.settings.device) for part in latents_BCHW.split(size)]
         return torch.cat(pictures)
+
+    def encode_pictures(self, pictures_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Latents (B, C, H, W) of pictures in -1..1, carrying the latent scale, drawn from the VAE's posterior: each
+        with its own generator.
+        """
+        mean_BCHW, std_BCHW = self.posterior(pictures_BCHW)
+        return self.sample_posterior(mean_BCHW, std_BCHW, generators)
+
+    def posterior(self, pictures_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents of pictures, without the latent scale, float32, on the CPU."""
+        size = vae_batch_size(self.settings.vae_batch, len(pictures_BCHW))
+        found = [encode(self.family, self.parts, part, self.settings.device) for part in pictures_BCHW.split(size)]
+        mean_BCHW, std_BCHW = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return mean_BCHW, std_BCHW
+
+    def sample_posterior(self, mean_BCHW: Tensor, std_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Latents that carry the latent scale, on the device."""
+        noise_BCHW = starting_noise(mean_BCHW.shape[1:], generators, torch.device("cpu"))
+        return ((mean_BCHW + std_BCHW * noise_BCHW) * self.family.latent_scale).to(self.settings.device)
 
 
 def _joined(*conditions: TextCondition) -> TextCondition:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from library.generation.lines import SWITCHED_OFF, PromptLine, unsharp_params
+from library.generation.pictures import drawn_size
 from library.log import UserError
 from library.options.generation import DrawOptions, HighresOptions, PictureOptions
 from library.options.settings import Settings
@@ -154,11 +155,16 @@ def defaults_of(settings: Settings, usual_size: int, size_step: int, multipliers
     return Defaults(values, usual_size, size_step, tuple(multipliers), has_masks, has_sources)
 
 
-def settle(line: PromptLine, defaults: Defaults) -> tuple[Shared, list[str]]:
-    """Everything but seed and files for a line, and notes about what had to be changed. Raises UserError."""
+def settle(line: PromptLine, defaults: Defaults, picture: tuple[int, int] | None = None) -> tuple[Shared, list[str]]:
+    """Everything but seed and files for a line, and notes about what had to be changed. Raises UserError.
+
+    ``picture``: width and height of what it begins from, which count where the line and the command line say nothing.
+    """
     options, notes = {**defaults.options}, list(line.notes)
     options.update({"width": options["W"], "height": options["H"]})
     options.update({name: value for name, value in line.options.items() if name not in _OWN_MERGE})
+    if picture is not None:
+        _take_size(picture, options, defaults, notes)
     negative_scale = None if options["negative_scale"] == SWITCHED_OFF else options["negative_scale"]
     if negative_scale is not None and options["scale"] <= 1:
         notes.append("a negative scale does nothing without guidance (a scale above 1)")
@@ -193,6 +199,18 @@ _GRADUAL = (
     "gradual_latent_unsharp_params",
 )
 _OWN_MERGE = (*_SHRINK, *_GRADUAL, "multipliers", "seeds")
+
+
+def _take_size(picture: tuple[int, int], options: dict[str, Any], defaults: Defaults, notes: list[str]) -> None:
+    """The size of a picture for a side that is not said."""
+    said = options["width"], options["height"]
+    width, height = drawn_size(picture, *said, defaults.size_step)
+    if said == (None, None) and (width, height) != picture:
+        notes.append(
+            f"the picture of {picture[0]}x{picture[1]} pixels is drawn at {width}x{height}: "
+            f"sides must be multiples of {defaults.size_step}"
+        )
+    options.update({"width": said[0] or width, "height": said[1] or height})
 
 
 def _side(given: int | None, name: str, defaults: Defaults, notes: list[str]) -> int:

@@ -54,6 +54,13 @@ NO_EFFECT_WITHOUT = (
     ("huggingface_path_in_repo", ("huggingface_repo_id",)),
     ("log_prefix", ("logging_dir", "log_with")),
     ("log_tracker_config", ("logging_dir", "log_with")),
+    ("clip_vision_strength", ("image_path", "from_image")),
+    ("highres_fix_save_1st", ("highres_fix_scale",)),
+    ("highres_fix_latents_upscaling", ("highres_fix_scale",)),
+    ("highres_fix_upscaler", ("highres_fix_scale",)),
+    ("highres_fix_upscaler_args", ("highres_fix_upscaler",)),
+    ("highres_fix_strength", ("highres_fix_scale",)),
+    ("use_original_file_name", ("image_path", "from_image")),
     ("learning_rate_te1", ("train_text_encoder",)),
     ("learning_rate_te2", ("train_text_encoder",)),
 )
@@ -257,6 +264,14 @@ def _samples_twice(settings: Settings) -> str | None:
     return None
 
 
+def _mask(settings: Settings) -> str | None:
+    if not settings.value_of("mask_path"):
+        return None
+    if any(settings.value_of(name) for name in ("image_path", "network_weights", "from_image")):
+        return None
+    return "--mask_path needs --image_path, the picture to draw in, or networks whose regions it shows"
+
+
 REFUSALS: tuple[Rule, ...] = (
     _fp8_base,
     _output_name,
@@ -266,6 +281,7 @@ REFUSALS: tuple[Rule, ...] = (
     _tracker_folder,
     _warmup,
     _cached_text,
+    _mask,
 )
 DOUBTS: tuple[Rule, ...] = (
     _v_parameterization,

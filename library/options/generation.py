@@ -242,3 +242,18 @@ class ControlOptions(OptionGroup):
     vgg16_guidance_scale: float = option(0.0, help="strength of guidance by a picture through VGG16")
     vgg16_guidance_layer: int = option(20, ge=0, le=30, help="layer of VGG16 whose features are compared")
     vgg16_weights: str | None = option(None, help="file with VGG16's weights", metavar="FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscaleToolOptions(OptionGroup):
+    """Enlarging picture files with the latent upscaler."""
+
+    title: ClassVar[str] = "Latent upscaler"
+
+    vae_path: str | None = option(None, help="VAE: file, its folder, or a Diffusers model's folder", metavar="PATH")
+    weights: str | None = option(None, help="weights of the latent upscaler", metavar="FILE")
+    image_pattern: str | None = option(None, help="picture file, or a pattern of several", metavar="PATTERN")
+    output_dir: str = option(".", help="folder of the enlarged pictures", metavar="DIR")
+    batch_size: int = option(4, ge=1, help="pictures of one size that are enlarged together")
+    vae_batch_size: int = option(1, ge=1, help="pictures that the VAE takes at a time")
+    debug: bool = option(False, help="also save what plain Lanczos scaling gives")

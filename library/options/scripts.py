@@ -34,6 +34,7 @@ from library.options.generation import (
     OutputOptions,
     PictureOptions,
     PromptOptions,
+    UpscaleToolOptions,
 )
 from library.options.settings import ScriptOptions
 
@@ -143,4 +144,20 @@ SDXL_GEN_IMG = ScriptOptions(
     summary="Draw pictures with SDXL: gen_img.py with --sdxl.",
 )
 
-SCRIPTS = (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, SDXL_TRAIN, CACHE_LATENTS, CACHE_TEXT, GEN_IMG, SDXL_GEN_IMG)
+LATENT_UPSCALER = ScriptOptions(
+    name="tools/latent_upscaler.py",
+    groups=(UpscaleToolOptions, ConsoleOptions),
+    required=("vae_path", "weights", "image_pattern"),
+    summary="Enlarge picture files to twice their size with the latent upscaler of highres fix.",
+)
+
+SCRIPTS = (
+    TRAIN_NETWORK,
+    SDXL_TRAIN_NETWORK,
+    SDXL_TRAIN,
+    CACHE_LATENTS,
+    CACHE_TEXT,
+    GEN_IMG,
+    SDXL_GEN_IMG,
+    LATENT_UPSCALER,
+)
