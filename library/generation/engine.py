@@ -50,14 +50,16 @@ AfterDecode = Callable[[Sequence[Job], Tensor], Tensor]
 class Engine:
     """A loaded model with everything attached to it.
 
-    ``before_batch`` are called with the jobs before their text is encoded (strengths of networks); ``extensions`` take
-    part in the drawing, in this order; ``after_decode`` change the pictures that come out of the VAE.
+    ``before_batch`` are called with the jobs before their text is encoded; ``extensions`` take part in the drawing, in
+    this order. ``set_multipliers`` gives the networks their strengths: before a text is encoded and before drawing.
+    ``after_decode`` change the pictures that come out of the VAE.
     """
 
     family: ModelFamily
     parts: ModelParts
     settings: EngineSettings
     on_progress: Callable[[], None] = lambda: None
+    set_multipliers: Callable[[Sequence[float]], None] = lambda multipliers: None
     before_batch: list[Callable[[Sequence[Job]], None]] = field(default_factory=list[Callable[[Sequence[Job]], None]])
     extensions: list[Extension] = field(default_factory=list[Extension])
     after_decode: list[AfterDecode] = field(default_factory=list[AfterDecode])
@@ -74,7 +76,7 @@ class Engine:
         """The condition of texts, one row each; every text is encoded once for each strength of the networks."""
         key = (shared.rows, shared.multipliers)
         if key not in self._texts:
-            self._texts[key] = ConditionCache(lambda captions: self._encode(captions, shared.rows))
+            self._texts[key] = ConditionCache(lambda captions: self._encode(captions, shared))
         hidden_BTD, pooled_BP = self._texts[key](texts)
         assert hidden_BTD is not None
         return TextCondition(hidden_BTD, pooled_BP)
@@ -88,22 +90,25 @@ class Engine:
             normalize=self.settings.normalize,
         )
 
-    def _encode(self, captions: Sequence[str], rows: int) -> tuple[Tensor | None, ...]:
-        settings = self._text_settings(rows)
+    def _encode(self, captions: Sequence[str], shared: Shared) -> tuple[Tensor | None, ...]:
+        self.set_multipliers(shared.multipliers)
+        settings = self._text_settings(shared.rows)
         tokens = self.family.tokenize(list(captions), settings)
         condition = self.family.encode(self.parts.text_encoders, tokens, settings)
         condition = condition.to(self.settings.device, self.settings.dtype)
         return condition.hidden_BTD, condition.pooled_BP
 
     def condition(self, batch: Sequence[Job]) -> TextCondition:
-        """The condition of all copies: negative prompts, prompts, empty prompts."""
-        guidance = guidance_of(batch[0].shared)
-        texts = [job.prompt for job in batch]
-        if guidance.copies > 1:
-            texts = [job.negative_prompt for job in batch] + texts
-        if guidance.copies > 2:
-            texts += [""] * len(batch)
-        return self.encode(texts, batch[0].shared)
+        """The condition of all copies: negative prompts, prompts (the last sub-prompts), empty prompts."""
+        shared = batch[0].shared
+        copies = guidance_of(shared).copies
+        prompts = self.encode([job.texts[-1] for job in batch], shared.for_text(shared.parts - 1))
+        if copies == 1:
+            return prompts
+        negative = self.encode([job.negative_prompt for job in batch], shared.for_text(None))
+        if copies == 2:
+            return _joined(negative, prompts)
+        return _joined(negative, prompts, self.encode([""] * len(batch), shared.for_text(None)))
 
     # ---- pictures
 
@@ -153,6 +158,7 @@ class Engine:
             for extension in self.extensions:
                 stack.enter_context(extension(setup))
             unet.steps = setup.steps
+            self.set_multipliers(shared.multipliers)
             run = Denoising(
                 setup.steps, setup.predict, generators, setup.first_call, setup.after_step, self.on_progress
             )
@@ -195,6 +201,13 @@ class Engine:
         """Latents that carry the latent scale, on the device."""
         noise_BCHW = starting_noise(mean_BCHW.shape[1:], generators, torch.device("cpu"))
         return ((mean_BCHW + std_BCHW * noise_BCHW) * self.family.latent_scale).to(self.settings.device)
+
+
+def _joined(*conditions: TextCondition) -> TextCondition:
+    """Conditions one below another."""
+    pooled = [condition.pooled_BP for condition in conditions if condition.pooled_BP is not None]
+    hidden_BTD = torch.cat([condition.hidden_BTD for condition in conditions])
+    return TextCondition(hidden_BTD, torch.cat(pooled) if pooled else None)
 
 
 def guidance_of(shared: Shared) -> Guidance:

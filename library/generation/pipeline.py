@@ -7,8 +7,8 @@ Shapes: B = 2 with guidance (negative first, then the prompt), else 1; C latent 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,8 @@ class GenerationSettings:
 
 
 def generate(family: ModelFamily, parts: ModelParts, prompt: PromptSpec, settings: GenerationSettings) -> Image:
-    """Draw one picture. Prompts understand weights and BREAK, up to 225 tokens. Modules keep their mode and device."""
+    """Draw one picture. Prompts understand weights and BREAK, up to 225 tokens. Modules keep their mode and device;
+    a VAE or text encoders that are elsewhere come to the settings' device only while they work."""
     return to_picture(draw(family, parts, prompt, settings))
 
 
@@ -79,7 +80,21 @@ def encode_prompt(
         shrink=True,
     )
     tokens = family.tokenize(texts, text_settings)
-    return family.encode(parts.text_encoders, tokens, text_settings).to(settings.device, settings.dtype)
+    with _on_device(parts.text_encoders, settings.device):
+        return family.encode(parts.text_encoders, tokens, text_settings).to(settings.device, settings.dtype)
+
+
+@contextmanager
+def _on_device(modules: Sequence[nn.Module], device: torch.device) -> Generator[None]:
+    """Modules on the device meanwhile, for those that live elsewhere to leave it free."""
+    homes = [(module, next(module.parameters()).device) for module in modules]
+    try:
+        for module, _ in homes:
+            module.to(device)
+        yield
+    finally:
+        for module, home in homes:
+            module.to(home)
 
 
 def _denoise(

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from library.checkpoint.privacy import without_folders
 from library.generation.deep_shrink import attach_deep_shrink
+from library.generation.embeddings import attach_embeddings
 from library.generation.engine import Engine, EngineSettings
 from library.generation.from_picture import attach_pictures
 from library.generation.gradual_latent import attach_gradual_latent
 from library.generation.grid import Sheet
 from library.generation.highres import TWO_STAGES, make_stages
 from library.generation.inputs import InputFiles, find_again, list_pictures
-from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle
+from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle, texts_of
 from library.generation.lines import parse_line
 from library.generation.model import LoadedModel, load_model
+from library.generation.networks import attach_networks
 from library.generation.output import Place, Writer, now_text, read_recipe, text_entries, write_png
 from library.generation.pictures import size_of_picture
 from library.generation.pipeline import to_picture
@@ -166,8 +168,11 @@ class Session:
                 vae_batch=draw.vae_batch_size,
             ),
         )
+        attach_embeddings(self.engine, options)
+        self.networks = attach_networks(self.engine, self.settings)
         usual = self.model.family.default_sample_size(self.model.parts)
-        self.defaults: Defaults = defaults_of(self.settings, usual, self.model.family.picture_step)
+        multipliers = [network.multiplier for network in self.networks]
+        self.defaults: Defaults = defaults_of(self.settings, usual, self.model.family.picture_step, multipliers)
         output = self.settings[OutputOptions]
         self.writer = Writer(output)
         self.sheet = Sheet() if output.grid else None
@@ -184,7 +189,7 @@ class Session:
         """The prompts that ``--from_module`` makes."""
         options = self.settings[PromptOptions]
         args = SimpleNamespace(**self.settings.as_flat_dict())
-        prompter = load_prompt_module(options, args, self.engine, ())
+        prompter = load_prompt_module(options, args, self.engine, [entry.network for entry in self.networks])
 
         def call(index: int) -> str | None:
             return prompter(args, self.engine, self.seeds.source, self._iteration_seed, index, self._queued)
@@ -256,7 +261,7 @@ class Session:
                 prompt=parsed.prompt,
                 negative_prompt=negative,
                 seed=self._seed(own_seed(parsed, index)),
-                shared=shared.with_rows(self.engine.rows_of(parsed.prompt, negative)),
+                shared=shared.with_rows(self.engine.rows_of(*texts_of(parsed.prompt, shared), negative)),
                 clip_prompt=parsed.options.get("clip_prompt"),
                 source=source,
                 mask=line.mask or self.files.mask_of(number + index),
