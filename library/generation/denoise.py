@@ -101,7 +101,8 @@ class Setup:
     """A batch that is about to be drawn. An `Extension` may change anything in it before the loop begins.
 
     ``predict`` is ``unet`` unless something is wrapped around it. ``latents_BCHW`` carry the latent scale and the
-    sampler's starting noise. ``first_call``: the model calls before it are left out.
+    sampler's starting noise. ``first_call``: the model calls before it are left out. ``stage``: 1 in the second
+    stage of highres fix.
     """
 
     batch: Sequence[Job]
@@ -110,6 +111,7 @@ class Setup:
     predict: Predict
     generators: Sequence[torch.Generator]
     latents_BCHW: Tensor
+    stage: int = 0
     first_call: int = 0
     after_step: list[AfterStep] = field(default_factory=list["AfterStep"])
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from library.checkpoint.privacy import without_folders
+from library.generation.control import attach_control
 from library.generation.engine import Engine, EngineSettings
 from library.generation.grid import Sheet
 from library.generation.inputs import InputFiles, list_pictures
@@ -147,6 +148,7 @@ class Session:
                 vae_batch=draw.vae_batch_size,
             ),
         )
+        attach_control(self.engine, self.settings)
         usual = self.model.family.default_sample_size(self.model.parts)
         self.defaults: Defaults = defaults_of(self.settings, usual, self.model.family.picture_step)
         self.files = input_files(self.settings)
