@@ -42,12 +42,16 @@ class EngineSettings:
     vae_batch: float | None = None
 
 
+AfterDecode = Callable[[Sequence[Job], Tensor], Tensor]
+"""(jobs, pictures (B, 3, pixels, pixels) in -1..1) -> pictures to go on with."""
+
+
 @dataclass
 class Engine:
     """A loaded model with everything attached to it.
 
     ``before_batch`` are called with the jobs before their text is encoded (strengths of networks); ``extensions`` take
-    part in the drawing, in this order.
+    part in the drawing, in this order; ``after_decode`` change the pictures that come out of the VAE.
     """
 
     family: ModelFamily
@@ -56,6 +60,7 @@ class Engine:
     on_progress: Callable[[], None] = lambda: None
     before_batch: list[Callable[[Sequence[Job]], None]] = field(default_factory=list[Callable[[Sequence[Job]], None]])
     extensions: list[Extension] = field(default_factory=list[Extension])
+    after_decode: list[AfterDecode] = field(default_factory=list[AfterDecode])
     _texts: dict[tuple[int, tuple[float, ...]], ConditionCache] = field(default_factory=dict, repr=False)
 
     # ---- text
@@ -105,7 +110,7 @@ class Engine:
     @torch.no_grad()
     def draw(self, batch: Sequence[Job]) -> Tensor:
         """Pictures (B, 3, height, width) in -1..1, not clipped, float32, on the CPU."""
-        return self.decode(self.draw_latents(batch))
+        return self.finish(batch, self.draw_latents(batch))
 
     def draw_latents(self, batch: Sequence[Job]) -> Tensor:
         """Latents (B, C, H, W) of a batch, float32, carrying the latent scale."""
@@ -140,6 +145,13 @@ class Engine:
         """C, H, W of a picture's latents."""
         factor = self.family.latent_factor
         return (self.family.latent_channels, shared.height // factor, shared.width // factor)
+
+    def finish(self, batch: Sequence[Job], latents_BCHW: Tensor) -> Tensor:
+        """Pictures of the latents that were drawn for jobs."""
+        pictures_BCHW = self.decode(latents_BCHW)
+        for change in self.after_decode:
+            pictures_BCHW = change(batch, pictures_BCHW)
+        return pictures_BCHW
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Pictures of latents, through the VAE in small batches."""

@@ -13,6 +13,7 @@ from library.checkpoint.privacy import without_folders
 from library.generation.control import attach_control
 from library.generation.engine import Engine, EngineSettings
 from library.generation.grid import Sheet
+from library.generation.guidance import attach_guidance
 from library.generation.inputs import InputFiles, list_pictures
 from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle
 from library.generation.lines import parse_line
@@ -149,6 +150,7 @@ class Session:
             ),
         )
         attach_control(self.engine, self.settings)
+        attach_guidance(self.engine, self.settings[ControlOptions])
         usual = self.model.family.default_sample_size(self.model.parts)
         self.defaults: Defaults = defaults_of(self.settings, usual, self.model.family.picture_step)
         self.files = input_files(self.settings)

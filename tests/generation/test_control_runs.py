@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from library.models.load import Target
 from library.options.generation import ControlOptions
 from library.options.scripts import GEN_IMG
 from tests.control_fixtures import control_settings, guide_picture, toy_control, toy_engine, toy_job
-from tests.text_diffusion_fixtures import toy_parts
+from tests.text_diffusion_fixtures import toy_parts as fresh_parts
 from tests.toy import toy_spec, write_toy_checkpoint
 
+toy_parts = functools.cache(fresh_parts)
 SHORT = ("--steps", "3", "--sampler", "euler_a", "--W", "64", "--H", "64", "--scale", "4")
 
 

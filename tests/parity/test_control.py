@@ -5,16 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    MultiControlNetModel,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionXLControlNetPipeline,
-    StableDiffusionXLPipeline,
-)
 from PIL import Image
 
 from library.families.base import ModelParts
@@ -27,6 +21,7 @@ from tests.control_fixtures import as_floats, control_settings, guide_picture, t
 from tests.text_diffusion_fixtures import diffusers_pipeline, toy_parts
 from tests.toy import toy_spec, write_toy_checkpoint
 
+DIFFUSERS: Any = diffusers  # its classes' annotations are wrong in places
 SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -80,8 +75,10 @@ def compare(picture: np.ndarray, expected: np.ndarray, plain: np.ndarray, what: 
 def test_one_net_draws_diffusers_picture(family: str, prediction: str, tmp_path: Path) -> None:
     parts = toy_parts(family, prediction)
     nets, paths, guides = files(tmp_path, family, 1)
-    base = diffusers_pipeline(parts, DDIMScheduler(**SCHEDULER, prediction_type=prediction))
-    pipeline = StableDiffusionControlNetPipeline(**base.components, controlnet=nets[0], requires_safety_checker=False)
+    base = diffusers_pipeline(parts, DIFFUSERS.DDIMScheduler(**SCHEDULER, prediction_type=prediction))
+    pipeline = DIFFUSERS.StableDiffusionControlNetPipeline(
+        **base.components, controlnet=nets[0], requires_safety_checker=False
+    )
     pipeline.set_progress_bar_config(disable=True)
     own: Any = SdFamily(v2=family == "sd2")
     picture = ours(own, parts, paths, guides, "--control_net_multipliers", "0.7")
@@ -92,9 +89,9 @@ def test_one_net_draws_diffusers_picture(family: str, prediction: str, tmp_path:
 def test_two_nets_are_summed_as_diffusers_sums_them(tmp_path: Path) -> None:
     parts = toy_parts()
     nets, paths, guides = files(tmp_path, "sd1", 2)
-    base = diffusers_pipeline(parts, DDIMScheduler(**SCHEDULER))
-    pipeline = StableDiffusionControlNetPipeline(
-        **base.components, controlnet=MultiControlNetModel(nets), requires_safety_checker=False
+    base = diffusers_pipeline(parts, DIFFUSERS.DDIMScheduler(**SCHEDULER))
+    pipeline = DIFFUSERS.StableDiffusionControlNetPipeline(
+        **base.components, controlnet=DIFFUSERS.MultiControlNetModel(nets), requires_safety_checker=False
     )
     pipeline.set_progress_bar_config(disable=True)
     own = SdFamily()
@@ -109,9 +106,9 @@ def test_sdxl_draws_diffusers_picture(tmp_path: Path) -> None:
     parts = own.load(ModelOptions(pretrained_model_name_or_path=str(path)))
     own.save_diffusers(parts, tmp_path / "folder", None)
     nets, paths, guides = files(tmp_path, "sdxl", 1)
-    base: Any = StableDiffusionXLPipeline.from_pretrained(str(tmp_path / "folder"), local_files_only=True)
-    pipeline = StableDiffusionXLControlNetPipeline(
-        **{**base.components, "scheduler": DDIMScheduler(**SCHEDULER)}, controlnet=nets[0]
+    base: Any = DIFFUSERS.StableDiffusionXLPipeline.from_pretrained(str(tmp_path / "folder"), local_files_only=True)
+    pipeline = DIFFUSERS.StableDiffusionXLControlNetPipeline(
+        **{**base.components, "scheduler": DIFFUSERS.DDIMScheduler(**SCHEDULER)}, controlnet=nets[0]
     )
     pipeline.set_progress_bar_config(disable=True)
     picture = ours(own, parts, paths, guides)

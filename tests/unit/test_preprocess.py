@@ -26,7 +26,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def edges(path: Path, low: float, high: float) -> np.ndarray:
-    gray = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2GRAY)
+    gray = cv2.cvtColor(pixels(path), cv2.COLOR_RGB2GRAY)
     return np.stack([cv2.Canny(gray, low, high)] * 3, axis=2)
 
 
