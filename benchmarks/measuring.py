@@ -9,11 +9,16 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import psutil
+import torch
+from torch import Tensor
 
 MEGABYTE = 1e6
 
@@ -103,3 +108,82 @@ class PeakMemory:
     def _watch(self) -> None:
         while not self._done.wait(self._interval_s):
             self._look()
+
+
+class _Kept:
+    """One tensor as autograd keeps it; it lives as long as autograd needs it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class SavedBytes:
+    """The bytes that autograd keeps of the forward passes in the block until their backward passes.
+
+    Each storage counts once and as a whole, whatever number of views is kept of it; those of ``held`` (weights, which
+    are in memory anyway) do not count. The figure does not depend on the device. Of a checkpointed block only its
+    inputs are kept, and counted.
+    """
+
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+        self._held = {tensor.untyped_storage().data_ptr() for tensor in held}
+        self._kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.__exit__(kind, error, trace)
+
+    def _pack(self, tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor)
+        self._kept.add(kept)
+        return kept
+
+    @property
+    def total(self) -> int:
+        """What is kept at this moment: to be read before the backward pass."""
+        storages = [kept.tensor.untyped_storage() for kept in self._kept]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return sum(size for place, size in sizes.items() if place not in self._held)
+
+
+def saved_by_operation(result: Tensor, held: Iterable[Tensor] = ()) -> dict[str, int]:
+    """The bytes that the graph behind ``result`` keeps, most first, by the names of the operations that need them.
+
+    Counted as `SavedBytes` counts; a storage that several operations need stands under all their names. Not for graphs
+    with checkpointed blocks: looking at those computes them again.
+    """
+    held_places = {tensor.untyped_storage().data_ptr() for tensor in held}
+    sizes: dict[int, int] = {}
+    users: dict[int, set[str]] = {}
+    seen: set[Any] = {None}
+    waiting: list[Any] = [result.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        for tensor in _kept_by(node):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in held_places:
+                sizes[storage.data_ptr()] = storage.nbytes()
+                users.setdefault(storage.data_ptr(), set()).add(node.name().partition("Backward")[0].strip("_"))
+    totals: Counter[str] = Counter()
+    for place, size in sizes.items():
+        totals[" + ".join(sorted(users[place]))] += size
+    return dict(totals.most_common())
+
+
+def _kept_by(node: Any) -> Iterator[Tensor]:
+    """A node's tensors: torch's own operations have an attribute for each, functions in Python one for all."""
+    for name in dir(node):
+        if name.startswith("_saved_") or name == "saved_tensors":
+            value = getattr(node, name)
+            values: list[Any] = list(value) if isinstance(value, tuple | list) else [value]
+            yield from (one for one in values if isinstance(one, Tensor))

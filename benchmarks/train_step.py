@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +24,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measuring import alternate
 from benchmarks.random_models import DTYPES, SIZES, TOY, random_module
-from library.data.cache import FileState, LatentStore, target_of
-from library.data.dataset import TrainImages
-from library.data.records import (
-    BucketRules,
-    DatasetKind,
-    DatasetSpec,
-    Fit,
-    ImageRecord,
-    ResolvedDataset,
-    StepPlan,
-    SubsetSpec,
-)
-from library.diffusion.schedule import make_schedule
+from benchmarks.steps import MANY_STEPS, cached_images, optimizer_steps
 from library.families.base import ModelParts, ModelSource
 from library.families.sd import SdFamily
-from library.interrupt import StopRequest
 from library.models import build
-from library.options import LoopOptions
 from library.options.script import parse
 from library.options.scripts import TRAIN_NETWORK
 from library.options.settings import Settings
-from library.training.clock import Clock
-from library.training.guard import FiniteGuard
-from library.training.kinds.adapter import AdapterTraining
-from library.training.loop import Job, train_step
 from library.training.machine import open_machine
-from library.training.prepare import Models, make_step
-from library.training.setup import make_arrangement, make_optimizer, make_update
+from library.training.prepare import Models, attach
+from library.training.script import Script
 from library.training.trackers import Trackers
 
-IMAGES = 8
-MANY_STEPS = 100_000
+SCRIPT = Script(TRAIN_NETWORK, kind="library.training.kinds.adapter:AdapterTraining", tracker_name="benchmark")
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
@@ -70,23 +51,6 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     return parse(TRAIN_NETWORK, line.split())
 
 
-def cached_images(arguments: argparse.Namespace) -> TrainImages:
-    """A data set whose latents are in memory, all with one caption."""
-    size = (arguments.pixels, arguments.pixels)
-    fit = Fit(size, size, (0.0, 0.0, float(size[0]), float(size[1])), 0.0)
-    records = tuple(
-        ImageRecord(f"{index}.png", f"{index}.png", size, "a photo of a cat", 1, False, 0)
-        for index in range(max(IMAGES, arguments.batch))
-    )
-    spec = DatasetSpec(DatasetKind.DREAMBOOTH, arguments.batch, BucketRules(size), (SubsetSpec("images"),))
-    store = LatentStore("sd", "random")
-    generator = torch.Generator().manual_seed(1)
-    for record in records:
-        latents_CHW = torch.randn(4, arguments.pixels // 8, arguments.pixels // 8, generator=generator)
-        store.put(target_of(record, fit), FileState(0, 0), latents_CHW, None)
-    return TrainImages((ResolvedDataset(spec, records, (fit,) * len(records)),), store, seed=1)
-
-
 def our_step(arguments: argparse.Namespace, unet: Any) -> tuple[Callable[[], object], int]:
     """One optimizer step of the trainer per call, built as a run builds it; and the number of parameters that learn."""
     settings = settings_of(arguments)
@@ -96,28 +60,10 @@ def our_step(arguments: argparse.Namespace, unet: Any) -> tuple[Callable[[], obj
     vae = random_module(build.empty_vae(TOY.vae), dtype)  # with cached latents nothing calls it
     parts = ModelParts((encoder,), unet, vae, architecture, "epsilon", ModelSource("none", Path("none")))
     family = SdFamily()
-    trainable = AdapterTraining(settings, family, parts)
-    models = Models(family, parts, trainable, cached_images(arguments), text_learns=False)
-    arrangement, _ = make_arrangement(settings, models, machine, seed=1)
-    clock = Clock(MANY_STEPS, 1)
-    optimizer, facts = make_optimizer(settings, models, machine, clock)
-    step = make_step(settings, models, machine, make_schedule())
-    update = make_update(settings, models, machine, step, optimizer, facts)
-    guard = FiniteGuard(settings[LoopOptions].on_nan, has_scaler=False)
-    stop = StopRequest("stopping")
-    job = Job(clock, update.step, trainable, update, guard, arrangement.plan, arrangement.batches, (), stop, seed=1)
-    trainable.on_epoch_start()
-
-    def turns() -> Iterator[object]:
-        for epoch in range(1, MANY_STEPS):
-            plan: Sequence[StepPlan] = job.plan(epoch)
-            batches = job.batches(plan, clock)
-            for step_plan in plan:
-                yield train_step(job, step_plan, batches)
-                clock.advance()
-
-    run = turns()
-    return lambda: next(run), sum(p.numel() for p in trainable.trained_parameters())
+    trainable, learns = attach(SCRIPT, settings, family, parts, machine, seed=1)
+    images = cached_images(family.latent_space, arguments.pixels, arguments.batch)
+    models = Models(family, parts, trainable, images, learns)
+    return optimizer_steps(settings, models, machine), sum(p.numel() for p in trainable.trained_parameters())
 
 
 def bare_step(arguments: argparse.Namespace, unet: Any) -> tuple[Callable[[], object], int]:

@@ -1,11 +1,12 @@
-"""The protocol between the trainer and network modules (LoRA and others, built in or third-party).
+"""The protocol between trainer, generator and network modules (LoRA and others, built in or third-party).
 
-The trainer imports ``--network_module`` by name and uses only this surface, so ``library`` never imports ``networks``.
+They import ``--network_module`` by name and use only this surface, so ``library`` never imports ``networks``.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,7 +44,7 @@ class NetworkModule(Protocol):
 
 
 class Network(Protocol):
-    """What the trainer calls on a network; optional methods are looked up once, by `load_network_module`'s caller."""
+    """What every network has; what only some have is asked for with `optional_method`."""
 
     def apply_to(
         self, text_encoder: Any, unet: nn.Module, apply_text_encoder: bool = True, apply_unet: bool = True
@@ -97,3 +98,9 @@ def load_network_module(name: str) -> Any:
     if not callable(getattr(module, "create_network", None)):
         raise UserError(f"--network_module {name}: the module has no create_network function, it is no network module")
     return module
+
+
+def optional_method(network: Any, name: str) -> Callable[..., Any] | None:
+    """A method that the protocol leaves optional, or None; this is the one place that asks for it."""
+    method = getattr(network, name, None)
+    return method if callable(method) else None

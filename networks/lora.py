@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from networks.adapter import NO_DROPOUT, Adapter, AdapterSize, Dropouts, Factor
 from networks.lowrank import product_norm
 from networks.network import AdapterNetwork, build_network
 from networks.network_args import LoraArgs, read_lora_args
+from networks.strengths import ARGUMENTS, PartStrengths, read_strengths
 from networks.targets import Target, TextEncoders, block_layout, find_targets
 from networks.weights import WeightTable, read_weights, to_weight_table
 
@@ -80,16 +81,15 @@ class LoraAdapter(Adapter):
         down, up = self._down["weight"], self._up["weight"]
         assert down is not None
         assert up is not None
+        is_dropping = self.training and self.dropouts is not NO_DROPOUT
+        if not (self._is_conv or is_dropping):
+            rows_NO, rows_NI = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+            return cast(Tensor, _AddLowRank.apply(rows_NO, rows_NI, down, up, self.factor)).view(y.shape)
         if down.dtype is not y.dtype:
             down, up = down.to(y.dtype), up.to(y.dtype)
-        is_dropping = self.training and self.dropouts is not NO_DROPOUT
-        if self._is_conv or is_dropping:
-            hidden = self._operate(x, down)
-            hidden = self._dropped(hidden) if is_dropping else hidden * self.factor
-            return y + (F.conv2d(hidden, up) if self._is_conv else F.linear(hidden, up))
-        # one fused product, scale and sum on the flattened tokens
-        hidden = F.linear(x.reshape(-1, x.shape[-1]), down)
-        return torch.addmm(y.reshape(-1, y.shape[-1]), hidden, up.t(), alpha=self.factor).view(y.shape)
+        hidden = self._operate(x, down)
+        hidden = self._dropped(hidden) if is_dropping else hidden * self.factor
+        return y + (F.conv2d(hidden, up) if self._is_conv else F.linear(hidden, up))
 
     def _dropped(self, hidden: Tensor) -> Tensor:
         """Rank activations, (B, ..., R) or (B, R, H, W), after the dropouts and times the strength."""
@@ -102,6 +102,30 @@ class LoraAdapter(Adapter):
             hidden = hidden * kept_BR.view(spread)
             factor /= 1.0 - self.dropouts.rank
         return hidden * factor
+
+
+class _AddLowRank(torch.autograd.Function):
+    """y (N, O) + factor · up · down · x (N, I), one fused product, scale and sum.
+
+    Factors of another type than ``y`` are cast once more in the backward pass: autograd would keep the cast copies of
+    all adapters until then, with float32 factors half of what the whole network takes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, down: Tensor, up: Tensor, factor: float) -> Tensor:  # pyright: ignore
+        hidden_NR = F.linear(x, down.to(y.dtype))
+        ctx.save_for_backward(x, hidden_NR, down, up)
+        ctx.factor = factor
+        return torch.addmm(y, hidden_NR, up.to(y.dtype).t(), alpha=factor)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        x, hidden_NR, down, up = ctx.saved_tensors
+        of_hidden_NR = (grad_NO @ up.to(grad_NO.dtype)).mul_(ctx.factor)
+        of_x = of_hidden_NR @ down.to(grad_NO.dtype) if ctx.needs_input_grad[1] else None
+        of_up = (grad_NO.t() @ hidden_NR).mul_(ctx.factor) if ctx.needs_input_grad[3] else None
+        of_down = of_hidden_NR.t() @ x if ctx.needs_input_grad[2] else None
+        return grad_NO, of_x, of_down, of_up, None
 
 
 def create_network(
@@ -146,9 +170,14 @@ def create_network_from_weights(
     """A network with the layers, ranks and alphas of a file (or of ``weights_sd``), and the file's tensors.
 
     The tensors are not loaded yet: `load_weights` after `apply_to`, or `merge_to`, does that. Dropouts and block
-    learning-rate factors are taken from the arguments. Raises UserError if the file has layers that the model lacks.
+    learning-rate factors are taken from the arguments. Raises UserError if the file has layers that the model lacks;
+    ``for_inference``: only if it has no other ones, and the arguments may say how strong it is in the model's parts.
     """
-    args = read_lora_args(network_args, layout=block_layout(unet))
+    layout, strengths = block_layout(unet), PartStrengths()
+    if for_inference:
+        strengths = read_strengths(network_args, layout, "networks.lora")
+        network_args = {key: value for key, value in network_args.items() if key not in ARGUMENTS}
+    args = read_lora_args(network_args, layout=layout)
     if args.sizes_given():
         logger.warning("--network_args %s: the file decides ranks and alphas", ", ".join(args.sizes_given()))
     source = file or "the given weights"
@@ -167,8 +196,12 @@ def create_network_from_weights(
         multiplier=multiplier,
         dropouts=NO_DROPOUT if for_inference else _dropouts(args, neuron_dropout),
         factors=args.block_factors,
+        strengths=strengths,
     )
-    network.require_known(table)
+    if for_inference:
+        table = network.keep_known(table)
+    else:
+        network.require_known(table)
     return network, table.flat()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from library.log import UserError
 from networks.adapter import NO_DROPOUT, Adapter, AdapterSize, Dropouts
 from networks.block_weights import BlockFactors
+from networks.strengths import PartStrengths
 from networks.targets import Part, Target
 from networks.weights import WeightTable, read_weights, to_weight_table, write_weights
 
@@ -56,6 +57,7 @@ def build_network(
     multiplier: float = 1.0,
     dropouts: Dropouts = NO_DROPOUT,
     factors: BlockFactors | None = None,
+    strengths: PartStrengths | None = None,
 ) -> AdapterNetwork:
     """Make an adapter of one type for every target layer that ``size_of`` gives a size.
 
@@ -66,7 +68,9 @@ def build_network(
         size = size_of(target)
         if size is not None:
             placed.append(Placed(target, adapter_type(target.name, target.layer, size, multiplier, dropouts)))
-    return AdapterNetwork(adapter_type, placed, factors)
+    network = AdapterNetwork(adapter_type, placed, factors, strengths)
+    network.set_multiplier(multiplier)
+    return network
 
 
 class AdapterNetwork(nn.Module):
@@ -78,7 +82,11 @@ class AdapterNetwork(nn.Module):
     casts_itself = True  # right without autocast, whatever the types of layers and adapters are
 
     def __init__(
-        self, adapter_type: type[Adapter], placed: Sequence[Placed], factors: BlockFactors | None = None
+        self,
+        adapter_type: type[Adapter],
+        placed: Sequence[Placed],
+        factors: BlockFactors | None = None,
+        strengths: PartStrengths | None = None,
     ) -> None:
         super().__init__()
         names = [entry.target.name for entry in placed]
@@ -87,6 +95,7 @@ class AdapterNetwork(nn.Module):
         self._adapter_type = adapter_type
         self._placed = tuple(placed)
         self._factors = factors
+        self._strengths = strengths or PartStrengths()
         self._frozen: frozenset[str] = frozenset()
         self._applied: tuple[Placed, ...] = ()
 
@@ -154,7 +163,7 @@ class AdapterNetwork(nn.Module):
     def set_multiplier(self, multiplier: float) -> None:
         """Strength of all adapters from the next forward pass on; 1 is as trained."""
         for entry in self._placed:
-            entry.adapter.multiplier = multiplier
+            entry.adapter.multiplier = multiplier * self._strengths.of(entry.target)
 
     # ---- weights
 
@@ -167,6 +176,29 @@ class AdapterNetwork(nn.Module):
         if report.fresh:
             logger.warning("%s", report)
         return report
+
+    def keep_known(self, table: WeightTable) -> WeightTable:
+        """The modules of a file that an adapter of this network stands for; a warning says what is left out.
+
+        Raises UserError if nothing is left.
+        """
+        known = {entry.target.name for entry in self._placed}
+        kept = {name: tensors for name, tensors in table.modules.items() if name in known}
+        left_out = [name for name in table.modules if name not in known]
+        if not kept:
+            raise UserError(
+                f"{table.source}: none of its {len(left_out)} layers exists in this model, first {left_out[0]}; it was "
+                "made for another base model"
+            )
+        if left_out:
+            logger.warning(
+                "%s: %d of its %d layers do not exist in this model and are left out, first %s",
+                table.source,
+                len(left_out),
+                len(table.modules),
+                left_out[0],
+            )
+        return WeightTable(kept, table.source, table.metadata)
 
     def require_known(self, table: WeightTable) -> None:
         """Raise UserError if a file has modules that no adapter of this network stands for."""

@@ -245,8 +245,8 @@ class _PickleFile(ModelFile):
 def open_model_file(path: StrPath) -> ModelFile:
     """Open a safetensors file or a torch pickle (.ckpt, .pt, .bin ...); the content decides, not the extension.
 
-    A pickle's ``state_dict`` entry is unwrapped. Raises UserError for a missing or cut file, and for a pickle that
-    would run code.
+    A pickle's ``state_dict`` entry (of an embedding ``string_to_param``) is unwrapped. Raises UserError for a missing
+    or cut file, and for a pickle that would run code.
     """
     return _SafetensorsFile(Path(path)) if is_safetensors(path) else _PickleFile(Path(path))
 
@@ -314,25 +314,29 @@ def _byte_count(info: TensorInfo) -> int:
 
 # Classes that trainers left in the bookkeeping of old checkpoints beside the tensors. They are replaced by an empty
 # shell, never imported, so no code of theirs runs.
-_INERT_PREFIXES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.", "omegaconf.")
+_INERT_PREFIXES = (
+    *("pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.", "omegaconf."),
+    "torch.nn.modules.container.ParameterDict",
+)
 
 
 class _Shell(dict[Any, Any]):
-    """Stands in for an object of no interest in a pickle."""
+    """Stands in for an object of a pickle; of a ParameterDict (old embedding files) it keeps the tensors."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
 
-    def __setstate__(self, _: Any) -> None:
-        pass
+    def __setstate__(self, state: Any) -> None:
+        self.update(state.get("_parameters", {}) if isinstance(state, dict) else {})
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     import torch
 
     loaded = _unpickle(path)
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
+    for wrapper in ("state_dict", "string_to_param"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds no state dict, it is not a model file")
     return {str(key): value for key, value in loaded.items() if isinstance(value, torch.Tensor)}

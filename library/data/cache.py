@@ -288,21 +288,24 @@ class LatentStore:
         return same
 
 
-def describe_notes(notes: StoreNotes) -> list[str]:
-    """One line for each kind of thing that the user should know about the archives found."""
+def describe_notes(notes: StoreNotes, what: str = "latent", maker: str = "another VAE") -> list[str]:
+    """One line for each kind of thing that the user should know about the archives found.
+
+    ``what`` is kept in them, ``maker`` is what may have made those that do not say so.
+    """
     lines: list[str] = []
     counts = Counter(notes.foreign)
     if counts:
         lines.append(
-            f"{len(counts)} latent archives without a fingerprint were used (written by another program, first: "
-            f"{next(iter(counts))}); delete them if they were made with another VAE"
+            f"{len(counts)} {what} archives without a fingerprint were used (written by another program, first: "
+            f"{next(iter(counts))}); delete them if they were made with {maker}"
         )
     if notes.broken:
         lines.append(
-            f"{len(notes.broken)} latent archives were unreadable and are made again (first: {notes.broken[0]})"
+            f"{len(notes.broken)} {what} archives were unreadable and are made again (first: {notes.broken[0]})"
         )
     if notes.stale:
         lines.append(
-            f"{len(notes.stale)} latent archives were out of date and are made again (first: {notes.stale[0]})"
+            f"{len(notes.stale)} {what} archives were out of date and are made again (first: {notes.stale[0]})"
         )
     return lines

@@ -1,4 +1,4 @@
-"""npz archives of the latent cache, opened member by member. What an archive means is decided in `cache`.
+"""npz archives of the caches, opened member by member. What an archive means is decided in `cache` and `text_cache`.
 
 Archives come from us, from the reference, or from a killed process of either: everything read is checked for size and
 form, nothing is unpickled, and whatever cannot be read is `BrokenArchive`.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class BrokenArchive(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ArchiveFacts:
-    """What an archive says about itself, read without its latents.
+    """What an archive says about itself, read without its large members.
 
     ``fingerprint``: what our own archives record, None in others'. ``shapes``: array shape by member name; only for
     archives without a fingerprint, as ours have the shapes that their fingerprint tells.
@@ -77,7 +77,9 @@ def read_facts(path: Path) -> ArchiveFacts | None:
         with zipfile.ZipFile(path) as archive:
             names = frozenset(name[:-4] for name in archive.namelist() if name.endswith(".npy"))
             if FINGERPRINT in names:
-                return ArchiveFacts(names, _parse(str(_read(archive, FINGERPRINT, _MAX_SMALL_BYTES))), {}, None)
+                return ArchiveFacts(
+                    names, parse_fingerprint(str(_read(archive, FINGERPRINT, _MAX_SMALL_BYTES))), {}, None
+                )
             shapes = {name: _shape(archive, name) for name in names}
             size = _read(archive, ORIGINAL_SIZE, _MAX_SMALL_BYTES) if ORIGINAL_SIZE in names else None
             original = (int(size[0]), int(size[1])) if size is not None and size.shape == (2,) else None
@@ -92,9 +94,14 @@ def read_facts(path: Path) -> ArchiveFacts | None:
 
 def read_array(path: Path, name: str) -> NDArray[Any]:
     """One member as an array; nothing else of the archive is read. Raises `BrokenArchive`."""
+    return read_members(path, (name,))[name]
+
+
+def read_members(path: Path, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+    """The named members as arrays. Raises `BrokenArchive`."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return _read(archive, name, _MAX_MEMBER_BYTES)
+            return {name: _read(archive, name, _MAX_MEMBER_BYTES) for name in names}
     except OSError as error:
         raise BrokenArchive(f"{path}: {error}", is_damaged=False) from error
     except _FORM_ERRORS as error:
@@ -139,7 +146,8 @@ def _read(archive: zipfile.ZipFile, name: str, most_bytes: int) -> NDArray[Any]:
         return array
 
 
-def _parse(text: str) -> dict[str, Any]:
+def parse_fingerprint(text: str) -> dict[str, Any]:
+    """A fingerprint from its member's text. Raises ValueError."""
     fingerprint = json.loads(text)
     if not isinstance(fingerprint, dict):
         raise ValueError("the fingerprint is no table")

@@ -25,8 +25,11 @@ def render(text: str, rules: CaptionRules, clock: CaptionClock, rng: random.Rand
 
     ``rng`` is the visit's own generator. A dropped caption is the empty text and no further rule acts on it.
     """
-    if is_dropped(rules, clock, rng):
-        return ""
+    return "" if is_dropped(rules, clock, rng) else render_kept(text, rules, clock, rng)
+
+
+def render_kept(text: str, rules: CaptionRules, clock: CaptionClock, rng: random.Random) -> str:
+    """The caption of a visit that does not drop it."""
     text = add_prefix_and_suffix(text, rules)
     if rules.enable_wildcard:
         text = choose_wildcards(text, rng)

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from library.data.cache import LatentStore, target_of
-from library.data.captions import render
+from library.data.caption_variants import choose_caption
 from library.data.images import (
     UnreadableImage,
     center_crop_left_top,
@@ -63,6 +63,7 @@ class TrainImages:
     ``store``: latents made before; a data set all of whose images are in it gives latents, any other gives pixels.
     ``on_bad_image``: an image that cannot be decoded stops the run ("error"), or its place is taken by another
     image of the same batch that does not count ("skip"); ``bad_images`` then maps its path to the reason.
+    ``caption_variants``: forms prepared of each caption that varies, of which a visit takes one; 0: any form.
     """
 
     def __init__(
@@ -71,12 +72,14 @@ class TrainImages:
         store: LatentStore | None,
         seed: int,
         on_bad_image: OnBadImage = "error",
+        caption_variants: int = 0,
     ) -> None:
         self.datasets = tuple(datasets)
         self.bad_images: dict[str, str] = {}
         self._store = store
         self._seed = seed
         self._on_bad_image: OnBadImage = on_bad_image
+        self._caption_variants = caption_variants
         self._lock = threading.Lock()
         self._gives_latents = tuple(
             store is not None
@@ -188,7 +191,9 @@ class TrainImages:
             for record, (sample, _) in zip(records, loaded, strict=True)
         ]
         captions = [
-            render(record.caption, resolved.subset_of(record).captions, clock, stream(seed, "caption"))
+            choose_caption(
+                record, resolved.subset_of(record).captions, clock, stream(seed, "caption"), self._caption_variants
+            )
             for record, seed in zip(records, seeds, strict=True)
         ]
         data = torch.stack([picture.data for picture in pictures])

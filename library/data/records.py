@@ -43,14 +43,17 @@ class CaptionRules:
     @property
     def is_random(self) -> bool:
         """True if the rendered caption may differ from one visit of an image to the next."""
-        return (
-            self.shuffle_caption
-            or self.enable_wildcard
-            or self.caption_dropout_rate > 0
-            or self.caption_dropout_every_n_epochs > 0
-            or self.caption_tag_dropout_rate > 0
-            or self.token_warmup_step > 0
-        )
+        return self.is_varied or self.can_drop or self.token_warmup_step > 0
+
+    @property
+    def can_drop(self) -> bool:
+        """True if a visit may leave the whole caption empty."""
+        return self.caption_dropout_rate > 0 or self.caption_dropout_every_n_epochs > 0
+
+    @property
+    def is_varied(self) -> bool:
+        """True if draws may give a caption that is not dropped another text from one visit to the next."""
+        return self.shuffle_caption or self.enable_wildcard or self.caption_tag_dropout_rate > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,7 @@ class ImageRecord:
     """One image of a data set. ``key`` is unique in the run; ``subset`` is the index in the data set's subsets.
 
     ``size`` is the true size in pixels after EXIF orientation. ``caption`` is the stored text, before any rule.
+    ``caption_path`` is the file that it was read from, None if it is the folder's class tokens.
     ``train_resolution`` and ``npz_path`` come from a metadata JSON (latents prepared ahead).
     """
 
@@ -133,6 +137,7 @@ class ImageRecord:
     has_caption: bool = True
     train_resolution: Size | None = None
     npz_path: str | None = None
+    caption_path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

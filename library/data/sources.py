@@ -134,6 +134,7 @@ class _Search:
                     is_reg=subset.is_reg,
                     subset=number,
                     has_caption=caption is not None,
+                    caption_path=place + caption_name if caption_name is not None else None,
                 )
             )
         self._refuse_captionless(subset, found, content, extensions)
@@ -267,6 +268,7 @@ def _finetune_record(entry: Entry, files: FoundFiles, subset: SubsetSpec, key: s
         has_caption=bool(entry.caption),
         train_resolution=entry.train_resolution,
         npz_path=files.npz_path,
+        caption_path=os.path.expanduser(subset.name),
     )
 
 

@@ -16,6 +16,7 @@ from library.data.spec_lines import Where
 
 _TOP_LEVEL = ("general", "datasets")
 _REQUIRED = {DatasetKind.DREAMBOOTH: "image_dir", DatasetKind.FINETUNE: "metadata_file"}
+_VARYING = ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate")
 _LEVEL_NAMES: dict[Level, str] = {"general": "[general]", "dataset": "[[datasets]]", "subset": "[[datasets.subsets]]"}
 
 
@@ -156,4 +157,25 @@ def uncacheable_subsets(specs: Sequence[DatasetSpec]) -> tuple[str, ...]:
                 lines.append(
                     f"{subset.name}: {' and '.join(names)} cannot go with cached latents; switch one of them off"
                 )
+    return tuple(lines)
+
+
+def uncacheable_captions(specs: Sequence[DatasetSpec], variants: int) -> tuple[str, ...]:
+    """One line for each subset whose captions cannot all be known ahead, so that what the text encoders make of them
+    cannot be cached. ``variants``: prepared forms of each caption, 0 if none were asked for.
+    """
+    lines: list[str] = []
+    for subset in (subset for spec in specs for subset in spec.subsets):
+        rules = subset.captions
+        names = [name for name in _VARYING if getattr(rules, name)] if rules.is_varied and not variants else []
+        if names:
+            lines.append(
+                f"{subset.name}: {' and '.join(names)} cannot go with cached text encoder outputs unless a number of "
+                "caption forms is prepared: add --cache_text_encoder_outputs_variants, or switch off what varies"
+            )
+        if rules.token_warmup_step > 0:
+            lines.append(
+                f"{subset.name}: token_warmup_step makes captions depend on the step, so text encoder outputs cannot "
+                "be cached; switch one of them off"
+            )
     return tuple(lines)

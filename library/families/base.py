@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from library.checkpoint.hashes import FileHashes, file_hashes
 from library.log import UserError
-from library.models.spec import ArchitectureSpec, PredictionType
+from library.models.spec import ArchitectureSpec, PredictionType, TextEncoderSpec
 from library.text.tokens import TextSettings, TokenRows
 
 if TYPE_CHECKING:
@@ -187,11 +187,26 @@ class ModelFamily(ABC):
         """Only the VAE of what the options name: for caching latents ahead of time."""
 
     @abstractmethod
+    def load_text_encoders(
+        self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> tuple[tuple[nn.Module, ...], tuple[TextEncoderSpec, ...]]:
+        """Only the text encoders of what the options name, and what they are: for encoding captions ahead of time."""
+
+    @abstractmethod
     def reload(self, parts: ModelParts, names: Collection[str], dtype: torch.dtype) -> ModelParts:
         """The same model with the parts of these names read anew from where they came from, on the CPU.
 
         Raises UserError if that is there no more.
         """
+
+    @property
+    @abstractmethod
+    def tokenizers(self) -> tuple[Any, ...]:
+        """One per text encoder."""
+
+    @abstractmethod
+    def with_tokenizers(self, tokenizers: Sequence[Any]) -> ModelFamily:
+        """The same family with other tokenizers; this one keeps its own."""
 
     @abstractmethod
     def tokenize(self, captions: Sequence[str], settings: TextSettings) -> TokenBatch:

@@ -5,6 +5,7 @@ Shape legend: B samples, C latent channels, H W latent height and width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -58,6 +59,11 @@ class SdFamily(StableDiffusionFamily):
     @property
     def tokenizers(self) -> tuple[CLIPTokenizer, ...]:
         return (self.tokenizer,)
+
+    def with_tokenizers(self, tokenizers: Sequence[Any]) -> SdFamily:
+        other = copy.copy(self)
+        (other.tokenizer,) = tokenizers
+        return other
 
     def _advice(self, found: ArchitectureSpec) -> str:
         if found.family == "sdxl":

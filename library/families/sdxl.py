@@ -6,6 +6,7 @@ width, C latent channels, H W latent height and width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -64,8 +65,17 @@ class SdxlFamily(StableDiffusionFamily):
         folder = self._tokenizer_cache_dir
         return clip_tokenizer(EOS_ID, folder, SD1_TOKENIZER), clip_tokenizer(0, folder, SECOND_TOKENIZER)
 
+    def with_tokenizers(self, tokenizers: Sequence[Any]) -> SdxlFamily:
+        first, second = tokenizers
+        other = copy.copy(self)
+        other._both_tokenizers = (first, second)
+        return other
+
     def _advice(self, found: ArchitectureSpec) -> str:
-        return "this script is for SDXL; use the script of the same kind without sdxl_ in its name"
+        return (
+            "this script is for SDXL; for Stable Diffusion 1.x and 2.x use the script without sdxl_ in its name (there,"
+            " text encoder outputs are remembered in memory and need no cache)"
+        )
 
     # ---- text
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 
 from library import hub
 from library.families.base import ModelFamily, ModelParts, ModelSource
@@ -17,7 +18,7 @@ from library.log import UserError
 from library.models import build, load
 from library.models.load import Recognised, Target
 from library.models.save import save_folder, save_single_file, whole_folder
-from library.models.spec import FAMILY_TITLES, ArchitectureSpec, PredictionType
+from library.models.spec import FAMILY_TITLES, ArchitectureSpec, PredictionType, TextEncoderSpec
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -97,6 +98,14 @@ class StableDiffusionFamily(ModelFamily):
         source, found = self._find(options)
         modules = load.load_parts(source.path, found.spec, {"vae": Target(dtype, device)})
         return cast("AutoencoderKL", modules["vae"])
+
+    def load_text_encoders(
+        self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> tuple[tuple[nn.Module, ...], tuple[TextEncoderSpec, ...]]:
+        source, found = self._find(options)
+        names = found.spec.text_parts
+        modules = load.load_parts(source.path, found.spec, {name: Target(dtype, device) for name in names})
+        return tuple(modules[name] for name in names), found.spec.text_encoders
 
     def reload(self, parts: ModelParts, names: Collection[str], dtype: torch.dtype) -> ModelParts:
         target = Target(dtype)

@@ -48,16 +48,26 @@ class Use:
         return self.multiplier != 0 and self.ratio >= share
 
 
-def attach_control(engine: Engine, settings: Settings) -> None:
-    """Load the nets that the options name and let them take part in drawing. Raises UserError."""
-    options = settings[ControlOptions]
-    only_first_stage = settings[HighresOptions].highres_fix_disable_control_net
+def check_control(options: ControlOptions) -> list[Use]:
+    """How each net is used, without loading anything. Raises UserError for what cannot work."""
     nets, small = options.control_net_models or (), options.control_net_lllite_models or ()
     if nets and small:
         raise UserError("--control_net_models and --control_net_lllite_models cannot be used together; leave one out")
-    if not nets and not small:
+    for name in nets:
+        _existing(name, "--control_net_models")
+    for name in small:
+        _existing(name, "--control_net_lllite_models")
+    return uses_of(options, len(nets or small))
+
+
+def attach_control(engine: Engine, settings: Settings) -> None:
+    """Load the nets that the options name and let them take part in drawing. Raises UserError."""
+    options = settings[ControlOptions]
+    uses = check_control(options)
+    if not uses:
         return
-    uses = uses_of(options, len(nets or small))
+    only_first_stage = settings[HighresOptions].highres_fix_disable_control_net
+    nets, small = options.control_net_models or (), options.control_net_lllite_models or ()
     target = Target(engine.settings.dtype, engine.settings.device)
     if small:
         adapters = [load_lllite(_existing(name, "--control_net_lllite_models"), engine.parts.unet) for name in small]

@@ -100,9 +100,10 @@ class GuidedUNet:
 class Setup:
     """A batch that is about to be drawn. An `Extension` may change anything in it before the loop begins.
 
-    ``predict`` is ``unet`` unless something is wrapped around it. ``latents_BCHW`` carry the latent scale and the
-    sampler's starting noise. ``first_call``: the model calls before it are left out. ``stage``: 1 in the second
-    stage of highres fix.
+    ``steps`` is ``sampler`` and ``predict`` is ``unet`` unless something is wrapped around it. ``latents_BCHW`` carry
+    the latent scale and the sampler's starting noise, ``noise_BCHW`` is that noise itself. ``first_call``: the model
+    calls before it are left out. ``stage``: 1 in the second stage of highres fix. ``clean_BCHW``: latents of a given
+    picture to begin from, if there are any.
     """
 
     batch: Sequence[Job]
@@ -111,7 +112,10 @@ class Setup:
     predict: Predict
     generators: Sequence[torch.Generator]
     latents_BCHW: Tensor
+    sampler: Sampler
+    noise_BCHW: Tensor
     stage: int = 0
+    clean_BCHW: Tensor | None = None
     first_call: int = 0
     after_step: list[AfterStep] = field(default_factory=list["AfterStep"])
 
@@ -153,11 +157,12 @@ def starting_noise(shape_CHW: Sequence[int], generators: Sequence[torch.Generato
 
 
 def start_from(sampler: Sampler, clean_BCHW: Tensor, noise_BCHW: Tensor, strength: float) -> tuple[Tensor, int]:
-    """Noisy latents to begin with for a given picture, and the first model call.
+    """Noisy latents to begin with for a given picture, and the first model call, at which the sampler then begins.
 
-    The noise has the level of the first step that is taken; strength 1 takes all steps.
+    The noise has the level of the first step that is taken; strength 1 takes all steps, strength 0 none.
     """
     first = sampler.first_call(strength)
     if first >= len(sampler.timesteps):
         return clean_BCHW, first
+    sampler.begin_at(first)
     return sampler.add_noise(clean_BCHW, noise_BCHW, first), first

@@ -19,7 +19,7 @@ from library.diffusion.schedule import NoiseSchedule
 from library.families.base import Geometry, ModelFamily, ModelParts, TextCondition
 from library.generation.denoise import Denoising, Extension, Guidance, GuidedUNet, Setup, starting_noise
 from library.generation.jobs import Job, Shared
-from library.generation.pipeline import decode
+from library.generation.pipeline import decode, encode
 from library.generation.samplers import make_sampler
 from library.text.encode import ConditionCache
 from library.text.tokens import CHUNK_TOKENS, TextSettings
@@ -50,14 +50,16 @@ AfterDecode = Callable[[Sequence[Job], Tensor], Tensor]
 class Engine:
     """A loaded model with everything attached to it.
 
-    ``before_batch`` are called with the jobs before their text is encoded (strengths of networks); ``extensions`` take
-    part in the drawing, in this order; ``after_decode`` change the pictures that come out of the VAE.
+    ``before_batch`` are called with the jobs before their text is encoded; ``extensions`` take part in the drawing, in
+    this order. ``set_multipliers`` gives the networks their strengths: before a text is encoded and before drawing.
+    ``after_decode`` change the pictures that come out of the VAE.
     """
 
     family: ModelFamily
     parts: ModelParts
     settings: EngineSettings
     on_progress: Callable[[], None] = lambda: None
+    set_multipliers: Callable[[Sequence[float]], None] = lambda multipliers: None
     before_batch: list[Callable[[Sequence[Job]], None]] = field(default_factory=list[Callable[[Sequence[Job]], None]])
     extensions: list[Extension] = field(default_factory=list[Extension])
     after_decode: list[AfterDecode] = field(default_factory=list[AfterDecode])
@@ -74,7 +76,7 @@ class Engine:
         """The condition of texts, one row each; every text is encoded once for each strength of the networks."""
         key = (shared.rows, shared.multipliers)
         if key not in self._texts:
-            self._texts[key] = ConditionCache(lambda captions: self._encode(captions, shared.rows))
+            self._texts[key] = ConditionCache(lambda captions: self._encode(captions, shared))
         hidden_BTD, pooled_BP = self._texts[key](texts)
         assert hidden_BTD is not None
         return TextCondition(hidden_BTD, pooled_BP)
@@ -88,22 +90,25 @@ class Engine:
             normalize=self.settings.normalize,
         )
 
-    def _encode(self, captions: Sequence[str], rows: int) -> tuple[Tensor | None, ...]:
-        settings = self._text_settings(rows)
+    def _encode(self, captions: Sequence[str], shared: Shared) -> tuple[Tensor | None, ...]:
+        self.set_multipliers(shared.multipliers)
+        settings = self._text_settings(shared.rows)
         tokens = self.family.tokenize(list(captions), settings)
         condition = self.family.encode(self.parts.text_encoders, tokens, settings)
         condition = condition.to(self.settings.device, self.settings.dtype)
         return condition.hidden_BTD, condition.pooled_BP
 
     def condition(self, batch: Sequence[Job]) -> TextCondition:
-        """The condition of all copies: negative prompts, prompts, empty prompts."""
-        guidance = guidance_of(batch[0].shared)
-        texts = [job.prompt for job in batch]
-        if guidance.copies > 1:
-            texts = [job.negative_prompt for job in batch] + texts
-        if guidance.copies > 2:
-            texts += [""] * len(batch)
-        return self.encode(texts, batch[0].shared)
+        """The condition of all copies: negative prompts, prompts (the last sub-prompts), empty prompts."""
+        shared = batch[0].shared
+        copies = guidance_of(shared).copies
+        prompts = self.encode([job.texts[-1] for job in batch], shared.for_text(shared.parts - 1))
+        if copies == 1:
+            return prompts
+        negative = self.encode([job.negative_prompt for job in batch], shared.for_text(None))
+        if copies == 2:
+            return _joined(negative, prompts)
+        return _joined(negative, prompts, self.encode([""] * len(batch), shared.for_text(None)))
 
     # ---- pictures
 
@@ -112,8 +117,13 @@ class Engine:
         """Pictures (B, 3, height, width) in -1..1, not clipped, float32, on the CPU."""
         return self.finish(batch, self.draw_latents(batch))
 
-    def draw_latents(self, batch: Sequence[Job]) -> Tensor:
-        """Latents (B, C, H, W) of a batch, float32, carrying the latent scale."""
+    @torch.no_grad()
+    def draw_latents(self, batch: Sequence[Job], stage: int = 0, clean_BCHW: Tensor | None = None) -> Tensor:
+        """Latents (B, C, H, W) of a batch, float32, carrying the latent scale.
+
+        ``clean_BCHW``: such latents to begin from, in place of what the jobs begin from. ``stage``: 1 in the second
+        stage of highres fix.
+        """
         shared = batch[0].shared
         device = self.settings.device
         generators = [torch.Generator("cpu").manual_seed(job.seed) for job in batch]
@@ -131,11 +141,24 @@ class Engine:
             guidance,
             self.settings.dtype,
         )
-        setup = Setup(batch, sampler, unet, unet, generators, noise_BCHW * sampler.initial_scale)
+        latents_BCHW = noise_BCHW * sampler.initial_scale
+        setup = Setup(
+            batch,
+            sampler,
+            unet,
+            unet,
+            generators,
+            latents_BCHW,
+            sampler,
+            noise_BCHW,
+            stage=stage,
+            clean_BCHW=clean_BCHW,
+        )
         with ExitStack() as stack:
             for extension in self.extensions:
                 stack.enter_context(extension(setup))
             unet.steps = setup.steps
+            self.set_multipliers(shared.multipliers)
             run = Denoising(
                 setup.steps, setup.predict, generators, setup.first_call, setup.after_step, self.on_progress
             )
@@ -146,6 +169,7 @@ class Engine:
         factor = self.family.latent_factor
         return (self.family.latent_channels, shared.height // factor, shared.width // factor)
 
+    @torch.no_grad()
     def finish(self, batch: Sequence[Job], latents_BCHW: Tensor) -> Tensor:
         """Pictures of the latents that were drawn for jobs."""
         pictures_BCHW = self.decode(latents_BCHW)
@@ -158,6 +182,32 @@ class Engine:
         size = vae_batch_size(self.settings.vae_batch, len(latents_BCHW))
         pictures = [decode(self.family, self.parts, part, self.settings.device) for part in latents_BCHW.split(size)]
         return torch.cat(pictures)
+
+    def encode_pictures(self, pictures_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Latents (B, C, H, W) of pictures in -1..1, carrying the latent scale, drawn from the VAE's posterior: each
+        with its own generator.
+        """
+        mean_BCHW, std_BCHW = self.posterior(pictures_BCHW)
+        return self.sample_posterior(mean_BCHW, std_BCHW, generators)
+
+    def posterior(self, pictures_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents of pictures, without the latent scale, float32, on the CPU."""
+        size = vae_batch_size(self.settings.vae_batch, len(pictures_BCHW))
+        found = [encode(self.family, self.parts, part, self.settings.device) for part in pictures_BCHW.split(size)]
+        mean_BCHW, std_BCHW = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return mean_BCHW, std_BCHW
+
+    def sample_posterior(self, mean_BCHW: Tensor, std_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Latents that carry the latent scale, on the device."""
+        noise_BCHW = starting_noise(mean_BCHW.shape[1:], generators, torch.device("cpu"))
+        return ((mean_BCHW + std_BCHW * noise_BCHW) * self.family.latent_scale).to(self.settings.device)
+
+
+def _joined(*conditions: TextCondition) -> TextCondition:
+    """Conditions one below another."""
+    pooled = [condition.pooled_BP for condition in conditions if condition.pooled_BP is not None]
+    hidden_BTD = torch.cat([condition.hidden_BTD for condition in conditions])
+    return TextCondition(hidden_BTD, torch.cat(pooled) if pooled else None)
 
 
 def guidance_of(shared: Shared) -> Guidance:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,10 @@ class PictureGuidance:
         if sampler not in (*VARIANCE_KEEPING, *SIGMA_SPACE):
             possible = ", ".join((*VARIANCE_KEEPING, *SIGMA_SPACE))
             raise UserError(f"CLIP and VGG guidance work with the samplers {possible} only, not with {sampler}")
+        if setup.batch[0].shared.regional:
+            raise UserError(
+                "CLIP and VGG guidance cannot be used for sub-prompts in regions; leave out AND or the mask"
+            )
         losses = self._losses(setup.batch)
         if losses:
             steering = _Steering(self.engine, setup, losses)
@@ -167,7 +171,7 @@ class _Steering:
     def watched(self, inner: Any) -> Any:
         """x <- x + sigma^2 g for the next step: the prediction stays, see `moved`."""
         predicts_velocity = self.engine.settings.schedule.prediction_type == "v_prediction"
-        scheduler = cast(Any, self.setup.steps).scheduler
+        scheduler = self.setup.sampler.scheduler
 
         def predict(latents_BCHW: Tensor, timestep: Tensor, call: int) -> Tensor:
             pred_BCHW = inner(latents_BCHW, timestep, call)

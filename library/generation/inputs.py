@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from library.generation.jobs import Job
 from library.log import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -52,3 +53,26 @@ class InputFiles:
         size = max(1, self.nets)
         first = size * (number % (len(self.guides) // size))
         return tuple(self.guides[first : first + size])
+
+
+def find_again(job: Job, picture: InputFiles) -> Job:
+    """A job read from a picture, its files found: as they are named, or those of the same name in ``picture``.
+
+    A single given file stands for the one of its kind whatever its name. Raises UserError for what is not here.
+    """
+    return replace(
+        job,
+        source=_found(job.source, picture.sources, "image_path"),
+        mask=_found(job.mask, picture.masks, "mask_path"),
+        guides=tuple(str(_found(guide, picture.guides, "guide_image_path")) for guide in job.guides),
+    )
+
+
+def _found(name: str | None, given: Sequence[str], option: str) -> str | None:
+    if name is None:
+        return None
+    same = [path for path in given if Path(path).name == Path(name).name]
+    chosen = same[0] if same else given[0] if len(given) == 1 else name
+    if not Path(chosen).is_file():
+        raise UserError(f"{name}: the picture was drawn with this file, which is not here; name it with --{option}")
+    return chosen

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from library.generation.lines import SWITCHED_OFF, PromptLine, unsharp_params
+from library.generation.pictures import drawn_size
 from library.log import UserError
 from library.options.generation import DrawOptions, HighresOptions, PictureOptions
 from library.options.settings import Settings
@@ -63,7 +64,11 @@ class GradualLatent:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What all pictures of one batch share. ``parts``: sub-prompts joined by AND; ``rows``: rows of 75 tokens."""
+    """What all pictures of one batch share.
+
+    ``regional``: the mask says where each of the ``parts`` (sub-prompts joined by AND) and networks acts. ``rows``:
+    rows of 75 tokens.
+    """
 
     width: int
     height: int
@@ -75,6 +80,7 @@ class Shared:
     sizes: SizeCondition = field(default_factory=SizeCondition)
     multipliers: tuple[float, ...] = ()
     parts: int = 1
+    regional: bool = False
     rows: int = 1
     deep_shrink: DeepShrink | None = None
     gradual_latent: GradualLatent | None = None
@@ -82,6 +88,16 @@ class Shared:
     def with_rows(self, rows: int) -> Shared:
         """The same for texts of this many rows."""
         return replace(self, rows=rows)
+
+    def for_text(self, part: int | None) -> Shared:
+        """What holds while a text is encoded, a sub-prompt or (None) one that belongs to no region.
+
+        With regions a network changes the text of its own sub-prompt only.
+        """
+        if not self.regional:
+            return self
+        own = tuple(value if index == part else 0.0 for index, value in enumerate(self.multipliers))
+        return replace(self, multipliers=own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +115,30 @@ class Job:
     mask: str | None = None
     guides: tuple[str, ...] = ()
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The sub-prompts; the prompt alone if there are none."""
+        return texts_of(self.prompt, self.shared)
+
+
+def texts_of(prompt: str, shared: Shared) -> tuple[str, ...]:
+    """The sub-prompts of a prompt; the prompt itself where AND has no meaning."""
+    return tuple(prompt.split(AND)) if shared.parts > 1 else (prompt,)
+
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the command line and the model say. ``size_step``: sides are made multiples of it, in pixels."""
+    """What the command line and the model say. ``size_step``: sides are made multiples of it, in pixels.
+
+    ``has_masks``, ``has_sources``: jobs are given masks, and pictures to begin from.
+    """
 
     options: Mapping[str, Any]
     usual_size: int
     size_step: int
     network_multipliers: tuple[float, ...] = ()
+    has_masks: bool = False
+    has_sources: bool = False
 
 
 def defaults_of(settings: Settings, usual_size: int, size_step: int, multipliers: Sequence[float] = ()) -> Defaults:
@@ -120,18 +151,25 @@ def defaults_of(settings: Settings, usual_size: int, size_step: int, multipliers
             values["gradual_latent_unsharp_params"] = unsharp_params(tuple(float(part) for part in text.split(",")))
         except ValueError:
             raise UserError(f"--gradual_latent_unsharp_params {text}: must be numbers separated by commas") from None
-    return Defaults(values, usual_size, size_step, tuple(multipliers))
+    has_masks, has_sources = values["mask_path"] is not None, values["image_path"] is not None
+    return Defaults(values, usual_size, size_step, tuple(multipliers), has_masks, has_sources)
 
 
-def settle(line: PromptLine, defaults: Defaults) -> tuple[Shared, list[str]]:
-    """Everything but seed and files for a line, and notes about what had to be changed. Raises UserError."""
+def settle(line: PromptLine, defaults: Defaults, picture: tuple[int, int] | None = None) -> tuple[Shared, list[str]]:
+    """Everything but seed and files for a line, and notes about what had to be changed. Raises UserError.
+
+    ``picture``: width and height of what it begins from, which count where the line and the command line say nothing.
+    """
     options, notes = {**defaults.options}, list(line.notes)
     options.update({"width": options["W"], "height": options["H"]})
     options.update({name: value for name, value in line.options.items() if name not in _OWN_MERGE})
+    if picture is not None:
+        _take_size(picture, options, defaults, notes)
     negative_scale = None if options["negative_scale"] == SWITCHED_OFF else options["negative_scale"]
     if negative_scale is not None and options["scale"] <= 1:
         notes.append("a negative scale does nothing without guidance (a scale above 1)")
         negative_scale = None
+    parts, regional = _regions(line, defaults, notes)
     shared = Shared(
         width=_side(options["width"], "--w", defaults, notes),
         height=_side(options["height"], "--h", defaults, notes),
@@ -142,7 +180,8 @@ def settle(line: PromptLine, defaults: Defaults) -> tuple[Shared, list[str]]:
         strength=DEFAULT_STRENGTH if options["strength"] is None else options["strength"],
         sizes=SizeCondition(**{name: options[name] for name in _SIZES}),
         multipliers=_multipliers(line, defaults, notes),
-        parts=len(line.prompt.split(AND)),
+        parts=parts,
+        regional=regional,
         deep_shrink=_deep_shrink(line.options, defaults.options),
         gradual_latent=_gradual_latent(line.options, defaults.options),
     )
@@ -162,6 +201,18 @@ _GRADUAL = (
 _OWN_MERGE = (*_SHRINK, *_GRADUAL, "multipliers", "seeds")
 
 
+def _take_size(picture: tuple[int, int], options: dict[str, Any], defaults: Defaults, notes: list[str]) -> None:
+    """The size of a picture for a side that is not said."""
+    said = options["width"], options["height"]
+    width, height = drawn_size(picture, *said, defaults.size_step)
+    if said == (None, None) and (width, height) != picture:
+        notes.append(
+            f"the picture of {picture[0]}x{picture[1]} pixels is drawn at {width}x{height}: "
+            f"sides must be multiples of {defaults.size_step}"
+        )
+    options.update({"width": said[0] or width, "height": said[1] or height})
+
+
 def _side(given: int | None, name: str, defaults: Defaults, notes: list[str]) -> int:
     if given is None:
         return defaults.usual_size
@@ -177,7 +228,28 @@ def _multipliers(line: PromptLine, defaults: Defaults, notes: list[str]) -> tupl
         return defaults.network_multipliers
     if len(given) > count:
         notes.append(f"--am has {len(given)} numbers for {count} networks; the rest is ignored")
+    elif len(given) < count:
+        notes.append(f"--am has {len(given)} numbers for {count} networks; the last one is for the rest")
     return tuple((*given, *[given[-1]] * count)[:count])
+
+
+def _regions(line: PromptLine, defaults: Defaults, notes: list[str]) -> tuple[int, bool]:
+    """Number of sub-prompts, and whether the mask divides the picture among them and the networks. Raises UserError.
+
+    A mask without AND is for inpainting if there is a picture to begin from, else it says where the networks act.
+    """
+    parts, networks = len(line.prompt.split(AND)), len(defaults.network_multipliers)
+    if parts > 1 and not defaults.has_masks:
+        notes.append("AND does nothing without --mask_path, which says where each sub-prompt is; it is taken as a word")
+        return 1, False
+    if not defaults.has_masks or (parts == 1 and (not networks or defaults.has_sources)):
+        return 1, False
+    if parts < networks:
+        raise UserError(
+            f"{networks} networks with --mask_path need as many sub-prompts, joined by AND; there "
+            + ("is one" if parts == 1 else f"are {parts}")
+        )
+    return parts, True
 
 
 def _merged(names: Iterable[str], given: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoint.io import atomic_path
+from library.checkpoint.privacy import without_folders
 from library.generation.jobs import DeepShrink, GradualLatent, Job, Shared, SizeCondition
 from library.log import UserError
 
@@ -53,7 +54,9 @@ def text_entries(job: Job, sampler: str, recipe: Mapping[str, Any], is_sdxl: boo
         entries["original-height-negative"] = str(sizes.original_height_negative)
         entries["original-width-negative"] = str(sizes.original_width_negative)
         entries["crop-top"], entries["crop-left"] = str(sizes.crop_top), str(sizes.crop_left)
-    entries[RECIPE] = json.dumps({"job": asdict(job), **recipe}, ensure_ascii=False)
+    values = asdict(job)
+    values.update({name: without_folders(values[name]) for name in ("source", "mask", "guides")})
+    entries[RECIPE] = json.dumps({"job": values, **recipe}, ensure_ascii=False)
     return entries
 
 
@@ -131,7 +134,7 @@ class Writer:
 
     def _name(self, job: Job, place: Place) -> str:
         if self.options.use_original_file_name and job.source:
-            return f"{Path(job.source).stem}.png"
+            return f"{Path(job.source).stem}{'_first' if place.stage == '0' else ''}.png"
         if self.options.sequential_file_name:
             number = self._first_free + place.first_number + place.index + 1
             return f"im_{place.stage}{number:06d}.png"

@@ -7,10 +7,10 @@ Shapes: B = 2 with guidance (negative first, then the prompt), else 1; C latent 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ class GenerationSettings:
 
 
 def generate(family: ModelFamily, parts: ModelParts, prompt: PromptSpec, settings: GenerationSettings) -> Image:
-    """Draw one picture. Prompts understand weights and BREAK, up to 225 tokens. Modules keep their mode and device."""
+    """Draw one picture. Prompts understand weights and BREAK, up to 225 tokens. Modules keep their mode and device;
+    a VAE or text encoders that are elsewhere come to the settings' device only while they work."""
     return to_picture(draw(family, parts, prompt, settings))
 
 
@@ -79,7 +80,21 @@ def encode_prompt(
         shrink=True,
     )
     tokens = family.tokenize(texts, text_settings)
-    return family.encode(parts.text_encoders, tokens, text_settings).to(settings.device, settings.dtype)
+    with _on_device(parts.text_encoders, settings.device):
+        return family.encode(parts.text_encoders, tokens, text_settings).to(settings.device, settings.dtype)
+
+
+@contextmanager
+def _on_device(modules: Sequence[nn.Module], device: torch.device) -> Generator[None]:
+    """Modules on the device meanwhile, for those that live elsewhere to leave it free."""
+    homes = [(module, next(module.parameters()).device) for module in modules]
+    try:
+        for module, _ in homes:
+            module.to(device)
+        yield
+    finally:
+        for module, home in homes:
+            module.to(home)
 
 
 def _denoise(
@@ -122,17 +137,41 @@ def decode(family: ModelFamily, parts: ModelParts, latents_BCHW: Tensor, device:
     Half precision can overflow in the VAE and leave a black picture: such an image is decoded again in float32.
     """
     vae = parts.vae
+    images_BCHW = _with_vae(vae, device, lambda: family.decode_latents(vae, latents_BCHW), _is_broken)
+    return images_BCHW.float().cpu()
+
+
+@torch.no_grad()
+def encode(family: ModelFamily, parts: ModelParts, images_BCHW: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (B, C, H, W) of the latents of RGB images in -1..1, without the latent scale, float32, on the
+    CPU. What overflows in half precision is encoded again in float32.
+    """
+    vae = parts.vae
+
+    def work() -> Tensor:
+        posterior = family.encode_images(vae, images_BCHW)
+        return torch.stack([posterior.mean, posterior.std])
+
+    found_2BCHW = _with_vae(vae, device, work, lambda found: not bool(found.isfinite().all()))
+    mean_BCHW, std_BCHW = found_2BCHW.float().cpu()
+    return mean_BCHW, std_BCHW
+
+
+def _with_vae(
+    vae: Any, device: torch.device, work: Callable[[], Tensor], is_broken: Callable[[Tensor], bool]
+) -> Tensor:
+    """What ``work`` gives with the VAE on a device; once more in float32 if it is broken in half precision."""
     home, dtype = vae.device, vae.dtype
     try:
         nn.Module.to(vae, device)  # the library's own `to` warns at every call
         with torch.autocast(device.type, enabled=False):
-            images_BCHW = family.decode_latents(vae, latents_BCHW)
-            if dtype != torch.float32 and _is_broken(images_BCHW):
+            result = work()
+            if dtype != torch.float32 and is_broken(result):
                 nn.Module.to(vae, torch.float32)
-                images_BCHW = family.decode_latents(vae, latents_BCHW)
+                result = work()
     finally:
         nn.Module.to(vae, home, dtype)
-    return images_BCHW.float().cpu()
+    return result
 
 
 def _is_broken(images_BCHW: Tensor) -> bool:

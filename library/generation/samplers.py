@@ -25,7 +25,8 @@ class SamplerRow:
     """A scheduler class of diffusers by name (None: our own linear multistep), its settings, and what its steps take.
 
     With fewer steps than ``min_steps`` a sampler would never see the noisy end of the schedule, or divide by zero.
-    ``counts_steps``: it goes by the number of its calls, so it has to be told where it begins.
+    ``counts_steps``: it goes by the number of its calls, so it has to be told where it begins. ``has_midpoints``: after
+    every other call latents are between two levels of its table.
     """
 
     class_name: str | None
@@ -33,6 +34,7 @@ class SamplerRow:
     draws_noise: bool = False
     min_steps: int = 1
     counts_steps: bool = True
+    has_midpoints: bool = False
 
 
 _LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
@@ -44,8 +46,8 @@ _ROWS: dict[str, SamplerRow] = {
     "euler": SamplerRow("EulerDiscreteScheduler", {}, min_steps=2),
     "euler_a": SamplerRow("EulerAncestralDiscreteScheduler", {}, draws_noise=True, min_steps=2),
     "heun": SamplerRow("HeunDiscreteScheduler", {}, min_steps=2),
-    "dpm_2": SamplerRow("KDPM2DiscreteScheduler", {}, min_steps=2),
-    "dpm_2_a": SamplerRow("KDPM2AncestralDiscreteScheduler", {}, draws_noise=True, min_steps=3),
+    "dpm_2": SamplerRow("KDPM2DiscreteScheduler", {}, min_steps=2, has_midpoints=True),
+    "dpm_2_a": SamplerRow("KDPM2AncestralDiscreteScheduler", {}, draws_noise=True, min_steps=3, has_midpoints=True),
     "dpmsolver": SamplerRow("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", **_SOLVER}),
     "dpmsolver++": SamplerRow("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", **_SOLVER}),
     "dpmsingle": SamplerRow("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++", **_SOLVER}),
@@ -62,6 +64,7 @@ class Sampler:
     draws_noise: bool
     num_steps: int
     counts_steps: bool = True
+    has_midpoints: bool = False
 
     @property
     def timesteps(self) -> Tensor:
@@ -72,6 +75,11 @@ class Sampler:
     def initial_scale(self) -> float:
         """What the starting noise is multiplied by."""
         return float(self.scheduler.init_noise_sigma)
+
+    @property
+    def prediction_type(self) -> str:
+        """What the model says: epsilon or v_prediction."""
+        return self.scheduler.config["prediction_type"]
 
     def model_input(self, latents_BCHW: Tensor, timestep: Tensor) -> Tensor:
         """Latents as the model expects them at this timestep."""
@@ -89,12 +97,32 @@ class Sampler:
         left_out = self.num_steps - min(int(self.num_steps * strength), self.num_steps)
         return min(left_out * self.scheduler.order, len(self.timesteps))
 
-    def add_noise(self, clean_BCHW: Tensor, noise_BCHW: Tensor, call: int) -> Tensor:
-        """Latents with the noise of the level at which a model call begins; the sampler then begins there too."""
+    def begin_at(self, call: int) -> None:
+        """Begin at this model call instead of the first one.
+
+        PNDM takes its second timestep twice: the repetition moves to the second one that is left.
+        """
         if self.counts_steps:
             self.scheduler.set_begin_index(call)
-        timesteps_B = self.timesteps[call].expand(len(clean_BCHW))
-        return self.scheduler.add_noise(clean_BCHW, noise_BCHW, timesteps_B)
+        elif len(self.timesteps) > self.num_steps:
+            once = [*self.timesteps[:1], *self.timesteps[2:]]
+            self.scheduler.timesteps = torch.stack([*once[: call + 1], *once[call + 1 : call + 2], *once[call + 1 :]])
+
+    def add_noise(self, clean_BCHW: Tensor, noise_BCHW: Tensor, call: int) -> Tensor:
+        """Latents with the noise of the level at which a model call begins; clean ones after the last call."""
+        if call >= len(self.timesteps):
+            return clean_BCHW
+        if not self.counts_steps:
+            timesteps_B = self.timesteps[call].expand(len(clean_BCHW))
+            return self.scheduler.add_noise(clean_BCHW, noise_BCHW, timesteps_B)
+        sigma = self.scheduler.sigmas[call].item()
+        noisy_BCHW = clean_BCHW + sigma * noise_BCHW
+        # solvers keep the variance at 1: their latents are not scaled for the model
+        return noisy_BCHW / (1 + sigma**2) ** 0.5 if self.initial_scale == 1 else noisy_BCHW
+
+    def is_at_midpoint(self, call: int) -> bool:
+        """True if the latents that come to this model call have no level of the table."""
+        return self.has_midpoints and call % 2 == 1 and call < len(self.timesteps)
 
 
 def make_sampler(name: str, steps: int, schedule: NoiseSchedule, device: torch.device | str = "cpu") -> Sampler:
@@ -114,7 +142,7 @@ def make_sampler(name: str, steps: int, schedule: NoiseSchedule, device: torch.d
         settings["timestep_spacing"] = "trailing"
     scheduler = _scheduler_class(row)(**settings)
     scheduler.set_timesteps(steps, device=device)
-    return Sampler(scheduler, row.draws_noise, steps, row.counts_steps)
+    return Sampler(scheduler, row.draws_noise, steps, row.counts_steps, row.has_midpoints)
 
 
 def _scheduler_class(row: SamplerRow) -> Callable[..., Any]:

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from torch import Tensor
+
 from library.checkpoint.privacy import without_folders
-from library.generation.control import attach_control
+from library.generation.control import attach_control, check_control
+from library.generation.deep_shrink import attach_deep_shrink
+from library.generation.embeddings import attach_embeddings
 from library.generation.engine import Engine, EngineSettings
+from library.generation.from_picture import attach_pictures
+from library.generation.gradual_latent import attach_gradual_latent
 from library.generation.grid import Sheet
 from library.generation.guidance import attach_guidance
-from library.generation.inputs import InputFiles, list_pictures
-from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle
+from library.generation.highres import TWO_STAGES, make_stages
+from library.generation.inputs import InputFiles, find_again, list_pictures
+from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle, texts_of
 from library.generation.lines import parse_line
 from library.generation.model import LoadedModel, load_model
+from library.generation.networks import attach_networks
 from library.generation.output import Place, Writer, now_text, read_recipe, text_entries, write_png
+from library.generation.pictures import size_of_picture
 from library.generation.pipeline import to_picture
 from library.generation.sources import (
     KeyboardLines,
@@ -27,6 +36,7 @@ from library.generation.sources import (
     ModuleLines,
     RawLine,
     load_prompt_module,
+    prompts_of_pictures,
     read_prompt_file,
 )
 from library.generation.variants import expand
@@ -37,6 +47,7 @@ from library.options.generation import (
     ControlOptions,
     DrawOptions,
     GenModelOptions,
+    HighresOptions,
     OutputOptions,
     PictureOptions,
     PromptOptions,
@@ -50,6 +61,7 @@ DEFAULT_ROWS = 3
 _NOT_OF_A_PICTURE = frozenset(vars(OutputOptions())) | {
     *("prompt", "from_file", "from_module", "prompter_module_args", "from_image", "interactive", "no_preview"),
     *("images_per_prompt", "n_iter", "shuffle_prompts", "seed", "iter_same_seed", "dry_run", "batch_size", "lowram"),
+    *("image_path", "mask_path", "guide_image_path"),  # the jobs name the files
     *("config_file", "output_config", "console_log_level", "console_log_file", "console_log_simple"),
 }
 
@@ -59,9 +71,11 @@ def run_session(settings: Settings) -> int:
     pictures = settings[PromptOptions].from_image
     if pictures:
         return max(_repeat(settings, path) for path in pictures)
-    source, failed = make_source(settings[PromptOptions])
+    files = input_files(settings)
+    source, failed = make_source(settings[PromptOptions], files)
     with stop_on_signals("stopping after this picture") as stop:
-        session = Session(settings, load_model(settings[GenModelOptions], settings[DrawOptions]), stop)
+        model = load_model(settings[GenModelOptions], settings[DrawOptions])
+        session = Session(settings, model, stop, files)
         if isinstance(source, ListedLines) and not source.all and settings[PromptOptions].from_module:
             source = session.module_lines()
         return session.run(source) or min(failed, 1)
@@ -70,24 +84,30 @@ def run_session(settings: Settings) -> int:
 def _repeat(settings: Settings, path: str) -> int:
     """Draw a picture once more from what stands in it. Options of the command line win."""
     job, recipe = read_recipe(path)
+    job = find_again(job, input_files(settings))
     told = {name: value for name, value in recipe["options"].items() if not settings.given(name)}
     given = {name: value for name, value in settings.as_flat_dict().items() if settings.given(name)}
     sources = {name: settings.source_of(name) for name in given}
     again = Settings(settings.script, {**told, **given}, sources)
     with stop_on_signals("stopping after this picture") as stop:
-        session = Session(again, load_model(again[GenModelOptions], again[DrawOptions]), stop)
+        session = Session(again, load_model(again[GenModelOptions], again[DrawOptions]), stop, InputFiles())
         # in a batch of the same size: products of other shapes round differently
         index, count = recipe.get("place", (0, 1))
         return session.draw([[job] * count], only=index)
 
 
-def make_source(options: PromptOptions) -> tuple[LineSource, int]:
+def make_source(options: PromptOptions, files: InputFiles) -> tuple[LineSource, int]:
     """Where the lines come from, and how many of them were found to be wrong (and left out) already."""
     if options.interactive:
         return KeyboardLines(), 0
     if options.from_module and not options.from_file:
         return ListedLines(()), 0
-    lines = read_prompt_file(options.from_file) if options.from_file else [RawLine(options.prompt or "", "--prompt")]
+    if options.from_file:
+        lines = read_prompt_file(options.from_file)
+    elif options.prompt is None and files.sources:
+        lines = prompts_of_pictures(files.sources, files.masks)
+    else:
+        lines = [RawLine(options.prompt or "", "--prompt")]
     good = [line for line in lines if _is_good(line)]
     seed = options.seed
     shuffle = None
@@ -111,6 +131,7 @@ def _is_good(line: RawLine) -> bool:
 def input_files(settings: Settings) -> InputFiles:
     """The pictures that the options name. Raises UserError."""
     picture, control = settings[PictureOptions], settings[ControlOptions]
+    check_control(control)
     nets = [*(control.control_net_models or ()), *(control.control_net_lllite_models or ())]
     return InputFiles(
         sources=list_pictures(picture.image_path, "image_path") if picture.image_path else (),
@@ -127,6 +148,7 @@ class Session:
     settings: Settings
     model: LoadedModel
     stop: StopRequest
+    files: InputFiles
     failed: int = 0
     engine: Engine = field(init=False)
     seeds: Seeds = field(init=False)
@@ -151,22 +173,28 @@ class Session:
         )
         attach_control(self.engine, self.settings)
         attach_guidance(self.engine, self.settings[ControlOptions])
+        attach_embeddings(self.engine, options)
+        self.networks = attach_networks(self.engine, self.settings)
         usual = self.model.family.default_sample_size(self.model.parts)
-        self.defaults: Defaults = defaults_of(self.settings, usual, self.model.family.picture_step)
-        self.files = input_files(self.settings)
+        multipliers = [network.multiplier for network in self.networks]
+        self.defaults: Defaults = defaults_of(self.settings, usual, self.model.family.picture_step, multipliers)
         output = self.settings[OutputOptions]
         self.writer = Writer(output)
         self.sheet = Sheet() if output.grid else None
         self.window = Window() if options.interactive and not options.no_preview else None
+        attach_pictures(self.engine, self.settings[PictureOptions])
+        attach_deep_shrink(self.engine)
+        attach_gradual_latent(self.engine)
+        self.stages = make_stages(self.engine, self.settings[HighresOptions])
         if output.preview_every_n_steps:
             self.engine.extensions.append(Preview(output.outdir, output.preview_every_n_steps, self.engine.decode))
-        self._recipe = self._make_recipe()
+        self._recipe, self._first_recipe = self._make_recipe(), self._make_recipe(TWO_STAGES)
 
     def module_lines(self) -> LineSource:
         """The prompts that ``--from_module`` makes."""
         options = self.settings[PromptOptions]
         args = SimpleNamespace(**self.settings.as_flat_dict())
-        prompter = load_prompt_module(options, args, self.engine, ())
+        prompter = load_prompt_module(options, args, self.engine, [entry.network for entry in self.networks])
 
         def call(index: int) -> str | None:
             return prompter(args, self.engine, self.seeds.source, self._iteration_seed, index, self._queued)
@@ -225,7 +253,8 @@ class Session:
         told: set[str] = set()
         for index, text in enumerate(texts):
             parsed = parse_line(text)
-            shared, notes = settle(parsed, self.defaults)
+            source = line.source or self.files.source_of(number + index)
+            shared, notes = settle(parsed, self.defaults, size_of_picture(source) if source else None)
             for note in notes:
                 if note not in told:
                     logger.warning("%s: %s", line.where, note)
@@ -237,10 +266,10 @@ class Session:
                 prompt=parsed.prompt,
                 negative_prompt=negative,
                 seed=self._seed(own_seed(parsed, index)),
-                shared=shared.with_rows(self.engine.rows_of(parsed.prompt, negative)),
+                shared=shared.with_rows(self.engine.rows_of(*texts_of(parsed.prompt, shared), negative)),
                 clip_prompt=parsed.options.get("clip_prompt"),
-                source=self.files.source_of(number + index),
-                mask=self.files.mask_of(number + index),
+                source=source,
+                mask=line.mask or self.files.mask_of(number + index),
                 guides=self.files.guides_of(number + index),
             )
 
@@ -272,30 +301,38 @@ class Session:
     def _draw(self, batch: Sequence[Job], only: int | None) -> None:
         with progress(None, f"picture {batch[0].number + 1}") as bar:
             self.engine.on_progress = bar.advance
-            pictures = self.engine.draw(batch)
+            drawn = list(self.stages.draw(batch))
         moment = now_text()
-        for index, (job, picture) in enumerate(zip(batch, pictures, strict=True)):
-            if only not in (None, index):
-                continue
-            recipe = {**self._recipe, "place": (index, len(batch))}
-            entries = text_entries(job, job.shared.sampler, recipe, self.model.family.name == "sdxl")
-            place = Place(index, self._drawn, moment)
-            drawn = to_picture(picture[None])
-            path = self.writer.write(drawn, job, place, entries)
-            logger.info("%s (seed %d)", path, job.seed)
-            if self.sheet is not None:
-                self.sheet.add(job.prompt, f"seed {job.seed}", drawn)
-            if self.window is not None:
-                self.window.show(drawn, job.prompt)
+        for stage in drawn:
+            for index, (job, picture) in enumerate(zip(stage.batch, stage.pictures_BCHW, strict=True)):
+                if only in (None, index):
+                    self._write(job, picture, Place(index, self._drawn, moment, stage.stage), len(batch))
         self._drawn += len(batch)
 
-    def _make_recipe(self) -> dict[str, Any]:
+    def _write(self, job: Job, picture_CHW: Tensor, place: Place, batch_size: int) -> None:
+        if not bool(picture_CHW.isfinite().all()):
+            logger.error("%s: became nothing but NaN and is not written; try --bf16, or no --fp16", job.raw)
+            self.failed += 1
+            return
+        recipe = {**(self._first_recipe if place.stage == "0" else self._recipe), "place": (place.index, batch_size)}
+        entries = text_entries(job, job.shared.sampler, recipe, self.model.family.name == "sdxl")
+        drawn = to_picture(picture_CHW[None])
+        path = self.writer.write(drawn, job, place, entries)
+        logger.info("%s (seed %d)", path, job.seed)
+        if place.stage == "0":
+            return
+        if self.sheet is not None:
+            self.sheet.add(job.prompt, f"seed {job.seed}", drawn)
+        if self.window is not None:
+            self.window.show(drawn, job.prompt)
+
+    def _make_recipe(self, without: Collection[str] = ()) -> dict[str, Any]:
         """What decides a picture beside its job: the options that are not at their default, without folders."""
         values = self.settings.as_flat_dict()
         kept = {
             name: value
             for name, value in values.items()
-            if name not in _NOT_OF_A_PICTURE and self.settings.source_of(name) != DEFAULT
+            if name not in _NOT_OF_A_PICTURE and name not in without and self.settings.source_of(name) != DEFAULT
         }
         kept["ckpt"] = values["ckpt"]
         path = self.model.parts.source.path

@@ -19,10 +19,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RawLine:
-    """A line as it was given, and where."""
+    """A line as it was given, and where. ``source`` and ``mask``: files that belong to it, if it brings its own."""
 
     text: str
     where: str
+    source: str | None = None
+    mask: str | None = None
 
 
 class LineSource(Protocol):
@@ -93,18 +95,28 @@ def read_prompt_file(name: str) -> list[RawLine]:
     return found
 
 
-def prompts_of_pictures(paths: Sequence[str]) -> list[tuple[RawLine, str]]:
-    """The prompts that stand in pictures, each with its picture; pictures without one are left out."""
-    from PIL import Image as PilImage
+def prompts_of_pictures(paths: Sequence[str], masks: Sequence[str] = ()) -> list[RawLine]:
+    """The prompts that stand in pictures, each with its picture and the mask of the same place in the list.
 
-    found: list[tuple[RawLine, str]] = []
-    for path in paths:
-        with PilImage.open(path) as image:
-            prompt, negative = image.info.get("prompt"), image.info.get("negative-prompt")
+    Pictures without a prompt are left out, with their masks. Raises UserError if none has one.
+    """
+    from PIL import Image as PilImage
+    from PIL import UnidentifiedImageError
+
+    found: list[RawLine] = []
+    for index, path in enumerate(paths):
+        try:
+            with PilImage.open(path) as image:
+                prompt, negative = image.info.get("prompt"), image.info.get("negative-prompt")
+        except (OSError, UnidentifiedImageError) as error:
+            raise UserError(f"--image_path {path}: cannot be read as a picture ({error})") from error
         if not prompt:
             logger.warning("%s: there is no prompt in it; it is left out", path)
             continue
-        found.append((RawLine(f"{prompt} --n {negative}" if negative else prompt, path), path))
+        text = f"{prompt} --n {negative}" if negative else str(prompt)
+        found.append(RawLine(text, path, path, masks[index % len(masks)] if masks else None))
+    if not found:
+        raise UserError("--image_path: there is no prompt in the pictures; give one with --prompt or --from_file")
     return found
 
 

@@ -1,6 +1,6 @@
 """Options: one group for each concern. Other rooms import the groups from here and take those that they need."""
 
-from library.options.data import CacheOptions, CacheToolOptions, DataOptions
+from library.options.data import CacheOptions, CacheToolOptions, DataOptions, TextCacheOptions
 from library.options.full import FullOptions, SdxlFullOptions
 from library.options.model import ModelOptions, PrecisionOptions
 from library.options.network import NetworkOptions
@@ -40,4 +40,5 @@ __all__ = [
     "SaveOptions",
     "ScheduleOptions",
     "SdxlFullOptions",
+    "TextCacheOptions",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from library.options.data import CacheToolOptions
 from library.options.settings import Settings
 
 SDXL_BUCKET_STEP = 32
@@ -24,6 +25,7 @@ NEEDS = (
     ("resume_from_huggingface", "resume"),
     ("save_state_to_huggingface", "huggingface_repo_id"),
     ("allow_mismatch", "resume"),
+    ("cache_text_encoder_outputs_variants", "cache_text_encoder_outputs"),
 )
 
 # Two options that exclude each other.
@@ -34,6 +36,8 @@ EXCLUDES = (
     ("use_8bit_adam", "use_lion_optimizer"),
     ("use_8bit_adam", "optimizer_type"),
     ("use_lion_optimizer", "optimizer_type"),
+    ("cache_text_encoder_outputs", "dataset_class"),
+    ("cache_text_encoder_outputs", "train_text_encoder"),
 )
 
 # (option, options of which one must be set for it to have an effect).
@@ -50,6 +54,13 @@ NO_EFFECT_WITHOUT = (
     ("huggingface_path_in_repo", ("huggingface_repo_id",)),
     ("log_prefix", ("logging_dir", "log_with")),
     ("log_tracker_config", ("logging_dir", "log_with")),
+    ("clip_vision_strength", ("image_path", "from_image")),
+    ("highres_fix_save_1st", ("highres_fix_scale",)),
+    ("highres_fix_latents_upscaling", ("highres_fix_scale",)),
+    ("highres_fix_upscaler", ("highres_fix_scale",)),
+    ("highres_fix_upscaler_args", ("highres_fix_upscaler",)),
+    ("highres_fix_strength", ("highres_fix_scale",)),
+    ("use_original_file_name", ("image_path", "from_image")),
     ("learning_rate_te1", ("train_text_encoder",)),
     ("learning_rate_te2", ("train_text_encoder",)),
 )
@@ -57,6 +68,7 @@ NO_EFFECT_WITHOUT = (
 # (option, option that takes a value from it unless it is given itself, the value).
 IMPLIES: tuple[tuple[str, str, Any], ...] = (
     ("cache_latents_to_disk", "cache_latents", True),
+    ("cache_text_encoder_outputs_to_disk", "cache_text_encoder_outputs", True),
     ("diffusers_xformers", "xformers", True),
     ("sdxl", "bucket_reso_steps", SDXL_BUCKET_STEP),
 )
@@ -149,6 +161,14 @@ def _cached_augmentation(settings: Settings) -> Iterator[str]:
         for name in ("color_aug", "random_crop"):
             if settings.value_of(name):
                 yield f"--{name} changes the image each time, so latents cannot be cached: drop it or --cache_latents"
+
+
+def _cached_text(settings: Settings) -> str | None:
+    """A network on the text encoders changes what they give; a tool that only fills the cache trains nothing."""
+    trains_text = settings.value_of("network_train_unet_only") is False and CacheToolOptions not in settings
+    if settings.value_of("cache_text_encoder_outputs") and trains_text:
+        return "--cache_text_encoder_outputs needs --network_train_unet_only: text encoders that learn cannot be cached"
+    return None
 
 
 def _is_sdxl(settings: Settings) -> bool:
@@ -244,6 +264,14 @@ def _samples_twice(settings: Settings) -> str | None:
     return None
 
 
+def _mask(settings: Settings) -> str | None:
+    if not settings.value_of("mask_path"):
+        return None
+    if any(settings.value_of(name) for name in ("image_path", "network_weights", "from_image")):
+        return None
+    return "--mask_path needs --image_path, the picture to draw in, or networks whose regions it shows"
+
+
 REFUSALS: tuple[Rule, ...] = (
     _fp8_base,
     _output_name,
@@ -252,6 +280,8 @@ REFUSALS: tuple[Rule, ...] = (
     _multipliers,
     _tracker_folder,
     _warmup,
+    _cached_text,
+    _mask,
 )
 DOUBTS: tuple[Rule, ...] = (
     _v_parameterization,

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF009 - option() declares a field
-"""Options of the training images, their captions and the latent cache.
+"""Options of the training images, their captions and the caches.
 
 Options that may also stand in a data set file say at which levels; that file's reader takes types and ranges from here.
 """
@@ -148,10 +148,31 @@ class CacheOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheToolOptions(OptionGroup):
-    """What only the caching tool has."""
+class TextCacheOptions(OptionGroup):
+    """Outputs of the text encoders computed once and kept."""
 
-    title: ClassVar[str] = "Caching tool"
+    title: ClassVar[str] = "Text encoder cache"
+
+    cache_text_encoder_outputs: bool = option(
+        False, help="encode all captions once, keep the outputs in memory and the text encoders off the device"
+    )
+    cache_text_encoder_outputs_to_disk: bool = option(
+        False,
+        help="keep them in _te_outputs.npz files beside the images; switches cache_text_encoder_outputs on",
+    )
+    cache_text_encoder_outputs_variants: int | None = option(
+        None,
+        ge=1,
+        help="captions that vary (shuffle, tag dropout, wildcards): prepare this many forms of each image's caption,"
+        " of which each visit takes one",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheToolOptions(OptionGroup):
+    """What only the caching tools have."""
+
+    title: ClassVar[str] = "Caching tools"
 
     skip_existing: bool = option(
         False, help="accepted for old command lines: a cache file that fits is never made again"

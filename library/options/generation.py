@@ -249,3 +249,18 @@ class ControlOptions(OptionGroup):
     vgg16_weights: str | None = option(
         None, help="torchvision's file with VGG16's weights (vgg16-397923af.pth)", metavar="FILE"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscaleToolOptions(OptionGroup):
+    """Enlarging picture files with the latent upscaler."""
+
+    title: ClassVar[str] = "Latent upscaler"
+
+    vae_path: str | None = option(None, help="VAE: file, its folder, or a Diffusers model's folder", metavar="PATH")
+    weights: str | None = option(None, help="weights of the latent upscaler", metavar="FILE")
+    image_pattern: str | None = option(None, help="picture file, or a pattern of several", metavar="PATTERN")
+    output_dir: str = option(".", help="folder of the enlarged pictures", metavar="DIR")
+    batch_size: int = option(4, ge=1, help="pictures of one size that are enlarged together")
+    vae_batch_size: int = option(1, ge=1, help="pictures that the VAE takes at a time")
+    debug: bool = option(False, help="also save what plain Lanczos scaling gives")

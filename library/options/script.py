@@ -84,6 +84,7 @@ def parse(script: ScriptOptions, argv: Sequence[str] | None = None) -> Settings:
         unknown = [(name, entry) for name, entry in from_file.items() if name not in specs] + unknown
         from_file = {name: entry for name, entry in from_file.items() if name in specs}
         problems = form_problems + double_problems + problems
+    unknown = [(name, entry) for name, entry in unknown if name not in script.passes_over]
     name_problems, warnings = _sort_unknown(unknown, script.specs())
     values, value_problems = _converted(script, [*from_file.items(), *typed.items()])
     problems += name_problems + value_problems

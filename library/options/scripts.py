@@ -22,7 +22,9 @@ from library.options import (
     SaveOptions,
     ScheduleOptions,
     SdxlFullOptions,
+    TextCacheOptions,
 )
+from library.options.base import OptionGroup, specs_by_name
 from library.options.generation import (
     ControlOptions,
     DrawOptions,
@@ -32,6 +34,7 @@ from library.options.generation import (
     OutputOptions,
     PictureOptions,
     PromptOptions,
+    UpscaleToolOptions,
 )
 from library.options.settings import ScriptOptions
 
@@ -65,9 +68,16 @@ TRAIN_NETWORK = ScriptOptions(
 
 SDXL_DEFAULTS = {"bucket_reso_steps": 32, "sample_sampler": "euler_a"}
 
+
+def with_text_cache(groups: tuple[type[OptionGroup], ...]) -> tuple[type[OptionGroup], ...]:
+    """The groups of a script that can also cache text encoder outputs, which stand behind the latent cache."""
+    place = groups.index(CacheOptions) + 1
+    return (*groups[:place], TextCacheOptions, *groups[place:])
+
+
 SDXL_TRAIN_NETWORK = ScriptOptions(
     name="sdxl_train_network.py",
-    groups=TRAIN_NETWORK.groups,
+    groups=with_text_cache(TRAIN_NETWORK.groups),
     defaults=SDXL_DEFAULTS,
     required=TRAIN_NETWORK.required,
     summary="Train a LoRA or another network on SDXL.",
@@ -76,19 +86,34 @@ SDXL_TRAIN_NETWORK = ScriptOptions(
 
 SDXL_TRAIN = ScriptOptions(
     name="sdxl_train.py",
-    groups=(*TRAINING_GROUPS[:2], SdxlFullOptions, *TRAINING_GROUPS[2:], ModelFileOptions),
+    groups=with_text_cache((*TRAINING_GROUPS[:2], SdxlFullOptions, *TRAINING_GROUPS[2:], ModelFileOptions)),
     defaults=SDXL_DEFAULTS,
     required=("pretrained_model_name_or_path", "output_dir", IMAGES),
     summary="Train the U-Net and the text encoders of SDXL themselves.",
     family="sdxl",
 )
 
+# The caching tools take the command line and the file of any training; how models are saved is not their business.
+_CACHE_GROUPS = tuple(group for group in SDXL_TRAIN_NETWORK.groups if group is not NetworkFileOptions)
+_NOT_FOR_CACHES = frozenset(specs_by_name((SdxlFullOptions, ModelFileOptions)))
+
 CACHE_LATENTS = ScriptOptions(
     name="tools/cache_latents.py",
-    groups=(*TRAIN_NETWORK.groups, CacheToolOptions),
+    groups=(*_CACHE_GROUPS, CacheToolOptions),
+    passes_over=_NOT_FOR_CACHES,
     defaults={"cache_latents": True, "cache_latents_to_disk": True},
     required=("pretrained_model_name_or_path", IMAGES),
     summary="Encode training images ahead of time into .npz files. Takes the options (and the file) of the training.",
+)
+
+CACHE_TEXT = ScriptOptions(
+    name="tools/cache_text_encoder_outputs.py",
+    groups=(*_CACHE_GROUPS, CacheToolOptions),
+    passes_over=_NOT_FOR_CACHES,
+    defaults={**SDXL_DEFAULTS, "cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True},
+    required=("pretrained_model_name_or_path", IMAGES),
+    summary="Encode captions ahead of time into .npz files (SDXL). Takes the options (and the file) of the training.",
+    family="sdxl",
 )
 
 GENERATION_GROUPS = (
@@ -119,4 +144,20 @@ SDXL_GEN_IMG = ScriptOptions(
     summary="Draw pictures with SDXL: gen_img.py with --sdxl.",
 )
 
-SCRIPTS = (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, SDXL_TRAIN, CACHE_LATENTS, GEN_IMG, SDXL_GEN_IMG)
+LATENT_UPSCALER = ScriptOptions(
+    name="tools/latent_upscaler.py",
+    groups=(UpscaleToolOptions, ConsoleOptions),
+    required=("vae_path", "weights", "image_pattern"),
+    summary="Enlarge picture files to twice their size with the latent upscaler of highres fix.",
+)
+
+SCRIPTS = (
+    TRAIN_NETWORK,
+    SDXL_TRAIN_NETWORK,
+    SDXL_TRAIN,
+    CACHE_LATENTS,
+    CACHE_TEXT,
+    GEN_IMG,
+    SDXL_GEN_IMG,
+    LATENT_UPSCALER,
+)

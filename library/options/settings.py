@@ -36,7 +36,8 @@ class ScriptOptions:
     """What options a script has. ``defaults`` replaces declared defaults by name.
 
     ``required``: names that must be set to train; a tuple among them means at least one of these.
-    ``summary``: the first line of --help. ``family``: what kind of base model the script is for.
+    ``summary``: the first line of --help. ``family``: what kind of base model the script is for. ``passes_over``:
+    names of other scripts' options, which stand in shared configuration files and mean nothing here.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ScriptOptions:
     required: tuple[str | tuple[str, ...], ...] = ()
     summary: str = ""
     family: FamilyChoice = "sd"
+    passes_over: frozenset[str] = frozenset()
 
     def specs(self) -> dict[str, OptionSpec]:
         """All options of the script by name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,21 @@ def split_pairs(items: Iterable[str] | None, option_name: str) -> dict[str, str]
             raise UserError(f"--{option_name}: {key} is given twice; keep one of them")
         pairs[key] = value
     return pairs
+
+
+def argument_list(line: str, option_name: str) -> dict[str, str]:
+    """``key=value;key=value`` as texts by key. Quotes keep a semicolon in a value: ``"prompt=a; b";scale=2``.
+
+    Raises UserError.
+    """
+    lexer = shlex.shlex(line, posix=True)
+    lexer.whitespace, lexer.whitespace_split = ";", True
+    lexer.commenters, lexer.escape = "", ""
+    try:
+        items = list(lexer)
+    except ValueError as error:
+        raise UserError(f"--{option_name} {line}: a quotation mark is not closed") from error
+    return split_pairs([item for item in items if item.strip()], option_name)
 
 
 def _numbers(raw: Any, parse: Callable[[Any], Any]) -> list[Any]:

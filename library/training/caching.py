@@ -33,6 +33,7 @@ from library.options.settings import Settings
 from library.rng import torch_stream
 
 logger = logging.getLogger(__name__)
+_NEVER_FINITE = "its latents are not finite, not even in float32; check the VAE file"
 
 _POSTERIOR_SEED = 0  # latents do not depend on a run's seed: runs share the files
 
@@ -87,10 +88,10 @@ def _warn_of_face_crops(datasets: Sequence[ResolvedDataset]) -> None:
             logger.warning("%s: face_crop_aug_range has no effect on cached latents (centred cuts)", subset.name)
 
 
-def vae_fingerprint(vae: nn.Module) -> str:
-    """Hash of a VAE's weights as they are in memory (names, shapes, types and bytes): 16 hexadecimal digits."""
+def weights_fingerprint(module: nn.Module) -> str:
+    """Hash of a module's weights as they are in memory (names, shapes, types and bytes): 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(vae.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -246,7 +247,7 @@ class _Encoder:
                 )
                 alone = [(item,) for item in not_finite]
                 hopeless = self._encode_all(alone, torch.float32, "caching latents in float32", writer, problems)
-                problems += [ImageProblem(item.target.path, "its latents are not finite") for item in hopeless]
+                problems += [ImageProblem(item.target.path, _NEVER_FINITE) for item in hopeless]
                 self._move(self._dtype)
             self._wait_for_writing()
         return problems
@@ -375,6 +376,7 @@ def cache_ahead(settings: Settings) -> CachingReport:
     from accelerate import PartialState
 
     from library.families import family_for
+    from library.training.preflight import check_bucket_steps
 
     cache, data = settings[CacheOptions], settings[DataOptions]
     datasets = resolve(load_dataset_specs(data), data.on_bad_image, data.on_bad_caption, allow_captionless=True)
@@ -386,8 +388,9 @@ def cache_ahead(settings: Settings) -> CachingReport:
     check_precision(precision, device)
     dtype = vae_dtype(precision)
     family = family_for(settings[ModelOptions], "sdxl" if settings[CacheToolOptions].sdxl else "sd")
+    check_bucket_steps(family, datasets)
     vae = family.load_vae(settings[ModelOptions], dtype=dtype, device=device)
-    store = LatentStore(family.latent_space, vae_fingerprint(vae), to_disk=True)
+    store = LatentStore(family.latent_space, weights_fingerprint(vae), to_disk=True)
     _, report = cache_latents(
         datasets,
         vae,

@@ -9,8 +9,10 @@ import torch
 from library.data.plan import batches_per_epoch, training_visits
 from library.data.records import ResolvedDataset
 from library.data.report import describe
+from library.data.text_cache import targets_of
 from library.device import save_dtype
 from library.families import family_for
+from library.families.base import ModelParts
 from library.log import UserError
 from library.options import (
     CacheOptions,
@@ -28,10 +30,11 @@ from library.training.clock import Clock, due_counts
 from library.training.lr import table, table_lines
 from library.training.machine import process_count
 from library.training.optimizers import create_optimizer
-from library.training.preflight import check_places, free_bytes
+from library.training.preflight import check_bucket_steps, check_places, free_bytes
 from library.training.prepare import make_trainable
 from library.training.saving import SavePlan
 from library.training.script import Script
+from library.training.text_caching import layout_of, text_cache_options, text_settings
 from library.training.trainable import Trainable
 
 _SHOWN = 6  # counts of a long list that are printed at each of its ends
@@ -45,23 +48,20 @@ def print_plan(script: Script, settings: Settings, datasets: Sequence[ResolvedDa
     if not datasets:
         raise UserError("--dry_run plans runs on images; a --dataset_class only knows its batches")
     clock = make_clock(count_steps(datasets, settings[LoopOptions], process_count()), settings[LoopOptions])
-    trainable = _outline(script, settings)
+    family = family_for(settings[ModelOptions], script.family)
+    check_bucket_steps(family, datasets)
+    parts = family.outline(settings[ModelOptions])  # what would learn, on models without weights
+    trainable = make_trainable(script, settings, family, parts)
     sections = {
         "Data": _data_lines(settings, datasets),
         "Steps": _step_lines(settings, datasets, clock),
         "Learning rates": _rate_lines(settings, trainable, clock),
         "Files": _file_lines(settings, clock),
-        "Disk": _disk_lines(settings, datasets, trainable, clock),
+        "Disk": _disk_lines(settings, datasets, parts, trainable, clock),
     }
     for title, lines in sections.items():
         print(f"{title}\n" + "\n".join(f"  {line}" for line in lines))
     return 0
-
-
-def _outline(script: Script, settings: Settings) -> Trainable:
-    """What would learn, on models without weights."""
-    family = family_for(settings[ModelOptions], script.family)
-    return make_trainable(script, settings, family, family.outline(settings[ModelOptions]))
 
 
 def _data_lines(settings: Settings, datasets: Sequence[ResolvedDataset]) -> list[str]:
@@ -107,7 +107,7 @@ def _file_lines(settings: Settings, clock: Clock) -> list[str]:
 
 
 def _disk_lines(
-    settings: Settings, datasets: Sequence[ResolvedDataset], trainable: Trainable, clock: Clock
+    settings: Settings, datasets: Sequence[ResolvedDataset], parts: ModelParts, trainable: Trainable, clock: Clock
 ) -> list[str]:
     save = settings[SaveOptions]
     plan = SavePlan.of(save, clock.num_epochs)
@@ -119,6 +119,12 @@ def _disk_lines(
     needed = {"models": models * trainable.saved_numbers() * width, "states": states * learnt * 4 * _MOMENTS}
     if settings[CacheOptions].cache_latents_to_disk:
         needed["latents"] = int(sum(_latent_bytes(dataset) for dataset in datasets))
+    text = text_cache_options(settings)
+    if text.cache_text_encoder_outputs_to_disk:
+        family = family_for(settings[ModelOptions], settings.script.family)
+        layout = layout_of(parts.spec.text_encoders, text_settings(settings[ModelOptions], family))
+        targets = targets_of(datasets, text.cache_text_encoder_outputs_variants or 0, to_disk=True)
+        needed["text encoder outputs"] = layout.size_bytes * sum(len(one.texts) for one in targets if one.on_disk)
     free = free_bytes(str(save.output_dir))
     lines = [f"{name}: {_megabytes(size)}" for name, size in needed.items() if size]
     enough = "" if sum(needed.values()) < free else " - NOT ENOUGH"

@@ -49,6 +49,7 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         debiased_estimation_loss scale_v_pred_loss_like_noise_pred v_pred_like_loss network_module network_dim
         network_alpha network_dropout network_args dim_from_weights network_train_unet_only
         network_train_text_encoder_only unet_lr text_encoder_lr scale_weight_norms base_weights_multiplier
+        cache_text_encoder_outputs_variants
         train_text_encoder learning_rate_te1 learning_rate_te2 block_lr fused_backward_pass
     """,
     length="max_train_steps max_train_epochs",
@@ -70,7 +71,8 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         gradient_checkpointing sdpa xformers diffusers_xformers mem_eff_attn lowram highvram torch_compile
         dynamo_backend use_safetensors
         deterministic ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph max_data_loader_n_workers
-        persistent_data_loader_workers cache_latents_to_disk vae_batch_size save_model_as save_precision
+        persistent_data_loader_workers cache_latents_to_disk vae_batch_size
+        cache_text_encoder_outputs cache_text_encoder_outputs_to_disk save_model_as save_precision
         huggingface_token huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface
         async_upload console_log_level console_log_simple log_with wandb_api_key sample_sampler
     """,

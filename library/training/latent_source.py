@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.data.records import Batch
 from library.families.base import ModelFamily
@@ -49,11 +49,11 @@ class LatentSource:
     def _again_in_float32(self, batch: Batch) -> Tensor:
         assert batch.images_BCHW is not None
         former = self._vae.dtype
-        self._vae.to(torch.float32)
+        nn.Module.to(self._vae, torch.float32)  # the library's own `to` warns at every call
         try:
             latents_BCHW = self._encode(batch.images_BCHW, batch.seeds)
         finally:
-            self._vae.to(former)
+            nn.Module.to(self._vae, former)
         bad = [key for key, one in zip(batch.keys, latents_BCHW, strict=True) if not bool(one.isfinite().all())]
         if bad:
             raise UserError(

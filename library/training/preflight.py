@@ -6,12 +6,14 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from library.data.records import ResolvedDataset
+from library.families.base import ModelFamily
 from library.log import UserError
 from library.options import (
     LogOptions,
@@ -135,6 +137,18 @@ def _silent() -> Generator[None]:
         yield
     finally:
         logging.disable(former)
+
+
+def check_bucket_steps(family: ModelFamily, datasets: Sequence[ResolvedDataset]) -> None:
+    """Refuse bucket sizes that the family's U-Net cannot halve often enough."""
+    rules = [dataset.spec.buckets for dataset in datasets if dataset.spec.buckets]
+    steps = {rule.bucket_reso_steps for rule in rules if rule.enable_bucket}
+    wrong = sorted(step for step in steps if step % family.bucket_step)
+    if wrong:
+        listed = ", ".join(map(str, wrong))
+        raise UserError(
+            f"bucket_reso_steps {listed}: must be a multiple of {family.bucket_step} for this kind of model"
+        )
 
 
 def free_bytes(output_dir: str) -> int:

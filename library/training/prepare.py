@@ -12,14 +12,15 @@ import torch
 from library.data.cache import LatentStore
 from library.data.dataset import TrainImages
 from library.data.records import ResolvedDataset
+from library.data.text_cache import TextStore
 from library.device import attention_kind, one_process_at_a_time
 from library.diffusion.objective import Objective
 from library.diffusion.schedule import NoiseSchedule
 from library.families import family_for
-from library.families.base import ModelFamily, ModelParts, TextSettings
+from library.families.base import ModelFamily, ModelParts
 from library.generation.pipeline import GenerationSettings
 from library.log import UserError
-from library.models.memory import set_attention, set_gradient_checkpointing
+from library.models.memory import keep_less_for_backward, set_attention, set_gradient_checkpointing
 from library.options import (
     CacheOptions,
     DataOptions,
@@ -32,14 +33,17 @@ from library.options import (
 )
 from library.options.settings import Settings
 from library.rng import seed_of
-from library.training.caching import WorkShare, bind_prepared_latents, cache_latents, vae_fingerprint
+from library.training.caching import WorkShare, bind_prepared_latents, cache_latents, weights_fingerprint
 from library.training.latent_source import LatentSource
 from library.training.machine import Machine
 from library.training.optimizers import OptimizerMode
+from library.training.preflight import check_bucket_steps
 from library.training.preview import Previewer
 from library.training.script import Script
+from library.training.step import TextSource as CaptionSource
 from library.training.step import TrainStep
-from library.training.text_source import TextSource, text_learns
+from library.training.text_caching import CaptionEncoder, cache_captions, text_cache_options, text_settings
+from library.training.text_source import CachedTextSource, TextSource, text_learns
 from library.training.trackers import Trackers
 from library.training.trainable import Trainable
 
@@ -55,6 +59,7 @@ class Models:
     trainable: Trainable
     images: TrainImages
     text_learns: bool
+    text_store: TextStore | None = None
 
 
 def load_models(
@@ -70,30 +75,30 @@ def load_models(
         parts = family.load(options, dtype=machine.weight_dtype, device=machine.device, part_dtypes=types)
     if parts.zero_terminal_snr and not settings[NoiseOptions].zero_terminal_snr:
         logger.warning("%s was trained with zero terminal SNR: --zero_terminal_snr is missing", parts.source_name)
-    set_attention(parts.unet, attention_kind(settings[PrecisionOptions]))
-    torch.manual_seed(seed_of(seed, "network init"))
-    trainable = make_trainable(script, settings, family, parts)  # before the latents: its arguments may be refused
-    trainable.module.to(machine.device, machine.trained_dtype)
-    learns = text_learns(family, parts, trainable, machine.weight_dtype)
-    save_memory(settings[PrecisionOptions], parts, trainable, learns)
+    # before the latents: the network's arguments may be refused
+    trainable, learns = attach(script, settings, family, parts, machine, seed)
     datasets, store = make_latents(settings, datasets, family, parts, machine)
-    images = TrainImages(datasets, store, seed, settings[DataOptions].on_bad_image)
+    variants = text_cache_options(settings).cache_text_encoder_outputs_variants or 0
+    images = TrainImages(datasets, store, seed, settings[DataOptions].on_bad_image, variants)
     if datasets and all(images.gives_latents(index) for index in range(len(datasets))):
         torch.nn.Module.to(parts.vae, "cpu")
         machine.empty_cache()
-    return Models(family, parts, trainable, images, learns)
+    text_store = make_text_outputs(settings, datasets, family, parts, machine, learns)
+    return Models(family, parts, trainable, images, learns, text_store)
 
 
-def check_bucket_steps(family: ModelFamily, datasets: Sequence[ResolvedDataset]) -> None:
-    """Refuse bucket sizes that the family's U-Net cannot halve often enough."""
-    rules = [dataset.spec.buckets for dataset in datasets if dataset.spec.buckets]
-    steps = {rule.bucket_reso_steps for rule in rules if rule.enable_bucket}
-    wrong = sorted(step for step in steps if step % family.bucket_step)
-    if wrong:
-        listed = ", ".join(map(str, wrong))
-        raise UserError(
-            f"bucket_reso_steps {listed}: must be a multiple of {family.bucket_step} for this kind of model"
-        )
+def attach(
+    script: Script, settings: Settings, family: ModelFamily, parts: ModelParts, machine: Machine, seed: int
+) -> tuple[Trainable, bool]:
+    """What learns, attached to loaded models that save memory as the options say; and whether it is reached by text."""
+    set_attention(parts.unet, attention_kind(settings[PrecisionOptions]))
+    keep_less_for_backward(parts.unet)
+    torch.manual_seed(seed_of(seed, "network init"))
+    trainable = make_trainable(script, settings, family, parts)
+    trainable.module.to(machine.device, machine.trained_dtype)
+    learns = text_learns(family, parts, trainable, machine.weight_dtype)
+    save_memory(settings[PrecisionOptions], parts, trainable, learns)
+    return trainable, learns
 
 
 def make_trainable(script: Script, settings: Settings, family: ModelFamily, parts: ModelParts) -> Trainable:
@@ -124,7 +129,7 @@ def make_latents(
         return datasets, None
     store = LatentStore(
         family.latent_space,
-        vae_fingerprint(parts.vae),
+        weights_fingerprint(parts.vae),
         to_disk=cache.cache_latents_to_disk,
         memory_dtype=machine.vae_dtype,
     )
@@ -147,37 +152,66 @@ def make_latents(
     return datasets, store
 
 
-def make_step(settings: Settings, models: Models, machine: Machine, schedule: NoiseSchedule) -> TrainStep:
-    """The training step with its sources."""
-    options = settings[ModelOptions]
+def make_text_outputs(
+    settings: Settings,
+    datasets: Sequence[ResolvedDataset],
+    family: ModelFamily,
+    parts: ModelParts,
+    machine: Machine,
+    text_learns: bool,
+) -> TextStore | None:
+    """What the text encoders make of all captions, if that is to be cached; the encoders leave the device then."""
+    options = text_cache_options(settings)
+    if not options.cache_text_encoder_outputs:
+        return None
+    if text_learns:
+        raise UserError("--cache_text_encoder_outputs: the text encoders learn here, so leave it out")
+    store, _ = cache_captions(
+        datasets,
+        CaptionEncoder(
+            family, parts.text_encoders, parts.spec.text_encoders, text_settings(settings[ModelOptions], family)
+        ),
+        options,
+        memory_dtype=machine.weight_dtype,
+        share=WorkShare(machine.rank, machine.processes, machine.wait),
+    )
+    for encoder in parts.text_encoders:
+        encoder.to("cpu")
+    machine.empty_cache()
+    return store
+
+
+def make_text_source(settings: Settings, models: Models, machine: Machine) -> CaptionSource:
+    """Where the step takes the text condition from."""
+    if models.text_store is not None:
+        return CachedTextSource(models.text_store, device=machine.device, dtype=machine.weight_dtype)
     subsets = [subset for dataset in models.images.datasets for subset in dataset.spec.subsets]
     repeats = bool(subsets) and not any(subset.captions.is_random for subset in subsets)
-    text = TextSource(
+    return TextSource(
         models.family,
         models.parts,
-        TextSettings(options.max_token_length, clip_skip_of(options, models.family), options.weighted_captions),
+        text_settings(settings[ModelOptions], models.family),
         learns=models.text_learns,
         captions_repeat=repeats,
         device=machine.device,
         dtype=machine.weight_dtype,
     )
+
+
+def make_step(settings: Settings, models: Models, machine: Machine, schedule: NoiseSchedule) -> TrainStep:
+    """The training step with its sources."""
     return TrainStep(
         family=models.family,
         parts=models.parts,
         trainable=models.trainable,
         latents=LatentSource(models.family, models.parts.vae, machine.device),
-        text=text,
+        text=make_text_source(settings, models, machine),
         schedule=schedule,
         objective=Objective(settings[NoiseOptions], settings[LossOptions]),
         compute_dtype=machine.weight_dtype,
         device=machine.device,
         processes=machine.processes,
     )
-
-
-def clip_skip_of(options: ModelOptions, family: ModelFamily) -> int | None:
-    """The text encoder's layer in training, counted from the end; None: the family's own."""
-    return options.clip_skip if family.trains_with_clip_skip else None
 
 
 def make_previewer(
@@ -205,7 +239,7 @@ def make_previewer(
             schedule=schedule,
             device=machine.device,
             dtype=machine.weight_dtype,
-            clip_skip=clip_skip_of(settings[ModelOptions], models.family),
+            clip_skip=text_settings(settings[ModelOptions], models.family).clip_skip,
             default_sampler=sample.sample_sampler,
             precision=lambda: models.trainable.precision(machine.device, machine.weight_dtype),
         ),

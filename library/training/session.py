@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from library.data.records import CaptionClock, ResolvedDataset
 from library.data.sources import resolve
 from library.data.spec import load_dataset_specs
-from library.data.spec_checks import uncacheable_subsets
+from library.data.spec_checks import uncacheable_captions, uncacheable_subsets
 from library.interrupt import stop_on_signals
 from library.log import UserError
 from library.options import CacheOptions, DataOptions, LoopOptions, SaveOptions
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def run_session(script: Script, settings: Settings) -> int:
     """Do what the options ask for: show the data, print the plan, or train. Returns the exit status."""
-    datasets = load_datasets(settings[DataOptions], settings[CacheOptions])
+    datasets = load_datasets(settings)
     if settings[DataOptions].debug_dataset:
         return _show_data(settings, datasets)
     if settings[LoopOptions].dry_run:
@@ -40,14 +40,24 @@ def run_session(script: Script, settings: Settings) -> int:
     return _train(script, settings, datasets)
 
 
-def load_datasets(options: DataOptions, cache: CacheOptions) -> tuple[ResolvedDataset, ...]:
+def load_datasets(settings: Settings) -> tuple[ResolvedDataset, ...]:
     """Find the images and captions of the run; none with a data set class of the user's own."""
+    options = settings[DataOptions]
     if options.dataset_class:
         return ()
     specs = load_dataset_specs(options)
-    if cache.cache_latents and (obstacles := uncacheable_subsets(specs)):
+    obstacles: list[str] = []
+    if settings[CacheOptions].cache_latents:
+        obstacles += uncacheable_subsets(specs)
+    if settings.value_of("cache_text_encoder_outputs"):
+        obstacles += uncacheable_captions(specs, _caption_variants(settings))
+    if obstacles:
         raise UserError.of(obstacles)
     return resolve(specs, options.on_bad_image, options.on_bad_caption, options.allow_captionless)
+
+
+def _caption_variants(settings: Settings) -> int:
+    return settings.value_of("cache_text_encoder_outputs_variants") or 0
 
 
 def _show_data(settings: Settings, datasets: Sequence[ResolvedDataset]) -> int:
@@ -57,7 +67,7 @@ def _show_data(settings: Settings, datasets: Sequence[ResolvedDataset]) -> int:
 
     folder = Path(settings[SaveOptions].output_dir or "output") / "debug_dataset"
     seed = settings[LoopOptions].seed or 0
-    images = TrainImages(datasets, None, seed, settings[DataOptions].on_bad_image)
+    images = TrainImages(datasets, None, seed, settings[DataOptions].on_bad_image, _caption_variants(settings))
     plan = plan_epoch(datasets, seed, 1, 1, 1)
     for path in write_debug_sheets(images, plan, folder, CaptionClock(1, 0, settings[LoopOptions].max_train_steps)):
         logger.info("wrote %s", path)

@@ -1,5 +1,5 @@
 """Text conditions of a batch for the training step: encoded each time while text learns, remembered while it is
-frozen.
+frozen, or taken from a cache that was filled ahead.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from library.data.text_cache import TextStore
 from library.families.base import ModelFamily, ModelParts, TextCondition, TextSettings
 from library.text.encode import ConditionCache
 from library.training.trainable import Trainable
@@ -26,6 +27,22 @@ def text_learns(family: ModelFamily, parts: ModelParts, trainable: Trainable, dt
         condition = family.encode(parts.text_encoders, family.tokenize([""], settings), settings)
     trainable.module.train(was_training)
     return condition.hidden_BTD.requires_grad
+
+
+class CachedTextSource:
+    """Captions -> condition in ``dtype``, of what was made ahead; the encoders are not needed."""
+
+    def __init__(self, store: TextStore, *, device: torch.device, dtype: torch.dtype) -> None:
+        self._store = store
+        self._device = device
+        self._dtype = dtype
+
+    def __call__(self, captions: Sequence[str]) -> TextCondition:
+        known = {caption: self._store.load(caption) for caption in dict.fromkeys(captions)}
+        outputs = [known[caption] for caption in captions]
+        pooled = [one.pooled_P for one in outputs if one.pooled_P is not None]
+        hidden_BTD = torch.stack([one.hidden_TD for one in outputs])
+        return TextCondition(hidden_BTD, torch.stack(pooled) if pooled else None).to(self._device, self._dtype)
 
 
 class TextSource:

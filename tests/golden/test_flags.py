@@ -1,4 +1,4 @@
-"""The command line of train_network.py is frozen: old command lines and configuration files must go on working."""
+"""The command lines of the scripts are frozen: old command lines and configuration files must go on working."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ import pytest
 
 from library.options.parser import read_command_line
 from library.options.script import parse
-from library.options.scripts import CACHE_LATENTS, TRAIN_NETWORK
+from library.options.scripts import CACHE_LATENTS, CACHE_TEXT, SDXL_TRAIN, SDXL_TRAIN_NETWORK, TRAIN_NETWORK
 from library.options.settings import ScriptOptions
 
-DATA = Path(__file__).parent / "data" / "train_network_flags.tsv"
-ROWS = list(csv.DictReader(DATA.open(encoding="utf-8"), delimiter="\t"))
+DATA = Path(__file__).parent / "data"
+SCRIPTS = {
+    "train_network": TRAIN_NETWORK,
+    "sdxl_train_network": SDXL_TRAIN_NETWORK,
+    "sdxl_train": SDXL_TRAIN,
+}
+ROWS = {
+    name: list(csv.DictReader((DATA / f"{name}_flags.tsv").open(encoding="utf-8"), delimiter="\t")) for name in SCRIPTS
+}
+CASES = [pytest.param(name, row, id=f"{name} {row['option']}") for name in SCRIPTS for row in ROWS[name]]
 KINDS = {"flag": "bool"}
 
 # Where ours is wider or better than the reference, on purpose: (option, what differs).
 WIDER_CHOICES = {"max_token_length": {"75"}, "dynamo_backend": {"no"}}
 OTHER_DEFAULTS = {"caption_extension": None}  # looks for .caption, then .txt
-PARSED_TEXTS = {"resolution", "face_crop_aug_range"}  # texts there, numbers here
+PARSED_TEXTS = {"resolution", "face_crop_aug_range", "block_lr"}  # texts there, numbers here
 NEW_OPTIONS = {
     "allow_captionless",
     "allow_mismatch",
@@ -30,18 +38,39 @@ NEW_OPTIONS = {
     "on_nan",
     "save_state_on_train_end",
 }
+# The first two are the reference's, the third is new.
+TEXT_CACHE = {
+    "cache_text_encoder_outputs",
+    "cache_text_encoder_outputs_to_disk",
+    "cache_text_encoder_outputs_variants",
+}
+NEW_IN = {
+    "train_network": set[str](),
+    "sdxl_train_network": {"cache_text_encoder_outputs_variants"},
+    "sdxl_train": {
+        "cache_text_encoder_outputs_variants",
+        "fused_backward_pass",
+        "no_metadata",
+        "prior_loss_weight",
+        "training_comment",
+    },
+}
 ANY_SCRIPT = ScriptOptions("train_network.py", TRAIN_NETWORK.groups)
-SPECS = {name: spec for spec in TRAIN_NETWORK.specs().values() for name in spec.names}
+SPECS = {
+    script: {name: spec for spec in options.specs().values() for name in spec.names}
+    for script, options in SCRIPTS.items()
+}
 
 
-def test_no_option_is_missing_or_undeclared_here():
-    assert set(SPECS) == {row["option"] for row in ROWS} | NEW_OPTIONS
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_option_is_missing_or_undeclared_here(script: str):
+    assert set(SPECS[script]) == {row["option"] for row in ROWS[script]} | NEW_OPTIONS | NEW_IN[script]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["option"])
-def test_type_default_and_choices(row: dict[str, str]):
+@pytest.mark.parametrize(("script", "row"), CASES)
+def test_type_default_and_choices(script: str, row: dict[str, str]):
     name = row["option"]
-    spec = SPECS[name]
+    spec = SPECS[script][name]
     if name not in PARSED_TEXTS:
         assert spec.kind.__name__ == KINDS.get(row["type"], row["type"])
     expected = repr(OTHER_DEFAULTS[name]) if name in OTHER_DEFAULTS else row["default"]
@@ -58,11 +87,12 @@ EXAMPLES = {
     "max_bucket_reso": "768",
     "bucket_reso_steps": "32",
     "network_dropout": "0.1",
+    "block_lr": ",".join(["1e-4"] * 23),
 }
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["option"])
-def test_the_command_line_takes_the_option_with_each_choice(row: dict[str, str]):
+@pytest.mark.parametrize(("script", "row"), CASES)
+def test_the_command_line_takes_the_option_with_each_choice(script: str, row: dict[str, str]):
     name = row["option"]
     if row["type"] == "flag":
         words: list[str | None] = [None]
@@ -71,10 +101,10 @@ def test_the_command_line_takes_the_option_with_each_choice(row: dict[str, str])
     else:
         words = list(row["choices"].split("|"))
     for word in words:
-        known, unknown, problems = read_command_line(TRAIN_NETWORK, [f"--{name}", *([word] if word else [])])
+        known, unknown, problems = read_command_line(SCRIPTS[script], [f"--{name}", *([word] if word else [])])
         assert (unknown, problems) == ([], [])
         (true_name,) = known
-        value = SPECS[true_name].check(known[true_name].value)
+        value = SPECS[script][true_name].check(known[true_name].value)
         assert (value is None) == (word == "None")
         assert value is not False
 
@@ -104,5 +134,26 @@ def test_misspelt_caption_option_of_old_command_lines():
 
 
 def test_the_cache_tool_takes_every_option_of_the_training():
-    specs = CACHE_LATENTS.specs()
-    assert set(TRAIN_NETWORK.specs()) | {"skip_existing", "sdxl"} == set(specs)
+    for tool in (CACHE_LATENTS, CACHE_TEXT):
+        for training in (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, SDXL_TRAIN):
+            assert set(training.specs()) <= set(tool.specs()) | tool.passes_over
+        assert set(tool.specs()) <= set(SDXL_TRAIN_NETWORK.specs()) | {"skip_existing", "sdxl"}
+
+
+@pytest.mark.parametrize("tool", [CACHE_LATENTS, CACHE_TEXT])
+def test_the_cache_tools_take_a_full_training_s_file(tool: ScriptOptions, tmp_path: Path):
+    file = tmp_path / "full.toml"
+    file.write_text(
+        'save_model_as = "diffusers"\nfused_backward_pass = true\nblock_lr = "1,2"\nlearning_rate_te1 = 0\n'
+    )
+    words = f"--config_file {file} --pretrained_model_name_or_path m --train_data_dir d --resolution 1024"
+    assert parse(tool, words.split()).value_of("resolution") == (1024, 1024)
+
+
+def test_the_text_cache_is_of_the_scripts_for_sdxl():
+    assert set(SDXL_TRAIN_NETWORK.specs()) - set(TRAIN_NETWORK.specs()) == TEXT_CACHE
+    words = "--sdxl --skip_existing --cache_text_encoder_outputs --cache_text_encoder_outputs_to_disk"
+    words += " --pretrained_model_name_or_path m --train_data_dir d --resolution 1024"
+    settings = parse(CACHE_TEXT, words.split())
+    assert settings.value_of("cache_text_encoder_outputs_to_disk") is True
+    assert settings.value_of("bucket_reso_steps") == 32

@@ -171,5 +171,6 @@ def test_variants_of_the_file() -> None:
 
 
 def test_sub_prompts() -> None:
-    assert settled(the("chara an astronaut"))[0].parts == 3
-    assert settled("BRAND new")[0].parts == 1
+    masked = ("--mask_path", "mask.png")
+    assert settled(the("chara an astronaut"), *masked)[0].parts == 3
+    assert settled("BRAND new", *masked)[0].parts == 1

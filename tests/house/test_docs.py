@@ -19,7 +19,7 @@ FOREIGN = {"--multi_gpu", "--num_processes", "--nproc_per_node", "--cpu", "--ind
 FOREIGN |= {"--name", "--no-name"}  # stand for any switch
 FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*(?!\w)")
 # The letters behind a prompt in a prompt file.
-PROMPT_LETTERS = re.compile(r"--(n|w|h|d|l|s|ss|cn)\b")
+PROMPT_LETTERS = re.compile(r"--(n|w|h|d|l|s|ss|cn|am)\b")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")
 
@@ -69,6 +69,22 @@ def test_commands_of_documents_name_files_that_exist(document: Path):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_training_commands_of_documents_are_accepted(document: Path, monkeypatch: pytest.MonkeyPatch):
+    """Together with the example that they name; files of the reader's own are not there to be read."""
+    from library.options.script import parse
+    from library.options.scripts import SCRIPTS
+
+    monkeypatch.chdir(ROOT)
+    rows = {script.name: script for script in SCRIPTS}
+    for command in commands_of(document):
+        words = shlex.split(command, comments=True)
+        for script in rows.keys() & set(words):
+            options = words[words.index(script) + 1 :]
+            if any(word.startswith("examples/") for word in options):
+                parse(rows[script], options)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
 def test_links_lead_somewhere(document: Path):
     broken: list[str] = []
     for target, anchor in LINK.findall(document.read_text("utf-8")):
@@ -87,11 +103,14 @@ def test_links_lead_somewhere(document: Path):
 @pytest.mark.parametrize("config", CONFIGS, ids=relative)
 def test_example_configurations_are_accepted(config: Path, monkeypatch: pytest.MonkeyPatch):
     from library.options.script import parse
-    from library.options.scripts import TRAIN_NETWORK
+    from library.options.scripts import SCRIPTS
 
     monkeypatch.chdir(ROOT)
-    settings = parse(TRAIN_NETWORK, ["--config_file", str(config)])
-    assert settings.value_of("network_module") == "networks.lora"
+    named = re.search(r"^# .*?(\w+\.py) --config_file", config.read_text("utf-8"), re.MULTILINE)
+    assert named, "its first lines must say which script it is for"
+    (script,) = [script for script in SCRIPTS if script.name == named[1]]
+    settings = parse(script, ["--config_file", str(config)])
+    assert settings.value_of("network_module") in ("networks.lora", None)
     unexpected = [line for line in settings.warnings if "--config_file" not in line and "switches" not in line]
     assert not unexpected
 

@@ -26,7 +26,7 @@ from library.log import UserError
 from library.models import build
 from library.models.infer import spec_of_file
 from library.options import ModelOptions
-from library.training.prepare import clip_skip_of
+from library.training.text_caching import text_settings
 from tests.toy import toy_spec, write_toy_checkpoint, write_toy_folder
 
 FAMILY = SdxlFamily()
@@ -244,7 +244,7 @@ def test_clip_skip_is_2_and_not_changed_by_training(parts: ModelParts) -> None:
     last = encode(parts, CAPTIONS, TextSettings(clip_skip=1))
     assert not torch.equal(plain.hidden_BTD, last.hidden_BTD)
     assert torch.equal(plain.pooled_BP, last.pooled_BP)
-    assert clip_skip_of(ModelOptions(clip_skip=1), FAMILY) is None
+    assert text_settings(ModelOptions(clip_skip=1), FAMILY).clip_skip is None
 
 
 def test_long_captions_pool_their_first_row(parts: ModelParts) -> None:

@@ -24,6 +24,12 @@ def model_sd2(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def model_sdxl(tmp_path_factory) -> Path:
+    """A toy SDXL checkpoint."""
+    return write_toy_checkpoint(tmp_path_factory.mktemp("model_xl") / "toy_xl.safetensors", "sdxl")
+
+
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """Four square photos with captions, in a DreamBooth folder."""
     return write_photos(tmp_path_factory.mktemp("photos"), [(64, 64)] * 4)

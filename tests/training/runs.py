@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from library.options.scripts import TRAIN_NETWORK
+from library.options.scripts import SDXL_TRAIN_NETWORK, TRAIN_NETWORK
+from library.training import loop
 from library.training.app import run
 from library.training.script import Script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Script(TRAIN_NETWORK, kind="library.training.kinds.adapter:AdapterTraining", tracker_name="network_train")
+SDXL_SCRIPT = Script(SDXL_TRAIN_NETWORK, kind=SCRIPT.kind, tracker_name=SCRIPT.tracker_name)
+# Adam turns gradients of rounding size into whole steps of either sign, so equal mathematics is compared under SGD.
+SGD = ("--optimizer_type", "SGD", "--learning_rate", "0.1", "--max_grad_norm", "0")
 
 
 def write_photos(folder: Path, sizes: list[tuple[int, int]], seed: int = 0) -> Path:
@@ -75,3 +81,28 @@ def metadata(path: Path) -> dict[str, str]:
 def state(folder: Path) -> dict[str, object]:
     """state.json of a state folder."""
     return json.loads((folder / "state.json").read_text())
+
+
+def difference(a: Path, b: Path) -> float:
+    """Largest difference of two files' tensors, relative to the largest change."""
+    left, right = tensors(a), tensors(b)
+    assert left.keys() == right.keys()
+    ups = [key for key in left if "lora_up" in key]
+    size = max(float(left[key].abs().max()) for key in ups)
+    assert size > 1e-4  # something was learned
+    error = max(float((left[key] - right[key]).abs().max()) for key in left) / size
+    print(f"largest relative difference: {error:.2e}")
+    return error
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Send Ctrl-C to the program when that many steps are done."""
+    original = loop.train_step
+
+    def train_step(job, plan, batches):
+        report = original(job, plan, batches)
+        if job.clock.step + 1 == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return report
+
+    monkeypatch.setattr(loop, "train_step", train_step)

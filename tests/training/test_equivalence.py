@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.toy import toy_modules, toy_spec
-from tests.training.runs import command, launch_two, tensors, train, write_photos
-
-# Adam turns gradients of rounding size into whole steps of either sign, so equal mathematics is compared under SGD.
-SGD = ("--optimizer_type", "SGD", "--learning_rate", "0.1", "--max_grad_norm", "0")
-
-
-def difference(a: Path, b: Path) -> float:
-    """Largest difference of two files' tensors, relative to the largest change."""
-    left, right = tensors(a), tensors(b)
-    assert left.keys() == right.keys()
-    ups = [key for key in left if "lora_up" in key]
-    size = max(float(left[key].abs().max()) for key in ups)
-    assert size > 1e-4  # something was learned
-    error = max(float((left[key] - right[key]).abs().max()) for key in left) / size
-    print(f"largest relative difference: {error:.2e}")
-    return error
+from tests.training.runs import SGD, command, difference, launch_two, train, write_photos
 
 
 def test_accumulation_equals_the_big_batch(model, photos, tmp_path):

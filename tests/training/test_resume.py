@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-from library.training import loop
-from tests.training.runs import metadata, state, tensors, train, write_photos
+from tests.training.runs import metadata, state, stop_after, tensors, train, write_photos
 
 SIZES = [(80, 64), (64, 80), (64, 64), (70, 70), (96, 64), (64, 64), (90, 70)]
 OPTIONS = (
@@ -29,19 +26,6 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def fixed_time(monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-
-
-def stop_after(monkeypatch, steps: int) -> None:
-    """Send Ctrl-C to the program when that many steps are done."""
-    original = loop.train_step
-
-    def train_step(job, plan, batches):
-        report = original(job, plan, batches)
-        if job.clock.step + 1 == steps:
-            os.kill(os.getpid(), signal.SIGINT)
-        return report
-
-    monkeypatch.setattr(loop, "train_step", train_step)
 
 
 def test_three_interruptions_change_no_byte(model, data, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from library.data.records import Augmentation, ResolvedDataset
 from library.log import UserError
 from library.training.caching import (
     WorkShare,
-    vae_fingerprint,
+    weights_fingerprint,
 )
 from tests.cache_fixtures import archives, disk_store, latents_of, one_image, run
 from tests.data_fixtures import AveragingVae, cover_fit, dataset, record, write_picture
@@ -166,13 +166,13 @@ def test_the_devices_cache_is_emptied_once_for_each_size(tmp_path: Path) -> None
     assert seen == [2, 5]  # after both portrait images, after all
 
 
-def test_vae_fingerprint_sees_values_and_names() -> None:
+def test_weights_fingerprint_sees_values_and_names() -> None:
     one, two = nn.Linear(3, 3), nn.Linear(3, 3)
-    assert vae_fingerprint(one) == vae_fingerprint(one) != vae_fingerprint(two)
+    assert weights_fingerprint(one) == weights_fingerprint(one) != weights_fingerprint(two)
     two.load_state_dict(one.state_dict())
-    assert vae_fingerprint(one) == vae_fingerprint(two)
-    assert vae_fingerprint(nn.Sequential(one)) != vae_fingerprint(one)
-    assert len(vae_fingerprint(one.to(torch.bfloat16))) == 16
+    assert weights_fingerprint(one) == weights_fingerprint(two)
+    assert weights_fingerprint(nn.Sequential(one)) != weights_fingerprint(one)
+    assert len(weights_fingerprint(one.to(torch.bfloat16))) == 16
 
 
 # ---- the tool

@@ -2,8 +2,10 @@
 
 import logging
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,10 @@ from PIL import Image
 from torch import nn
 
 from library.diffusion.schedule import make_schedule
+from library.families.base import TextCondition
 from library.families.sd import SdFamily
-from library.generation.pipeline import GenerationSettings
+from library.generation.pipeline import GenerationSettings, encode_prompt
+from library.generation.prompts import PromptSpec
 from library.log import UserError
 from library.training import preview
 from library.training.clock import Clock
@@ -225,3 +229,36 @@ def test_tensorboard_takes_the_pictures(tmp_path: Path, prompts: Path, monkeypat
     events = event_accumulator.EventAccumulator(str(tmp_path / "logs" / "run"))
     events.Reload()
     assert sorted(events.Tags()["images"]) == ["sample_0", "sample_1", "sample_2"]
+
+
+class Encoder:
+    """Stands for a text encoder: knows where it is."""
+
+    def __init__(self, place: str) -> None:
+        self.place = torch.device(place)
+
+    def parameters(self) -> Any:
+        yield SimpleNamespace(device=self.place)
+
+    def to(self, place: torch.device) -> None:
+        self.place = place
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_text_encoders_are_on_the_device_while_they_work(fails: bool) -> None:
+    encoders = (Encoder("cpu"), Encoder("meta"))
+    seen: list[list[str]] = []
+
+    class Family(SdFamily):
+        def encode(self, text_encoders: Any, tokens: Any, settings: Any) -> Any:
+            seen.append([str(encoder.place) for encoder in text_encoders])
+            if fails:
+                raise MemoryError
+            return TextCondition(torch.zeros(1, 77, 8))
+
+    parts: Any = SimpleNamespace(text_encoders=encoders)
+    settings = replace(SETTINGS, device=torch.device("meta"))
+    with pytest.raises(MemoryError) if fails else nullcontext():
+        encode_prompt(Family(), parts, PromptSpec("a cat"), settings)
+    assert seen == [["meta", "meta"]]
+    assert [str(encoder.place) for encoder in encoders] == ["cpu", "meta"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from library.diffusion.schedule import NoiseSchedule, make_schedule
+from library.generation.denoise import start_from
 from library.generation.multistep import multistep_coefficients
 from library.generation.samplers import SAMPLER_NAMES, Sampler, make_sampler
 from library.log import UserError
@@ -94,3 +95,53 @@ def test_multistep_integrates_polynomials_exactly(order: int) -> None:
         derivatives = sigmas[3 - np.arange(order)] ** degree
         exact = (sigmas[4] ** (degree + 1) - sigmas[3] ** (degree + 1)) / (degree + 1)
         assert np.dot(coefficients, derivatives) == pytest.approx(exact)
+
+
+# ---- beginning in the middle
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLER_NAMES if not name.startswith("k_")])
+@pytest.mark.parametrize("strength", [0.25, 0.5, 1.0])
+def test_beginning_from_a_picture(name: str, strength: float) -> None:
+    """The noise has the level that the first call removes, as many steps are taken as asked, and the end is reached."""
+    schedule = SCHEDULES["epsilon"]
+    sampler = make_sampler(name, 20, schedule)
+    first = sampler.first_call(strength)
+    sampler.begin_at(first)
+    calls = sampler.timesteps[first:]
+    steps = int(20 * strength)
+    assert len(calls) == (2 * steps - 1 if name in TWICE else steps + (name == "pndm" and steps > 1))
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents = sampler.add_noise(ANSWER, noise, first)
+    guesses: list[float] = []
+    for timestep in calls:
+        noisy = sampler.model_input(latents, timestep)
+        pred = perfect_prediction(noisy, timestep, schedule)
+        guesses.append(float((pred - noise).abs().max()))
+        latents = sampler.step(pred, timestep, latents, [torch.Generator().manual_seed(1)])
+    assert guesses[0] < 1e-2  # a model that knows the picture finds just this noise: the levels agree
+    assert (latents - ANSWER).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLER_NAMES if not name.startswith("k_")])
+def test_strength_zero_takes_no_step(name: str) -> None:
+    sampler = make_sampler(name, 20, SCHEDULES["epsilon"])
+    noise = torch.randn(1, 4, 8, 8)
+    latents, first = start_from(sampler, ANSWER, noise, 0.0)
+    assert first == len(sampler.timesteps)
+    assert torch.equal(latents, ANSWER)
+
+
+def test_levels_after_the_steps_fall_to_nothing() -> None:
+    """What inpainting adds to the kept parts after each call is the level at which the next call begins."""
+    for name in ("ddim", "pndm", "euler", "heun", "dpmsolver++", "lms"):
+        sampler = make_sampler(name, 10, SCHEDULES["epsilon"])
+        zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+        levels = [float(sampler.add_noise(zero, one, call)) for call in range(len(sampler.timesteps) + 1)]
+        assert levels == sorted(levels, reverse=True)
+        assert levels[-1] == 0
+        ac = SCHEDULES["epsilon"].alphas_cumprod_T.double().numpy()
+        for timestep, level in zip(sampler.timesteps.tolist(), levels, strict=False):
+            sigma = np.interp(timestep, np.arange(1000), ((1 - ac) / ac) ** 0.5)
+            is_kept = name in ("ddim", "pndm", "dpmsolver++")
+            assert level == pytest.approx(sigma / (1 + sigma**2) ** 0.5 if is_kept else sigma, rel=1e-3)

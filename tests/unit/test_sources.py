@@ -80,6 +80,7 @@ def test_captions_by_extension(tmp_path: Path) -> None:
     assert [(r.caption, r.has_caption) for r in by_itself.records] == [
         ("from caption", True), ("first, line", True), ("cat", False),
     ]  # fmt: skip
+    assert [r.caption_path for r in by_itself.records] == [str(tmp_path / "a.caption"), str(tmp_path / "b.txt"), None]
     only_txt = found(folder(tmp_path, caption_extension=".txt"))
     assert [r.caption for r in only_txt.records] == ["from txt", "first, line", "cat"]
 
@@ -249,6 +250,7 @@ def test_metadata_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert [Path(record.path).name for record in data.records] == ["a.png", "b.c.JPG", "d.webp", "x.png", "full.png"]
     assert [record.caption for record in data.records] == ["cap, t1, t2", "t1", "line\nbreak", "", "full"]
     assert [record.has_caption for record in data.records] == [True, True, True, False, True]
+    assert {record.caption_path for record in data.records} == {str(tmp_path / "meta.json")}
     assert data.records[4].size == (80, 40)
     assert {record.repeats for record in data.records} == {2}
 

@@ -18,7 +18,7 @@ from library.models.memory import store_in_fp8
 from library.options import NetworkFileOptions, NetworkOptions, OptimizerOptions, PrecisionOptions
 from library.options.settings import Settings
 from library.options.values import split_pairs
-from library.plugin import load_network_module
+from library.plugin import load_network_module, optional_method
 from library.training.selfcheck import check_network_file
 from library.training.trainable import Artifact, Trainable
 
@@ -45,7 +45,7 @@ class AdapterTraining(Trainable):
             for part in (*parts.text_encoders, parts.unet):
                 store_in_fp8(part)
         network = self._create()
-        prepare = _optional(network, "prepare_network")
+        prepare = optional_method(network, "prepare_network")
         if prepare:
             prepare(options)
         network.apply_to(self._text_encoder, self._unet, self.trains_text_encoder, self.trains_unet)
@@ -55,8 +55,8 @@ class AdapterTraining(Trainable):
         network.prepare_grad_etc(self._text_encoder, self._unet)
         self.module: nn.Module = network
         self._groups = self._prepare_groups()
-        self._set_multiplier = _optional(network, "set_multiplier")
-        self._on_step_start = _optional(network, "on_step_start")
+        self._set_multiplier = optional_method(network, "set_multiplier")
+        self._on_step_start = optional_method(network, "on_step_start")
         self._limit_norms = self._norm_limit()
         self._multiplier: float | None = None
         self.may_train_text = self.trains_text_encoder
@@ -159,7 +159,7 @@ class AdapterTraining(Trainable):
         limit = self._options.scale_weight_norms
         if not limit:
             return None
-        method = _optional(self.module, "apply_max_norm_regularization")
+        method = optional_method(self.module, "apply_max_norm_regularization")
         if method is None:
             raise UserError(
                 f"--scale_weight_norms: {self._options.network_module} cannot limit its norms; leave it out"
@@ -199,19 +199,13 @@ class AdapterTraining(Trainable):
             self.module.save_weights(str(temporary), dtype, metadata)  # type: ignore[operator]
 
     def check(self, path: Path) -> list[str]:
-        return check_network_file(path, _optional(self._module, "inspect_weights")).lines()
+        return check_network_file(path, optional_method(self._module, "inspect_weights")).lines()
 
     def recorded_options(self) -> dict[str, Any]:
         if not self._options.network_weights:
             return {}
         names = ("network_dim", "network_alpha")
         return {name: value for name in names if (value := getattr(self.module, name, None)) is not None}
-
-
-def _optional(network: Any, name: str) -> Callable[..., Any] | None:
-    """A method that the plug-in protocol leaves optional; this is the one place that asks for it."""
-    method = getattr(network, name, None)
-    return method if callable(method) else None
 
 
 def _positional_count(function: Callable[..., Any]) -> int:
