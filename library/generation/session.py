@@ -84,7 +84,7 @@ def run_session(settings: Settings) -> int:
 def _repeat(settings: Settings, path: str) -> int:
     """Draw a picture once more from what stands in it. Options of the command line win."""
     job, recipe = read_recipe(path)
-    job = find_again(job, input_files(settings))
+    job = find_again(job, input_files(settings, repeating=True))
     told = {name: value for name, value in recipe["options"].items() if not settings.given(name)}
     given = {name: value for name, value in settings.as_flat_dict().items() if settings.given(name)}
     sources = {name: settings.source_of(name) for name in given}
@@ -128,8 +128,11 @@ def _is_good(line: RawLine) -> bool:
     return True
 
 
-def input_files(settings: Settings) -> InputFiles:
-    """The pictures that the options name. Raises UserError."""
+def input_files(settings: Settings, repeating: bool = False) -> InputFiles:
+    """The pictures that the options name. Raises UserError.
+
+    ``repeating``: the jobs name their guides already, so that there need not be one for each net.
+    """
     picture, control = settings[PictureOptions], settings[ControlOptions]
     check_control(control)
     nets = [*(control.control_net_models or ()), *(control.control_net_lllite_models or ())]
@@ -137,7 +140,7 @@ def input_files(settings: Settings) -> InputFiles:
         sources=list_pictures(picture.image_path, "image_path") if picture.image_path else (),
         masks=list_pictures(picture.mask_path, "mask_path") if picture.mask_path else (),
         guides=[file for name in control.guide_image_path or () for file in list_pictures(name, "guide_image_path")],
-        nets=len(nets),
+        nets=0 if repeating else len(nets),
     )
 
 

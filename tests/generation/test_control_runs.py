@@ -197,12 +197,38 @@ def test_each_picture_has_its_own_guides(model: Path, nets: list[str], guides: l
     assert abs(pixels(made[1]) - pixels(other[0])).max() > 2
 
 
-def test_a_controlled_picture_is_repeated(model: Path, nets: list[str], guides: list[Path], tmp_path: Path) -> None:
+def test_a_controlled_picture_is_repeated(
+    model: Path, nets: list[str], guides: list[Path], tmp_path: Path, capsys: Any
+) -> None:
     words = ("--control_net_models", nets[0], "--control_net_preps", "canny", "--control_net_weights", "0.8")
     first = draw(model, tmp_path / "a", *words, "--guide_image_path", str(guides[0]), "--prompt", "x")
-    named = ("--control_net_models", nets[0], "--guide_image_path", str(guides[0]))  # pictures name no folders
-    again = draw(model, tmp_path / "b", "--from_image", str(first[0]), *named)
+    named = ("--from_image", str(first[0]), "--control_net_models", nets[0])  # pictures name no folders
+    again = draw(model, tmp_path / "b", *named, "--guide_image_path", str(guides[0]))
     assert np.array_equal(pixels(first[0]), pixels(again[0]))
+    draw(model, tmp_path / "c", *named, status=1)
+    assert "name it with --guide_image_path" in capsys.readouterr().err
+
+
+LARGE = {
+    "deep shrink": ("--ds_depth_1", "1", "--ds_timesteps_1", "300"),
+    "gradual latent": ("--gradual_latent_timesteps", "900", "--steps", "8", "--W", "128", "--H", "128"),
+    "highres": ("--highres_fix_scale", "0.5", "--highres_fix_steps", "3", "--W", "128", "--H", "128"),
+}
+
+
+@pytest.mark.parametrize("method", LARGE)
+def test_nets_act_in_the_methods_for_large_pictures(
+    method: str, model: Path, nets: list[str], guides: list[Path], tmp_path: Path
+) -> None:
+    words = ("--prompt", "x", *LARGE[method])
+    control = ("--control_net_models", nets[0], "--guide_image_path", str(guides[0]))
+    plain, guided = draw(model, tmp_path / "plain", *words), draw(model, tmp_path / "net", *words, *control)
+    assert pixels(guided[0]).shape == pixels(plain[0]).shape
+    assert abs(pixels(guided[0]) - pixels(plain[0])).max() > 5
+    if method == "highres":
+        half = draw(model, tmp_path / "half", *words, *control, "--highres_fix_disable_control_net")
+        assert abs(pixels(half[0]) - pixels(plain[0])).max() > 2
+        assert abs(pixels(half[0]) - pixels(guided[0])).max() > 2
 
 
 NET, GUIDE = ("--control_net_models", "{net}"), ("--guide_image_path", "{guide}")

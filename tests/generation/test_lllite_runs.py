@@ -106,6 +106,28 @@ def test_ratio_and_strength(parts: ModelParts, nets: list[str], guides: list[Pat
     assert strengths == [(0.8, 0.5), (0.8, 0.5), (0.0, 0.5), (0.0, 0.5)]
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("--ds_depth_1", "3", "--ds_timesteps_1", "300"),
+        ("--gradual_latent_timesteps", "900", "--sampler", "euler_a", "--steps", "6"),
+        ("--highres_fix_scale", "0.5", "--highres_fix_steps", "2"),
+    ],
+    ids=["deep shrink", "gradual latent", "highres"],
+)
+def test_it_acts_in_the_methods_for_large_pictures(
+    method: tuple[str, ...], model: Path, nets: list[str], guides: list[Path], tmp_path: Path
+) -> None:
+    words = ["--ckpt", str(model), "--steps", "2", "--W", "128", "--H", "128", "--prompt", "x", "--seed", "1", *method]
+    control = ("--control_net_lllite_models", nets[0], "--guide_image_path", str(guides[0]))
+    found: list[np.ndarray] = []
+    for name, more in (("plain", ()), ("net", control)):
+        assert run(GEN_IMG, [*words, "--outdir", str(tmp_path / name), *more]) == 0
+        with Image.open(next((tmp_path / name).glob("*.png"))) as picture:
+            found.append(np.asarray(picture).astype(int))
+    assert abs(found[0] - found[1]).max() > 5
+
+
 def test_a_whole_run(model: Path, nets: list[str], guides: list[Path], tmp_path: Path) -> None:
     words = ["--ckpt", str(model), "--steps", "2", "--W", "64", "--H", "64", "--prompt", "x", "--seed", "1"]
 
