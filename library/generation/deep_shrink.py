@@ -1,4 +1,4 @@
-"""Deep Shrink (kohya, Kohya's Hires fix): early steps are taken with a smaller picture inside the U-Net.
+"""Deep Shrink: early steps are taken with a smaller picture inside the U-Net.
 
 While the timestep is high, what enters one block of the encoder is made smaller; the decoder makes it fit the skip
 connections again. So a picture larger than those of the training gets the composition of a small one. Hooks on the

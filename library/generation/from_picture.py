@@ -54,14 +54,15 @@ def make_clip_vision(engine: Engine, options: PictureOptions) -> ClipVision | No
 def is_inpainting(job: Job) -> bool:
     """True if the job's mask says what to draw anew. Raises UserError for a mask that says nothing.
 
-    With live networks a mask can mean their regions: if sub-prompts are joined by AND, or if there is no picture.
+    The mask of a regional job says where its sub-prompts and networks act.
     """
-    if job.mask is None:
-        return False
-    if job.shared.multipliers and (job.shared.parts > 1 or job.source is None):
+    if job.mask is None or job.shared.regional:
         return False
     if job.source is None:
-        raise UserError("--mask_path has no meaning without a picture to draw in (--image_path) or networks")
+        raise UserError(
+            "--mask_path has no meaning here: give the picture to draw in (--image_path), or networks or sub-prompts "
+            "joined by AND, whose regions it can show"
+        )
     return True
 
 

@@ -264,14 +264,6 @@ def _samples_twice(settings: Settings) -> str | None:
     return None
 
 
-def _mask(settings: Settings) -> str | None:
-    if not settings.value_of("mask_path"):
-        return None
-    if any(settings.value_of(name) for name in ("image_path", "network_weights", "from_image")):
-        return None
-    return "--mask_path needs --image_path, the picture to draw in, or networks whose regions it shows"
-
-
 REFUSALS: tuple[Rule, ...] = (
     _fp8_base,
     _output_name,
@@ -281,7 +273,6 @@ REFUSALS: tuple[Rule, ...] = (
     _tracker_folder,
     _warmup,
     _cached_text,
-    _mask,
 )
 DOUBTS: tuple[Rule, ...] = (
     _v_parameterization,

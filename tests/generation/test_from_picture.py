@@ -153,10 +153,20 @@ def test_the_same_picture_alone_in_a_batch_and_after_others(model: Path, tmp_pat
     assert np.abs(pixels(again[0]) - pixels(single[0])).max() > 5  # nothing of it stays for other runs
 
 
-def test_a_mask_needs_a_picture(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mask_needs_a_picture(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     mask = write_mask(tmp_path / "m.png", WHITE)
-    draw(model, tmp_path / "out", "--mask_path", mask, "--prompt", "a cat", status=1)
-    assert "--mask_path needs --image_path" in capsys.readouterr().err
+    size = ("--W", "64", "--H", "64")
+    assert not draw(model, tmp_path / "out", "--mask_path", mask, "--prompt", "a cat", *size, status=1)
+    assert "--mask_path has no meaning here: give the picture" in caplog.text
+
+
+def test_the_mask_of_sub_prompts_is_not_for_inpainting(model: Path, tmp_path: Path) -> None:
+    source, mask = write_picture(tmp_path / "a.png"), write_mask(tmp_path / "m.png", WHITE)
+    files = ("--image_path", source, "--mask_path", mask)
+    (regions,) = draw(model, tmp_path / "a", *files, "--prompt", "a cat AND a dog --d 1")
+    (inpainted,) = draw(model, tmp_path / "b", *files, "--prompt", "a cat --d 1")
+    assert np.array_equal(pixels(inpainted)[:16], pixels(source)[:16])
+    assert np.abs(pixels(regions)[:16] - pixels(source)[:16]).max() > 5
 
 
 def test_when_a_mask_is_for_inpainting() -> None:
@@ -164,10 +174,10 @@ def test_when_a_mask_is_for_inpainting() -> None:
     with_picture = {"source": "a.png", "mask": "m.png"}
     assert is_inpainting(job(files=with_picture))
     assert is_inpainting(job(files=with_picture, multipliers=(1.0,)))
-    assert not is_inpainting(job(files=with_picture, multipliers=(1.0, 1.0), parts=2))
-    assert not is_inpainting(job(files={"mask": "m.png"}, multipliers=(1.0,)))
+    assert not is_inpainting(job(files=with_picture, parts=2, regional=True))
+    assert not is_inpainting(job(files={"mask": "m.png"}, multipliers=(1.0,), regional=True))
     with pytest.raises(UserError, match="--image_path"):
-        is_inpainting(job(files={"mask": "m.png"}, parts=2))
+        is_inpainting(job(files={"mask": "m.png"}))
 
 
 def test_names_of_the_originals(model: Path, tmp_path: Path, source: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from library.data.buckets import bucket_sizes, cover, fit, fit_to, letterbox
@@ -38,6 +38,7 @@ def test_bucket_is_covered_and_divisible(rules: BucketRules, size: tuple[int, in
 
 
 @given(bucket_rules(), SIZES)
+@example(BucketRules((64, 359), True, bucket_reso_steps=8, bucket_no_upscale=True), (152, 152))
 def test_area_stays_below_the_resolution(rules: BucketRules, size: tuple[int, int]) -> None:
     bucket = fit(size, rules, bucket_sizes(rules)).bucket
     step = rules.bucket_reso_steps if rules.enable_bucket else 8
