@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -64,6 +65,21 @@ class Network(Protocol):
     def get_trainable_params(self) -> Any: ...
 
     def save_weights(self, file: str, dtype: Any, metadata: dict[str, str] | None) -> None: ...
+
+
+class ControlAdapter(Protocol):
+    """A small network that changes what layers of the U-Net get, after a picture (ControlNet-LLLite)."""
+
+    multiplier: float  # 0: it does nothing
+
+    def attach(self) -> None: ...
+
+    def set_condition(self, images_BCHW: Tensor | None) -> None: ...
+
+
+def load_lllite(path: Path, unet: nn.Module) -> ControlAdapter:
+    """The ControlNet-LLLite network of a file, made for a U-Net, not yet attached. Raises UserError."""
+    return importlib.import_module("networks.lllite").load_lllite(path, unet)
 
 
 def load_network_module(name: str) -> Any:

@@ -231,6 +231,32 @@ class ModelFamily(ABC):
         ``residuals`` go to the U-Net's forward as they are: what a ControlNet adds to its blocks.
         """
 
+    def predict_control(
+        self,
+        net: nn.Module,
+        noisy_latents_BCHW: Tensor,
+        timesteps_B: Tensor,
+        condition: TextCondition,
+        geometry: Geometry | None = None,
+        **hint: Any,
+    ) -> tuple[list[Tensor], Tensor]:
+        """What a ControlNet adds to the U-Net's skip connections and to its middle block, for the same inputs.
+
+        ``hint`` goes to the net's forward as it is: the guide picture ``controlnet_cond`` and its strength.
+        """
+        added = self.added_conditions(condition, geometry, noisy_latents_BCHW.device)
+        hidden_BTD = condition.hidden_BTD
+        skips, middle = net(
+            noisy_latents_BCHW, timesteps_B, hidden_BTD, added_cond_kwargs=added, return_dict=False, **hint
+        )
+        return list(skips), middle
+
+    def added_conditions(
+        self, condition: TextCondition, geometry: Geometry | None, device: torch.device
+    ) -> dict[str, Tensor]:
+        """What the U-Net is told beside time and text, by the names that diffusers gives it."""
+        return {}
+
     @abstractmethod
     def save_checkpoint(
         self,

@@ -105,16 +105,18 @@ class SdxlFamily(StableDiffusionFamily):
         geometry: Geometry | None = None,
         **residuals: Any,
     ) -> Tensor:
-        if geometry is None or condition.pooled_BP is None:
-            raise ValueError("SDXL needs the sizes of the pictures and the pooled text")
-        added = {
-            "text_embeds": condition.pooled_BP,
-            "time_ids": time_ids(geometry).to(noisy_latents_BCHW.device),
-        }
+        added = self.added_conditions(condition, geometry, noisy_latents_BCHW.device)
         hidden_BTD = condition.hidden_BTD
         return unet(
             noisy_latents_BCHW, timesteps_B, hidden_BTD, added_cond_kwargs=added, return_dict=False, **residuals
         )[0]
+
+    def added_conditions(
+        self, condition: TextCondition, geometry: Geometry | None, device: torch.device
+    ) -> dict[str, Tensor]:
+        if geometry is None or condition.pooled_BP is None:
+            raise ValueError("SDXL needs the sizes of the pictures and the pooled text")
+        return {"text_embeds": condition.pooled_BP, "time_ids": time_ids(geometry).to(device)}
 
     def adapter_views(self, parts: ModelParts) -> AdapterViews:
         return AdapterViews([text_encoder_view(encoder) for encoder in parts.text_encoders], sdxl_view(parts.unet))

@@ -12,12 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from library.checkpoint.privacy import without_folders
+from library.generation.control import attach_control, check_control
 from library.generation.deep_shrink import attach_deep_shrink
 from library.generation.embeddings import attach_embeddings
 from library.generation.engine import Engine, EngineSettings
 from library.generation.from_picture import attach_pictures
 from library.generation.gradual_latent import attach_gradual_latent
 from library.generation.grid import Sheet
+from library.generation.guidance import attach_guidance
 from library.generation.highres import TWO_STAGES, make_stages
 from library.generation.inputs import InputFiles, find_again, list_pictures
 from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle, texts_of
@@ -82,7 +84,7 @@ def run_session(settings: Settings) -> int:
 def _repeat(settings: Settings, path: str) -> int:
     """Draw a picture once more from what stands in it. Options of the command line win."""
     job, recipe = read_recipe(path)
-    job = find_again(job, input_files(settings))
+    job = find_again(job, input_files(settings, repeating=True))
     told = {name: value for name, value in recipe["options"].items() if not settings.given(name)}
     given = {name: value for name, value in settings.as_flat_dict().items() if settings.given(name)}
     sources = {name: settings.source_of(name) for name in given}
@@ -126,15 +128,19 @@ def _is_good(line: RawLine) -> bool:
     return True
 
 
-def input_files(settings: Settings) -> InputFiles:
-    """The pictures that the options name. Raises UserError."""
+def input_files(settings: Settings, repeating: bool = False) -> InputFiles:
+    """The pictures that the options name. Raises UserError.
+
+    ``repeating``: the jobs name their guides already, so that there need not be one for each net.
+    """
     picture, control = settings[PictureOptions], settings[ControlOptions]
+    check_control(control)
     nets = [*(control.control_net_models or ()), *(control.control_net_lllite_models or ())]
     return InputFiles(
         sources=list_pictures(picture.image_path, "image_path") if picture.image_path else (),
         masks=list_pictures(picture.mask_path, "mask_path") if picture.mask_path else (),
         guides=[file for name in control.guide_image_path or () for file in list_pictures(name, "guide_image_path")],
-        nets=len(nets),
+        nets=0 if repeating else len(nets),
     )
 
 
@@ -168,6 +174,8 @@ class Session:
                 vae_batch=draw.vae_batch_size,
             ),
         )
+        attach_control(self.engine, self.settings)
+        attach_guidance(self.engine, self.settings[ControlOptions])
         attach_embeddings(self.engine, options)
         self.networks = attach_networks(self.engine, self.settings)
         usual = self.model.family.default_sample_size(self.model.parts)

@@ -96,7 +96,7 @@ def _empty(name: str, spec: ArchitectureSpec) -> nn.Module:
 def _load_folder_part(folder: Path, name: str, spec: ArchitectureSpec, target: Target) -> nn.Module:
     module = _empty(name, spec)
     files = weight_files(folder, _WEIGHT_STEMS[name])
-    tensors = _folder_tensors(files, name, build.shapes_of(module))
+    tensors = folder_tensors(files, name, build.shapes_of(module))
     return build.fill(module, tensors, target.dtype, target.device)
 
 
@@ -121,9 +121,10 @@ def _canonical(part: str, key: str) -> str:
     return build.canonical_text_key(key) if part in TEXT_PARTS else key
 
 
-def _folder_tensors(
+def folder_tensors(
     files: Iterable[Path], part: str, shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
+    """(canonical key, tensor of the wanted shape) of a part's weight files in diffusers' names. Raises UserError."""
     opened = [open_model_file(path) for path in files]
     try:
         where = str(opened[0].path.parent)
@@ -171,7 +172,7 @@ def _load_vae_folder(folder: Path, target: Target) -> AutoencoderKL:
         raise UserError(f"--vae {folder}: neither a config.json nor a folder `vae` is in it")
     module = build.empty_vae(infer.vae_spec_of_config(infer.read_config(place)))
     files = weight_files(place, _WEIGHT_STEMS["vae"])
-    return build.fill(module, _folder_tensors(files, "vae", build.shapes_of(module)), target.dtype, target.device)
+    return build.fill(module, folder_tensors(files, "vae", build.shapes_of(module)), target.dtype, target.device)
 
 
 def _load_vae_stability(file: ModelFile, prefix: str, target: Target) -> AutoencoderKL:
@@ -189,7 +190,7 @@ def _load_vae_stability(file: ModelFile, prefix: str, target: Target) -> Autoenc
 
 def _load_vae_diffusers_file(path: Path, file: ModelFile, target: Target) -> AutoencoderKL:
     module = build.empty_vae(_vae_spec_of_diffusers_keys(file.infos))
-    return build.fill(module, _folder_tensors([path], "vae", build.shapes_of(module)), target.dtype, target.device)
+    return build.fill(module, folder_tensors([path], "vae", build.shapes_of(module)), target.dtype, target.device)
 
 
 def _vae_spec_of_diffusers_keys(infos: Mapping[str, Any]) -> VaeSpec:

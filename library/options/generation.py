@@ -226,7 +226,10 @@ class ControlOptions(OptionGroup):
     control_net_models: list[str] | None = option(None, help="ControlNet files or folders", metavar="FILE")
     control_net_lllite_models: list[str] | None = option(None, help="ControlNet-LLLite files (SDXL)", metavar="FILE")
     control_net_preps: list[str] | None = option(
-        None, help="what is done to each guide picture: none, canny, canny_LOW_HIGH ...", metavar="NAME"
+        None,
+        help="what is done to the guide picture of each net: none, canny, canny_LOW_HIGH, lineart, scribble, invert, "
+        "gray, recolor, blur_SIGMA, tile_FACTOR, threshold_LEVEL; none when absent",
+        metavar="NAME",
     )
     control_net_multipliers: list[float] | None = option(
         None, aliases=("control_net_weights",), help="strength of each ControlNet; 1 when absent"
@@ -234,14 +237,18 @@ class ControlOptions(OptionGroup):
     control_net_ratios: list[float] | None = option(
         None, ge=0, le=1, help="share of the steps, from the first, in which each ControlNet acts; 1 when absent"
     )
-    clip_guidance_scale: float = option(0.0, help="strength of guidance by a text through CLIP")
+    clip_guidance_scale: float = option(
+        0.0, help="strength of guidance by a text through CLIP; all guidance needs ddim, pndm, lms"
+    )
     clip_image_guidance_scale: float = option(0.0, help="strength of guidance by a picture through CLIP")
     clip_guidance_model: str = option(
         "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", help="CLIP model of the guidance", metavar="MODEL"
     )
     vgg16_guidance_scale: float = option(0.0, help="strength of guidance by a picture through VGG16")
     vgg16_guidance_layer: int = option(20, ge=0, le=30, help="layer of VGG16 whose features are compared")
-    vgg16_weights: str | None = option(None, help="file with VGG16's weights", metavar="FILE")
+    vgg16_weights: str | None = option(
+        None, help="torchvision's file with VGG16's weights (vgg16-397923af.pth)", metavar="FILE"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
