@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from library.generation.jobs import Job
+from library.log import UserError
+from library.options.generation import GenNetworkOptions, OutputOptions
+from library.options.settings import Settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,3 +93,70 @@ def _cut(line: str, width_px: int, font: object) -> str:
     while line and measure(f"{line}...") > width_px:
         line = line[:-1]
     return f"{line}..."
+
+
+@dataclass
+class NetworkGrid:
+    """Draws each picture once for every network file and strength; ``names`` are the last of the live networks."""
+
+    names: Sequence[str]
+    weights: Sequence[float]
+    _labels: dict[int, tuple[str, str]] = field(default_factory=dict[int, tuple[str, str]])
+
+    def jobs(self, jobs: Sequence[Job], number: int) -> list[Job]:
+        """The jobs of a line, numbered from ``number``: all strengths of the first file, then of the next."""
+        made: list[Job] = []
+        for job in jobs:
+            own = job.shared.multipliers[: len(job.shared.multipliers) - len(self.names)]
+            for index, name in enumerate(self.names):
+                for weight in self.weights:
+                    only = tuple(weight if place == index else 0.0 for place in range(len(self.names)))
+                    shared = replace(job.shared, multipliers=(*own, *only))
+                    self._labels[number + len(made)] = (f"{name}, seed {job.seed}: {job.prompt}", f"{weight:g}")
+                    made.append(replace(job, number=number + len(made), shared=shared))
+        return made
+
+    def labels(self, job: Job) -> tuple[str, str]:
+        """Row and column of a picture."""
+        return self._labels[job.number]
+
+
+def read_weights(text: str | None) -> tuple[float, ...]:
+    """The numbers of ``--grid_weights``; 1 when absent. Raises UserError."""
+    try:
+        return tuple(float(part) for part in (text or "1").split(","))
+    except ValueError:
+        raise UserError(f"--grid_weights {text}: must be numbers separated by commas (0,0.5,1)") from None
+
+
+def grid_files(patterns: Sequence[str]) -> list[str]:
+    """The network files that names and patterns mean, in the order of their names. Raises UserError."""
+    found: list[str] = []
+    for pattern in patterns:
+        files = sorted(glob.glob(os.path.expanduser(pattern)))
+        if not files:
+            raise UserError(f"--grid_networks {pattern}: there is no such file")
+        found += files
+    return found
+
+
+def with_grid_networks(settings: Settings) -> tuple[Settings, NetworkGrid | None]:
+    """Settings whose networks are also those of ``--grid_networks``, each at 0 until its turn; and the grid."""
+    output, networks = settings[OutputOptions], settings[GenNetworkOptions]
+    if not output.grid_networks:
+        return settings, None
+    if networks.network_module:
+        raise UserError("--grid_networks: the files say what they are; leave out --network_module")
+    own = networks.network_weights or []
+    files = grid_files(output.grid_networks)
+    values = {
+        **settings.as_flat_dict(),
+        "network_weights": [*own, *files],
+        "network_mul": [*[*(networks.network_mul or ()), *[1.0] * len(own)][: len(own)], *[0.0] * len(files)],
+        "network_merge": False,
+        "network_merge_n_models": (len(own) if networks.network_merge else networks.network_merge_n_models) or None,
+    }
+    sources = {name: settings.source_of(name) for name in values if settings.given(name)}
+    sources |= dict.fromkeys(("network_weights", "network_mul"), "--grid_networks")
+    grid = NetworkGrid([Path(file).stem for file in files], read_weights(output.grid_weights))
+    return Settings(settings.script, values, sources), grid

@@ -18,7 +18,7 @@ from library.generation.embeddings import attach_embeddings
 from library.generation.engine import Engine, EngineSettings
 from library.generation.from_picture import attach_pictures
 from library.generation.gradual_latent import attach_gradual_latent
-from library.generation.grid import Sheet
+from library.generation.grid import Sheet, with_grid_networks
 from library.generation.guidance import attach_guidance
 from library.generation.highres import TWO_STAGES, make_stages
 from library.generation.inputs import InputFiles, find_again, list_pictures
@@ -160,6 +160,7 @@ class Session:
     _drawn: int = 0  # pictures of all batches before this one
 
     def __post_init__(self) -> None:
+        self.settings, self.network_grid = with_grid_networks(self.settings)
         options, draw = self.settings[PromptOptions], self.settings[DrawOptions]
         self.engine = Engine(
             self.model.family,
@@ -183,7 +184,7 @@ class Session:
         self.defaults: Defaults = defaults_of(self.settings, usual, self.model.family.picture_step, multipliers)
         output = self.settings[OutputOptions]
         self.writer = Writer(output)
-        self.sheet = Sheet() if output.grid else None
+        self.sheet = Sheet() if output.grid or self.network_grid else None
         self.window = Window() if options.interactive and not options.no_preview else None
         attach_pictures(self.engine, self.settings[PictureOptions])
         attach_deep_shrink(self.engine)
@@ -241,6 +242,8 @@ class Session:
                 return
             try:
                 jobs = list(self._jobs_of(line, (iteration, index), self._queued))
+                if self.network_grid is not None:
+                    jobs = self.network_grid.jobs(jobs, self._queued)
             except UserError as error:
                 logger.error("%s: %s; it is left out", line.where, error)
                 self.failed += 1
@@ -325,7 +328,8 @@ class Session:
         if place.stage == "0":
             return
         if self.sheet is not None:
-            self.sheet.add(job.prompt, f"seed {job.seed}", drawn)
+            labels = self.network_grid.labels(job) if self.network_grid else (job.prompt, f"seed {job.seed}")
+            self.sheet.add(*labels, drawn)
         if self.window is not None:
             self.window.show(drawn, job.prompt)
 

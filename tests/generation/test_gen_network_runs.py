@@ -85,3 +85,39 @@ def test_a_picture_with_networks_and_regions_is_repeated(model: Path, networks: 
 def test_and_without_a_mask_is_told(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert len(draw(model, tmp_path / "and", "a cat AND a dog --d 1")) == 1
     assert "AND does nothing without --mask_path" in caplog.text
+
+
+def test_a_sheet_of_files_and_strengths(model: Path, networks: list[str], tmp_path: Path) -> None:
+    """Each file acts alone: a picture of the grid is that of the file drawn by itself, at 0 that of no file."""
+    pattern = str(Path(networks[0]).with_name("net*.safetensors"))
+    grid = ["--grid_networks", pattern, "--grid_weights", "0,1", "--sequential_file_name"]
+    drawn = draw(model, tmp_path / "grid", "a cat --d 1", *grid)
+    assert len(drawn) == 5  # two files times two strengths, and the sheet, which is named grid_...
+    sheet, pictures = drawn[0], drawn[1:]
+    assert sheet.shape[1] > 2 * pictures[0].shape[1]
+    (plain,) = draw(model, tmp_path / "plain", "a cat --d 1")
+    for number, network in enumerate(networks):
+        (alone,) = draw(model, tmp_path / f"{number}", "a cat --d 1", "--network_weights", network)
+        assert np.abs(pictures[2 * number] - plain).max() <= 1
+        assert np.abs(pictures[2 * number + 1] - alone).max() <= 1
+        assert np.abs(alone - plain).max() > 8
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--grid_networks", "nowhere*.safetensors"), "there is no such file"),
+        (("--grid_networks", "NET", "--grid_weights", "1,x"), "must be numbers separated by commas"),
+    ],
+)
+def test_grids_that_cannot_be(
+    more: tuple[str, ...],
+    said: str,
+    model: Path,
+    networks: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [networks[0] if word == "NET" else word for word in more]
+    assert run(GEN_IMG, ["--ckpt", str(model), "--prompt", "x", "--outdir", str(tmp_path), *words]) == 1
+    assert said in capsys.readouterr().err
