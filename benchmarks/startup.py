@@ -1,7 +1,7 @@
-"""The time from the command to the first finished step of a toy training, over that of the imports alone.
+"""The time from the command to the first finished step of a toy training, or of a picture, over that of the imports.
 
-Each turn is a process of its own. The imports are those that the training needs, in one line; the training loads the
-tiny model of the examples, caches the latents of a few pictures and takes one step.
+Each turn is a process of its own. The imports are those that the program needs, in one line; the training loads the
+tiny model of the examples, caches the latents of a few pictures and takes one step; the drawing takes one step too.
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ import library.training.setup
 print("imported", flush=True)
 """
 
+DRAWING_IMPORTS = """
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+import library.generation.session
+print("imported", flush=True)
+"""
+DRAWING = "gen_img.py --ckpt examples/tiny/tiny-sd1.safetensors --prompt cat --W 64 --H 64 --steps 2"
+
 
 def until_line(command: list[str], beginning: str, limit_s: float = 300) -> Turn:
     """Start a program and wait for a line of its output; what it took until then. Then it is ended."""
@@ -59,11 +67,12 @@ def until_line(command: list[str], beginning: str, limit_s: float = 300) -> Turn
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Time to the first step over the time of the imports.")
+    parser = argparse.ArgumentParser(description="Time to the first step or picture over the time of the imports.")
+    parser.add_argument("--program", choices=("training", "drawing"), default="training", help="what is started")
     parser.add_argument("--rounds", type=int, default=3, help="measured pairs of starts")
     parser.add_argument("--images", type=int, default=4, help="pictures in the data set")
     arguments = parser.parse_args()
-    timings = Timings({"imports": [], "training": []})
+    timings = Timings({"imports": [], arguments.program: []})
     with tempfile.TemporaryDirectory() as temporary:
         write_photos(Path(temporary) / "data" / "1_cat", arguments.images, (96, 96))
         line = (
@@ -71,9 +80,12 @@ def main() -> int:
             f"{temporary}/data --allow_captionless --output_dir {temporary}/out --network_module networks.lora "
             "--resolution 64 --cache_latents --max_train_steps 1 --learning_rate 1e-4 --seed 1"
         )
+        imports, ready = IMPORTS, "steps: 1/1"
+        if arguments.program == "drawing":
+            line, imports, ready = f"{DRAWING} --outdir {temporary}/out", DRAWING_IMPORTS, "picture 1:"
         turns = {
-            "imports": ([sys.executable, "-c", IMPORTS], "imported"),
-            "training": ([sys.executable, *line.split()], "steps: 1/1"),
+            "imports": ([sys.executable, "-c", imports], "imported"),
+            arguments.program: ([sys.executable, *line.split()], ready),
         }
         for number in range(-1, arguments.rounds):  # the first round fills the disk cache
             for name, (command, beginning) in turns.items():
