@@ -19,7 +19,7 @@ from library.diffusion.schedule import NoiseSchedule
 from library.families.base import Geometry, ModelFamily, ModelParts, TextCondition
 from library.generation.denoise import Denoising, Extension, Guidance, GuidedUNet, Setup, starting_noise
 from library.generation.jobs import Job, Shared
-from library.generation.pipeline import decode, encode
+from library.generation.pipeline import decode, encode, on_device
 from library.generation.samplers import make_sampler
 from library.text.encode import ConditionCache
 from library.text.tokens import CHUNK_TOKENS, TextSettings
@@ -94,7 +94,8 @@ class Engine:
         self.set_multipliers(shared.multipliers)
         settings = self._text_settings(shared.rows)
         tokens = self.family.tokenize(list(captions), settings)
-        condition = self.family.encode(self.parts.text_encoders, tokens, settings)
+        with on_device(self.parts.text_encoders, self.settings.device):
+            condition = self.family.encode(self.parts.text_encoders, tokens, settings)
         condition = condition.to(self.settings.device, self.settings.dtype)
         return condition.hidden_BTD, condition.pooled_BP
 

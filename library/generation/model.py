@@ -105,8 +105,11 @@ def _check_device(options: GenModelOptions, device: torch.device) -> None:
 
 
 def _arrange_memory(parts: ModelParts, options: GenModelOptions, draw: DrawOptions) -> None:
-    """Memory layout, compilation and how the VAE divides its work."""
+    """Where parts wait, memory layout, compilation, and how the VAE divides its work."""
     vae = cast(Any, parts.vae)
+    if options.lowram:
+        for module in (*parts.text_encoders, parts.vae):
+            nn.Module.to(module, "cpu")
     if options.opt_channels_last:
         for module in (parts.unet, parts.vae):
             cast(nn.Module, module).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

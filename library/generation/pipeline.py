@@ -80,12 +80,12 @@ def encode_prompt(
         shrink=True,
     )
     tokens = family.tokenize(texts, text_settings)
-    with _on_device(parts.text_encoders, settings.device):
+    with on_device(parts.text_encoders, settings.device):
         return family.encode(parts.text_encoders, tokens, text_settings).to(settings.device, settings.dtype)
 
 
 @contextmanager
-def _on_device(modules: Sequence[nn.Module], device: torch.device) -> Generator[None]:
+def on_device(modules: Sequence[nn.Module], device: torch.device) -> Generator[None]:
     """Modules on the device meanwhile, for those that live elsewhere to leave it free."""
     homes = [(module, next(module.parameters()).device) for module in modules]
     try:

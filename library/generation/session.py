@@ -73,6 +73,8 @@ def run_session(settings: Settings) -> int:
         return max(_repeat(settings, path) for path in pictures)
     files = input_files(settings)
     source, failed = make_source(settings[PromptOptions], files)
+    if settings[PromptOptions].dry_run:
+        return _print_plan(source, settings[PromptOptions]) or min(failed, 1)
     with stop_on_signals("stopping after this picture") as stop:
         model = load_model(settings[GenModelOptions], settings[DrawOptions])
         session = Session(settings, model, stop, files)
@@ -115,6 +117,24 @@ def make_source(options: PromptOptions, files: InputFiles) -> tuple[LineSource, 
         base = int.from_bytes(os.urandom(7), "little") if seed is None else seed
         shuffle = lambda iteration: stream(base, "order", iteration)  # noqa: E731
     return ListedLines(good, shuffle), len(lines) - len(good)
+
+
+def _print_plan(source: LineSource, options: PromptOptions) -> int:
+    """Print the lines of one iteration after their variants were chosen, each with the number of its pictures."""
+    if not isinstance(source, ListedLines) or not source.all:
+        raise UserError("--dry_run shows prompts of --prompt and --from_file, and those that stand in pictures")
+    total = 0
+    for index, line in enumerate(source.lines(0)):
+        texts = expand(line.text, options.images_per_prompt, stream(options.seed or 0, "variants", 0, index))
+        count = options.images_per_prompt if len(texts) == 1 else 1
+        total += count * len(texts)
+        for text in texts:
+            parsed = parse_line(text)
+            print(f"{count} x {parsed.raw}")
+            for note in parsed.notes:
+                print(f"    {note}")
+    print(f"{total} pictures in each of {options.n_iter} iterations")
+    return 0
 
 
 def _is_good(line: RawLine) -> bool:

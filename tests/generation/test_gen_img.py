@@ -224,6 +224,20 @@ def test_folders_and_patterns(model: Path, tmp_path: Path) -> None:
         assert np.array_equal(pixels(draw(ckpt, tmp_path / name, "--prompt", "x --d 1")[0]), pixels(file[0]))
 
 
+def test_the_plan_needs_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = lines(tmp_path, "{e$$a|b} cat --n dull", "dog --x 3")
+    words = ["--ckpt", "nowhere", "--from_file", str(file), "--images_per_prompt", "2", "--dry_run"]
+    assert run(GEN_IMG, words) == 0
+    said = capsys.readouterr().out
+    assert "1 x a cat --n dull\n1 x b cat --n dull\n2 x dog --x 3\n" in said
+    assert "4 pictures" in said
+
+
+def test_parts_that_wait_off_the_device_draw_the_same(model: Path, tmp_path: Path) -> None:
+    plain = draw(model, tmp_path / "a", "--prompt", "x --d 1")
+    assert np.array_equal(pixels(draw(model, tmp_path / "b", "--prompt", "x --d 1", "--lowram")[0]), pixels(plain[0]))
+
+
 REFUSED = [
     (("--prompt", "x", "--ckpt", "nowhere.safetensors"), "there is no such file"),
     (("--prompt", "x", "--ckpt", "owner/name"), "say with --v1, --v2 or --sdxl"),
