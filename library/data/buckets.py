@@ -107,8 +107,8 @@ def _shrink(size: Size, area: int, step: int) -> Size:
     ratio = size[0] / size[1]
     width = math.sqrt(area * ratio)
     height = area / width
-    by_width = int(width) // step * step  # not rounded first: that could end above the area
-    by_height = int(height) // step * step
+    by_width = _round(width) // step * step
+    by_height = _round(height) // step * step
     width_first = by_width, _round(by_width / ratio) // step * step
     height_first = _round(by_height * ratio) // step * step, by_height
     if not (min(width_first) and min(height_first)):
