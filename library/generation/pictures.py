@@ -72,10 +72,11 @@ def fit(picture: Image, size: tuple[int, int]) -> Image:
         left, top = over[0] // 2, over[1] // 2
         return picture.crop((left, top, left + size[0], top + size[1]))
     factor = max(size[0] / picture.width, size[1] / picture.height)
-    width, height = size[0] / factor, size[1] / factor
+    # rounding may make a side a hair longer than the picture, which is refused
+    width, height = min(size[0] / factor, picture.width), min(size[1] / factor, picture.height)
     left, top = (picture.width - width) / 2, (picture.height - height) / 2
     filter_ = PilImage.Resampling.BOX if picture.mode == "L" else PilImage.Resampling.LANCZOS
-    return picture.resize(size, filter_, box=(left, top, left + width, top + height))
+    return picture.resize(size, filter_, box=(left, top, picture.width - left, picture.height - top))
 
 
 def resized(picture: Image, size: tuple[int, int]) -> Image:
