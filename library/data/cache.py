@@ -272,20 +272,12 @@ class LatentStore:
         return primary if primary not in claimed and self._may_overwrite(primary, target) else alternative
 
     def _may_overwrite(self, path: Path, target: LatentTarget) -> bool:
-        """True if nothing of use is lost: no file is there, it is broken, or it is an older one of this purpose."""
-        try:
-            facts = cache_files.read_facts(path)
-        except BrokenArchive:
-            return True
-        if facts is None:
-            return True
-        if facts.fingerprint is not None:
-            same = self._is_own(facts, target, flipped=False)
-        else:
-            same = facts.fits(target.fit.bucket, flipped=False) and facts.original_size in (target.size, None)
-        if same:
-            self.notes.stale.append(str(path))
-        return same
+        def is_outdated(facts: ArchiveFacts) -> bool:
+            if facts.fingerprint is not None:
+                return self._is_own(facts, target, flipped=False)
+            return facts.fits(target.fit.bucket, flipped=False) and facts.original_size in (target.size, None)
+
+        return cache_files.may_overwrite(path, is_outdated, self.notes.stale)
 
 
 def describe_notes(notes: StoreNotes, what: str = "latent", maker: str = "another VAE") -> list[str]:

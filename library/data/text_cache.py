@@ -266,20 +266,12 @@ class TextStore:
         return primary if primary not in claimed and self._may_overwrite(primary, target) else alternative
 
     def _may_overwrite(self, path: Path, target: TextTarget) -> bool:
-        """True if nothing of use is lost: no file is there, it is broken, or it is an older one of this image."""
-        try:
-            facts = cache_files.read_facts(path)
-        except BrokenArchive:
-            return True
-        if facts is None:
-            return True
-        if facts.fingerprint is not None:
-            same = facts.fingerprint.get("image") == Path(target.path).name
-        else:
-            same = self._is_of_stored_caption(facts, target)
-        if same:
-            self.notes.stale.append(str(path))
-        return same
+        def is_outdated(facts: ArchiveFacts) -> bool:
+            if facts.fingerprint is not None:
+                return facts.fingerprint.get("image") == Path(target.path).name
+            return self._is_of_stored_caption(facts, target)
+
+        return cache_files.may_overwrite(path, is_outdated, self.notes.stale)
 
 
 def _member(name: str, number: int) -> str:

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from library.generation.app import run
 from library.generation.denoise import Denoising
+from library.generation.jobs import DeepShrink, GradualLatent, defaults_of, settle
+from library.generation.lines import parse_line
+from library.options.script import parse
 from library.options.scripts import GEN_IMG, SDXL_GEN_IMG
 from tests.toy import write_toy_checkpoint, write_toy_folder
 
@@ -261,3 +265,28 @@ def test_refusals(
     err = capsys.readouterr().err
     assert said in err
     assert "Traceback" not in err
+
+
+def test_options_of_the_command_line_hold_for_every_line() -> None:
+    words = "--prompt x --ds_depth_1 2 --ds_timesteps_1 800 --ds_depth_2 1 --ds_timesteps_2 500 --ds_ratio 0.4"
+    words += " --gradual_latent_timesteps 700 --gradual_latent_ratio 0.6 --gradual_latent_ratio_step 0.2"
+    words += " --gradual_latent_ratio_every_n_steps 2 --gradual_latent_s_noise 0.9"
+    words += " --gradual_latent_unsharp_params 3,0.5,0.4"
+    shared, _ = settle(parse_line("x"), defaults_of(parse(GEN_IMG, words.split()), 512, 8))
+    assert shared.deep_shrink == DeepShrink(2, 800, 1, 500, 0.4)
+    assert shared.gradual_latent == GradualLatent(700, 0.6, 0.2, 2, 0.9, (3.0, 0.5, 0.4, 1.0))
+
+
+def test_memory_options_are_given_to_the_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiled: list[bool] = []
+    original = AutoencoderKL.enable_tiling
+    monkeypatch.setattr(AutoencoderKL, "enable_tiling", lambda self: (tiled.append(True), original(self)))
+    plain = draw(model, tmp_path / "a", "--prompt", "x --d 1")
+    for option in (("--vae_tiling",), ("--vae_slices", "16"), ("--opt_channels_last",)):
+        same = draw(model, tmp_path / option[0], "--prompt", "x --d 1", *option)
+        assert abs(pixels(same[0]) - pixels(plain[0])).max() <= 2  # one tile holds the whole small picture
+    assert len(tiled) == 2
+    draw(model, tmp_path / "x", "--prompt", "x", "--diffusers_xformers", status=1)
+    assert "--xformers" in capsys.readouterr().err
