@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype
 
 # The "legacy" hash looks only at 64 KiB that start at 1 MiB.
-_LEGACY_START = 0x100000
-_LEGACY_LENGTH = 0x10000
+LEGACY_START = 0x100000
+LEGACY_LENGTH = 0x10000
 _CHUNK_BYTES = 1 << 22
 
 MODEL_HASH_KEY = "sshs_model_hash"
@@ -71,8 +71,8 @@ def network_hashes(
     for key in order:
         data = tensor_bytes(tensors[key], dtype)
         full.update(data)
-        first = max(0, _LEGACY_START - position)
-        last = max(0, _LEGACY_START + _LEGACY_LENGTH - position)
+        first = max(0, LEGACY_START - position)
+        last = max(0, LEGACY_START + LEGACY_LENGTH - position)
         window += data[first:last]
         position += len(data)
     legacy = hashlib.sha256(bytes(window)).hexdigest()[:8]
@@ -101,8 +101,8 @@ def cache_folder() -> Path:
 
 def _legacy_hash(path: Path) -> str:
     with path.open("rb") as file:
-        file.seek(_LEGACY_START)
-        return hashlib.sha256(file.read(_LEGACY_LENGTH)).hexdigest()[:8]
+        file.seek(LEGACY_START)
+        return hashlib.sha256(file.read(LEGACY_LENGTH)).hexdigest()[:8]
 
 
 def sha256_of_file(path: StrPath) -> str:

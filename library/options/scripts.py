@@ -36,6 +36,7 @@ from library.options.generation import (
     PromptOptions,
     UpscaleToolOptions,
 )
+from library.options.network_tools import MetadataToolOptions
 from library.options.settings import ScriptOptions
 
 IMAGES = ("train_data_dir", "in_json", "dataset_config", "dataset_class")
@@ -151,6 +152,13 @@ LATENT_UPSCALER = ScriptOptions(
     summary="Enlarge picture files to twice their size with the latent upscaler of highres fix.",
 )
 
+SHOW_METADATA = ScriptOptions(
+    name="tools/show_metadata.py",
+    groups=(MetadataToolOptions, ConsoleOptions),
+    required=("model",),
+    summary="Show the metadata of a safetensors file, or change them without touching its tensors.",
+)
+
 SCRIPTS = (
     TRAIN_NETWORK,
     SDXL_TRAIN_NETWORK,
@@ -160,4 +168,5 @@ SCRIPTS = (
     GEN_IMG,
     SDXL_GEN_IMG,
     LATENT_UPSCALER,
+    SHOW_METADATA,
 )
