@@ -1,7 +1,8 @@
 """The base of all adapters: a small trained module that changes what one frozen layer computes.
 
 A type of adapter names its tensors and says what weight difference they stand for (`delta_weight`); with that alone it
-can be attached, merged, saved and measured. A cheaper `combine` is what training runs.
+can be attached, merged, saved and measured. A cheaper `combine` is what training runs. Types whose difference is a
+product of two thin matrices say so with `factors`: resizing and merging with other networks then cost little.
 
 Shape legend: B batch rows, T tokens, H W latent height and width, I input width, O output width, R rank, K kernel side.
 """
@@ -9,13 +10,16 @@ Shape legend: B batch rows, T tokens, H W latent height and width, I input width
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from library.log import UserError
+from networks.network_args import Reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,21 @@ class Adapter(nn.Module, ABC):
     """
 
     tensor_names: ClassVar[tuple[str, ...]]
-    """Names of the tensors of one adapter in a file, in the order of the state dict."""
+    """Names of the tensors that every module of a file has (``alpha`` may be absent)."""
+    optional_names: ClassVar[tuple[str, ...]] = ()
+    """Names of tensors that some modules have besides."""
+    prefix: ClassVar[str] = "lora"
+    """What names of modules begin with in files."""
+    has_own_files: ClassVar[bool] = True
+    """False if its files are another type's: they are then read as that type, unless this one is asked for."""
+    needs_weight: ClassVar[bool] = False
+    """True if the weight difference depends on the layer's own weight."""
+    alpha_scales: ClassVar[bool] = True
+    """True if the difference is in proportion to alpha/rank."""
+    plus_names: ClassVar[tuple[str, ...]] = ()
+    """Tensors that start at zero and that LoRA+ gives a higher learning rate."""
+    arguments: ClassVar[Mapping[str, Reader]] = {}
+    """Arguments of ``--network_args`` that only this type has; they go to its constructor by name."""
     alpha: Tensor
 
     def __init__(
@@ -93,8 +111,9 @@ class Adapter(nn.Module, ABC):
         self.enabled = True
         self.is_skipped = False
         self._layer = (layer,)  # the tuple hides it from nn.Module
+        self._is_conv = isinstance(layer, nn.Conv2d)
         self._outer_forward: Callable[..., Tensor] | None = None
-        self._original: Tensor | None = None
+        self._original: tuple[Tensor, Tensor | None] | None = None
         self._multiplier = multiplier
         self.register_buffer("alpha", torch.tensor(float(size.alpha or size.rank)))
         self.factor = 0.0
@@ -109,13 +128,33 @@ class Adapter(nn.Module, ABC):
     def rank_of(cls, tensors: Mapping[str, Tensor]) -> int:
         """Rank of an adapter's tensors in a file."""
 
+    @classmethod
+    @abstractmethod
+    def layer_shape(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+        """Weight shape, (O, I) or (O, I, K, K), of the layer that a file's tensors were made for.
+
+        None if they do not tell. Of a 1x1 convolution it may be either form.
+        """
+
+    @abstractmethod
+    def start(self) -> None:
+        """Draw the first values from torch's default generator; a started adapter changes nothing."""
+
     @abstractmethod
     def delta_weight(self) -> Tensor:
         """The weight difference at multiplier 1, in float32 and in the layer's weight shape."""
 
-    @abstractmethod
+    def delta_bias(self) -> Tensor | None:
+        """The difference of the layer's bias at multiplier 1; None if the adapter leaves it alone."""
+        return None
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """Thin matrices (O, R) and (R, I·K·K), float32, whose product is `delta_weight`; None if there are none."""
+        return None
+
     def scale_delta_(self, ratio: Tensor) -> None:
-        """Multiply the weight difference by a 0-dim tensor, in place."""
+        """Multiply the weight difference by a 0-dim tensor, in place. Raises UserError if the type cannot."""
+        raise UserError(f"--scale_weight_norms: the norm of {type(self).__name__} cannot be limited; leave it out")
 
     def delta_norm(self) -> Tensor:
         """Frobenius norm of `delta_weight`, 0-dim."""
@@ -123,13 +162,44 @@ class Adapter(nn.Module, ABC):
 
     def combine(self, y: Tensor, x: Tensor) -> Tensor:
         """The adapted output, from the layer's input ``x`` and its own output ``y``; here by way of `delta_weight`."""
-        return y + self._operate(x, self.delta_weight().to(x.dtype)) * self._strength()
+        changed = self._operate(x, self.delta_weight().to(x.dtype))
+        bias = self.delta_bias()
+        if bias is not None:
+            changed = changed + bias.to(x.dtype).view(-1, *(1,) * (changed.dim() - 2 if self._is_conv else 0))
+        return y + changed * self._strength()
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that learn; the others are constants of this training."""
+        return list(self.parameters())
+
+    def on_step(self) -> None:
+        """Called before each forward pass of a training step, for types that draw something anew each time."""
+
+    # ---- files
+
+    @classmethod
+    def fits(cls, names: Collection[str]) -> bool:
+        """True if a module with these tensors is of this type."""
+        known = {*cls.tensor_names, *cls.optional_names}
+        return {*cls.tensor_names} - {"alpha"} <= {*names} <= known
 
     @classmethod
     def size_of(cls, tensors: Mapping[str, Tensor]) -> AdapterSize:
         """Rank and alpha of an adapter's tensors in a file; without alpha it is the rank."""
         alpha = tensors.get("alpha")
         return AdapterSize(cls.rank_of(tensors), 0.0 if alpha is None else float(alpha))
+
+    @classmethod
+    def for_tensors(
+        cls,
+        name: str,
+        layer: nn.Module,
+        tensors: Mapping[str, Tensor],
+        multiplier: float = 1.0,
+        dropouts: Dropouts = NO_DROPOUT,
+    ) -> Adapter:
+        """An adapter that these tensors of a file fit into; they are not loaded yet."""
+        return cls(name, layer, cls.size_of(tensors), multiplier, dropouts)
 
     # ---- strength
 
@@ -212,23 +282,28 @@ class Adapter(nn.Module, ABC):
     # ---- merging
 
     def backup(self) -> None:
-        """Keep a copy of the layer's weight as it is now, unless there is one."""
+        """Keep a copy of the layer's weight and bias as they are now, unless there is one."""
         if self._original is None:
-            self._original = _weight_of(self.layer).detach().clone()
+            bias = _bias_of(self.layer)
+            self._original = _weight_of(self.layer).detach().clone(), None if bias is None else bias.detach().clone()
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the copy of `backup` back, bit for bit."""
-        if self._original is not None:
-            _weight_of(self.layer).copy_(self._original)
+        """Put the copies of `backup` back, bit for bit."""
+        if self._original is None:
+            return
+        weight, bias = self._original
+        _weight_of(self.layer).copy_(weight)
+        if bias is not None:
+            _require(_bias_of(self.layer)).copy_(bias)
 
     @torch.no_grad()
     def add_to_layer(self, device: torch.device | str | None = None) -> None:
-        """Add the weight difference to the layer's weight: computed in float32 (on ``device``), rounded once."""
-        weight = _weight_of(self.layer)
-        place = weight.device if device is None else device
-        delta = self.delta_weight().to(place)
-        weight.copy_(weight.to(place, delta.dtype).add_(delta, alpha=self._multiplier))
+        """Add the difference to the layer's weight and bias: computed in float32 (on ``device``), rounded once."""
+        weight, bias, of_bias = _weight_of(self.layer), _bias_of(self.layer), self.delta_bias()
+        _add_rounded_once(weight, self.delta_weight(), self._multiplier, device)
+        if bias is not None and of_bias is not None:
+            _add_rounded_once(bias, of_bias, self._multiplier, device)
 
     def merge(self) -> None:
         """Fold the adapter into the layer's weight and switch its forward part off; `unmerge` undoes it exactly."""
@@ -257,8 +332,22 @@ def _take_alpha(adapter: Adapter, _: Any) -> None:
     adapter.refresh()
 
 
+def _add_rounded_once(target: Tensor, delta: Tensor, factor: float, device: torch.device | str | None) -> None:
+    place = target.device if device is None else device
+    delta = delta.to(place)
+    target.copy_(target.to(place, delta.dtype).add_(delta, alpha=factor))
+
+
 def _weight_of(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{type(layer).__name__} has no weight tensor")
-    return weight
+    return _require(layer.weight)
+
+
+def _bias_of(layer: nn.Module) -> Tensor | None:
+    bias = cast(object, layer.bias)
+    return None if bias is None else _require(bias)
+
+
+def _require(tensor: object) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError("the layer has no weight tensor")
+    return tensor

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from library.log import UserError
-from networks.adapter import NO_DROPOUT, Adapter, AdapterSize, Dropouts
+from networks.adapter import Adapter
 from networks.block_weights import BlockFactors
 from networks.strengths import PartStrengths
 from networks.targets import Part, Target
-from networks.weights import WeightTable, read_weights, to_weight_table, write_weights
+from networks.weights import WeightTable, file_tensors, read_weights, to_weight_table, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -50,25 +50,17 @@ class LoadReport:
 
 
 def build_network(
-    adapter_type: type[Adapter],
     targets: Iterable[Target],
+    make: Callable[[Target], Adapter | None],
     *,
-    size_of: Callable[[Target], AdapterSize | None],
     multiplier: float = 1.0,
-    dropouts: Dropouts = NO_DROPOUT,
     factors: BlockFactors | None = None,
     strengths: PartStrengths | None = None,
 ) -> AdapterNetwork:
-    """Make an adapter of one type for every target layer that ``size_of`` gives a size.
-
-    The factors' first values are drawn from torch's default generator, in this order.
-    """
-    placed: list[Placed] = []
-    for target in targets:
-        size = size_of(target)
-        if size is not None:
-            placed.append(Placed(target, adapter_type(target.name, target.layer, size, multiplier, dropouts)))
-    network = AdapterNetwork(adapter_type, placed, factors, strengths)
+    """The network of the adapters that ``make`` gives, called for the targets in their order."""
+    made = ((target, make(target)) for target in targets)
+    placed = [Placed(target, adapter) for target, adapter in made if adapter is not None]
+    network = AdapterNetwork(placed, factors, strengths)
     network.set_multiplier(multiplier)
     return network
 
@@ -83,7 +75,6 @@ class AdapterNetwork(nn.Module):
 
     def __init__(
         self,
-        adapter_type: type[Adapter],
         placed: Sequence[Placed],
         factors: BlockFactors | None = None,
         strengths: PartStrengths | None = None,
@@ -92,7 +83,6 @@ class AdapterNetwork(nn.Module):
         names = [entry.target.name for entry in placed]
         if len(set(names)) != len(names):
             raise ValueError("two layers have the same name in files")
-        self._adapter_type = adapter_type
         self._placed = tuple(placed)
         self._factors = factors
         self._strengths = strengths or PartStrengths()
@@ -172,7 +162,7 @@ class AdapterNetwork(nn.Module):
 
         Raises UserError if the file lacks all of them, has layers that this network lacks, or other ranks.
         """
-        report = self._load(read_weights(file, self._adapter_type.tensor_names))
+        report = self._load(read_weights(file))
         if report.fresh:
             logger.warning("%s", report)
         return report
@@ -228,7 +218,7 @@ class AdapterNetwork(nn.Module):
         if problems:
             raise UserError(
                 f"{table.source}: {len(problems)} layers do not fit, first {problems[0]}; "
-                "--dim_from_weights takes the ranks of the file"
+                "--dim_from_weights takes kinds and ranks from the file"
             )
         if self.network_alpha != alpha:
             logger.warning("%s: its alpha %s replaces %s", table.source, self.network_alpha, alpha)
@@ -238,6 +228,9 @@ class AdapterNetwork(nn.Module):
     @staticmethod
     def _load_one(entry: Placed, table: WeightTable) -> list[str]:
         tensors = table.modules[entry.target.name]
+        if not entry.adapter.fits(tensors):
+            wanted, found = ", ".join(entry.adapter.tensor_names), ", ".join(sorted(tensors))
+            return [f"{entry.target.name} (a module of another kind: {found} where {wanted} belongs)"]
         try:
             entry.adapter.load_state_dict(dict(tensors))
         except RuntimeError:
@@ -247,7 +240,9 @@ class AdapterNetwork(nn.Module):
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Write the attached adapters, see `networks.weights.write_weights`."""
-        write_weights(file, self.state_dict(), dtype, metadata)
+        modules = {entry.target.name: entry.adapter.state_dict() for entry in self._applied}
+        prefixes = {entry.target.name: entry.adapter.prefix for entry in self._applied}
+        write_weights(file, file_tensors(modules, prefixes), dtype, metadata)
 
     # ---- training
 
@@ -270,7 +265,7 @@ class AdapterNetwork(nn.Module):
             if rate == 0 or (rate is None and default_lr == 0):
                 frozen |= {entry.target.name for entry in entries}
                 continue
-            group: dict[str, Any] = {"params": [p for entry in entries for p in entry.adapter.parameters()]}
+            group: dict[str, Any] = {"params": [p for entry in entries for p in entry.adapter.trained_parameters()]}
             groups.append({**group, **({} if rate is None else {"lr": rate}), "lr_name": name})
         self._frozen = frozenset(frozen)
         self._set_gradients()
@@ -306,7 +301,9 @@ class AdapterNetwork(nn.Module):
 
     def _set_gradients(self) -> None:
         for entry in self._applied:
-            entry.adapter.requires_grad_(entry.target.name not in self._frozen)
+            entry.adapter.requires_grad_(False)
+            for parameter in entry.adapter.trained_parameters():
+                parameter.requires_grad_(entry.target.name not in self._frozen)
 
     def prepare_grad_etc(self, text_encoder: Any, unet: Any) -> None:
         """Let all adapters learn but those whose rate is 0."""
@@ -318,6 +315,8 @@ class AdapterNetwork(nn.Module):
 
     def on_step_start(self, text_encoder: Any = None, unet: Any = None) -> None:
         """Before each forward pass: one draw says which adapters ``module_dropout`` leaves out of it."""
+        for entry in self._applied if self.training else ():
+            entry.adapter.on_step()
         rates = [entry.adapter.dropouts.module for entry in self._applied]
         if self.training and any(rates):
             draws = torch.rand(len(rates)).tolist()
@@ -366,7 +365,7 @@ class AdapterNetwork(nn.Module):
         Layers keep their own type, whatever ``dtype`` says: a parameter cannot change it in place.
         """
         if weights_sd is not None:
-            self._load(to_weight_table(weights_sd, self._adapter_type.tensor_names, "the given weights"))
+            self._load(to_weight_table(weights_sd, "the given weights"))
         for adapter in self.adapters:
             adapter.add_to_layer(device)
         logger.info("merged %d layers", len(self.adapters))

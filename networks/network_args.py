@@ -6,7 +6,7 @@ import difflib
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from library.log import UserError
@@ -45,6 +45,14 @@ def rate(text: str) -> float:
     if value >= 1:
         raise ValueError("must be 0 or more and less than 1")
     return value
+
+
+def truth(text: str) -> bool:
+    """Yes or no."""
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise ValueError("must be True or False")
+    return words[text.lower()]
 
 
 def per_block(read: Reader, layout: BlockLayout) -> Reader:
@@ -89,8 +97,11 @@ def read_network_args(given: Mapping[str, object], readers: Mapping[str, Reader]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraArgs:
-    """The arguments of ``networks.lora``; None means not given."""
+class NetworkArgs:
+    """The arguments of a network module; None means not given.
+
+    ``flags``: variants that are switched on; ``own``: arguments that only this type of adapter has.
+    """
 
     conv_dim: int | None = None
     conv_alpha: float | None = None
@@ -105,6 +116,8 @@ class LoraArgs:
     mid_lr_weight: float | None = None
     up_lr_weight: tuple[float, ...] | None = None
     block_lr_zero_threshold: float = 0.0
+    flags: frozenset[str] = frozenset()
+    own: Mapping[str, Any] = field(default_factory=dict)
     layout: BlockLayout = SD_BLOCKS
 
     @property
@@ -150,10 +163,24 @@ def _lora_readers(layout: BlockLayout) -> dict[str, Reader]:
 
 
 def read_lora_args(
-    given: Mapping[str, object], module: str = "networks.lora", layout: BlockLayout = SD_BLOCKS
-) -> LoraArgs:
-    """The arguments of ``networks.lora`` for a U-Net with these blocks. Raises UserError that lists every problem."""
-    args = LoraArgs(**read_network_args(given, _lora_readers(layout), module), layout=layout)
+    given: Mapping[str, object],
+    module: str = "networks.lora",
+    layout: BlockLayout = SD_BLOCKS,
+    flags: Mapping[str, Reader] | None = None,
+    own: Mapping[str, Reader] | None = None,
+) -> NetworkArgs:
+    """The arguments of ``networks.lora`` for a U-Net with these blocks, and those of one type of adapter.
+
+    Raises UserError that lists every problem.
+    """
+    flags, own = flags or {}, own or {}
+    values = read_network_args(given, {**_lora_readers(layout), **flags, **own}, module)
+    args = NetworkArgs(
+        **{name: value for name, value in values.items() if name not in flags and name not in own},
+        flags=frozenset(name for name in flags if values.get(name)),
+        own={name: values[name] for name in own if name in values},
+        layout=layout,
+    )
     unused = [name for name in ("conv_alpha", "conv_block_alphas") if getattr(args, name) is not None]
     if unused and not args.with_convolutions:
         logger.warning("--network_args %s has no effect without conv_dim or conv_block_dims", " and ".join(unused))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,34 +20,27 @@ from networks.targets import Target, text_encoder_name, text_encoder_prefixes, u
 
 logger = logging.getLogger(__name__)
 
-_OWN_KEY = re.compile(r"^(?P<module>lora_(?:unet|te\d?)_[^.]+)\.(?P<tensor>.+)$")
+_OWN_KEY = re.compile(r"^(?:lora|oft)_(?P<module>(?:unet|te\d?)_[^.]+)\.(?P<tensor>.+)$")
 _DOWN = re.compile(r"\.(?:lora_A(?:\.(?!weight$)[^.]+)?|lora\.down|lora_linear_layer\.down|lora_down)\.weight$")
 _UP = re.compile(r"\.(?:lora_B(?:\.(?!weight$)[^.]+)?|lora\.up|lora_linear_layer\.up|lora_up)\.weight$")
 _PROCESSOR = re.compile(r"\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<end>down|up)\.weight$")
 _ALPHA = re.compile(r"\.alpha$")
 _COMPONENT = re.compile(r"^(?P<name>unet|text_encoder(?:_2)?)\.")
-_OTHER_KINDS = {
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lora_mid": "Tucker-decomposed LoRA (LoCon with use_tucker)",
-    "oft_": "OFT",
-    "on_input": "IA3",
-    "diff": "full weight differences",
-}
 
 
 @dataclass(frozen=True)
 class WeightTable:
-    """The tensors of a network file by module name and tensor name. ``source`` is what errors call it."""
+    """The tensors of a network file by module name and tensor name. ``source`` is what errors call it.
+
+    Module names begin with ``lora_`` here, whatever the prefix is that their type has in files.
+    """
 
     modules: Mapping[str, Mapping[str, Tensor]]
     source: str
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def flat(self) -> dict[str, Tensor]:
-        """One dictionary with the keys of a file."""
+        """One dictionary with the keys of a network's state dict."""
         return {f"{module}.{name}": t for module, tensors in self.modules.items() for name, t in tensors.items()}
 
     def named_for(self, targets: Iterable[Target]) -> WeightTable:
@@ -60,25 +53,21 @@ class WeightTable:
         return WeightTable(renamed, self.source, self.metadata)
 
 
-def read_weights(path: str | Path, tensor_names: Sequence[str]) -> WeightTable:
-    """Read a network file (safetensors or pickle) whose modules have these tensors; ``alpha`` may be absent.
+def read_weights(path: str | Path) -> WeightTable:
+    """Read a network file (safetensors or pickle), whatever its modules are.
 
-    Keys of Diffusers and PEFT files are translated. Raises UserError for files that are damaged, of another kind, or
-    incomplete.
+    Keys of Diffusers and PEFT files are translated. Raises UserError for files that are damaged or no network at all.
     """
     with open_model_file(path) as file:
         tensors = {key: file.tensor(key) for key in file.infos}
         metadata = file.metadata
-    return to_weight_table(tensors, tensor_names, str(path), metadata)
+    return to_weight_table(tensors, str(path), metadata)
 
 
 def to_weight_table(
-    tensors: Mapping[str, Tensor],
-    tensor_names: Sequence[str],
-    source: str,
-    metadata: Mapping[str, str] | None = None,
+    tensors: Mapping[str, Tensor], source: str, metadata: Mapping[str, str] | None = None
 ) -> WeightTable:
-    """Group tensors by module and check that every module is whole. See `read_weights`."""
+    """Group tensors by module. See `read_weights`."""
     modules: dict[str, dict[str, Tensor]] = {}
     foreign: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -86,28 +75,12 @@ def to_weight_table(
         if match is None:
             foreign[key] = tensor
         else:
-            modules.setdefault(match["module"], {})[match["tensor"]] = tensor
+            modules.setdefault(f"lora_{match['module']}", {})[match["tensor"]] = tensor
     for module, translated in _translate(foreign, metadata or {}, source).items():
         modules.setdefault(module, {}).update(translated)
-    _require_whole(modules, tensor_names, source, metadata or {})
-    return WeightTable(modules, source, metadata or {})
-
-
-def _require_whole(
-    modules: Mapping[str, Mapping[str, Tensor]], names: Sequence[str], source: str, metadata: Mapping[str, str]
-) -> None:
     if not modules:
         raise UserError(f"{source} holds no network weights (keys such as lora_unet_....lora_down.weight)")
-    for module, tensors in modules.items():
-        odd = next((name for name in tensors if name not in names), None)
-        if odd is not None:
-            kind = next((kind for start, kind in _OTHER_KINDS.items() if odd.startswith(start)), f"other ({odd})")
-            made_by = metadata.get("ss_network_module")
-            hint = f"; it was made by {made_by}" if made_by else ""
-            raise UserError(f"{source} holds {kind} weights, which this network module cannot read{hint}")
-        lacks = [name for name in names if name not in tensors and name != "alpha"]
-        if lacks:
-            raise UserError(f"{source} is incomplete: {module} has no {' and no '.join(lacks)}")
+    return WeightTable(modules, source, metadata or {})
 
 
 # ---- names of Diffusers and PEFT
@@ -183,6 +156,15 @@ def _configured_alpha(config: Mapping[str, Any], component: str, path: str, rank
 
 
 # ---- writing
+
+
+def file_tensors(modules: Mapping[str, Mapping[str, Tensor]], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
+    """The keys of a file for modules by name; ``prefixes`` are those of their types."""
+    return {
+        f"{prefixes[module]}_{module.removeprefix('lora_')}.{name}": tensor
+        for module, tensors in modules.items()
+        for name, tensor in tensors.items()
+    }
 
 
 def write_weights(

@@ -1,7 +1,7 @@
 """Networks (LoRA and others) in generation: merged for good, folded in and taken out again, or beside the layers.
 
-Each ``--network_weights`` is one network. What its file holds decides which module reads it, unless
-``--network_module`` says so.
+Each ``--network_weights`` is one network. ``networks.lora`` reads all that it knows, whatever type the file's modules
+are of; other files of LyCORIS go to LyCORIS, and ``--network_module`` may say something else.
 """
 
 from __future__ import annotations
@@ -29,9 +29,6 @@ logger = logging.getLogger(__name__)
 
 PLAIN_LORA = "networks.lora"
 LYCORIS = "lycoris.kohya"
-_PLAIN_FILES = ("networks.dylora", "networks.lora_fa")  # what they write is plain LoRA
-_LYCORIS_TENSORS = ("hada_", "lokr_", "lora_mid", "dora_scale", "on_input", "diff")
-
 _FACTORY_ERRORS = (AssertionError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -119,13 +116,15 @@ def _module_of(file: str, asked: str | None) -> str:
     if not Path(file).is_file():
         raise UserError(f"--network_weights {file}: there is no such file")
     if asked is not None:
-        return PLAIN_LORA if asked in _PLAIN_FILES else asked
-    infos, metadata = read_header(file)
-    tensors = {key.partition(".")[2] for key in infos}
-    if any(name.startswith("oft_") for name in tensors):
-        by_lycoris = metadata.get("ss_network_module", "").startswith("lycoris")
-        return LYCORIS if by_lycoris else "networks.oft"
-    return LYCORIS if any(name.startswith(_LYCORIS_TENSORS) for name in tensors) else PLAIN_LORA
+        return asked
+    infos, _ = read_header(file)
+    modules: dict[str, set[str]] = {}
+    for key in infos:
+        if key.startswith("lora_"):
+            module, _, name = key.partition(".")
+            modules.setdefault(module, set()).add(name)
+    reads = load_network_module(PLAIN_LORA).reads
+    return PLAIN_LORA if all(reads(names) for names in modules.values()) else LYCORIS
 
 
 def _show_metadata(file: str) -> None:
@@ -169,8 +168,6 @@ def _create(engine: Engine, views: AdapterViews, request: NetworkRequest) -> tup
 
 def _can_be_merged(network: Any, request: NetworkRequest) -> bool:
     """Whether it can be added to the weights for good at its strength; says why if not."""
-    if request.module == PLAIN_LORA:
-        return True
     asked = optional_method(network, "is_mergeable")
     if asked is None or optional_method(network, "merge_to") is None or not asked():
         logger.warning("%s: %s cannot merge it; it stays beside the layers", request.file, request.module)

@@ -157,13 +157,9 @@ def test_missing_strengths_and_arguments_have_defaults(first: str, second: str) 
     ("tensors", "metadata", "asked", "module"),
     [
         (("lora_down.weight", "lora_up.weight"), {"ss_network_module": "networks.dylora"}, None, PLAIN_LORA),
-        (("lora_down.weight", "lora_up.weight"), {}, "networks.dylora", PLAIN_LORA),
-        (("lora_down.weight", "lora_up.weight"), {}, "networks.lora_fa", PLAIN_LORA),
+        (("lora_down.weight", "lora_up.weight"), {}, "networks.dylora", "networks.dylora"),
         (("lora_down.weight", "lora_up.weight"), {"ss_network_module": "os"}, None, PLAIN_LORA),
-        (("lora_down.weight", "lora_mid.weight"), {}, None, LYCORIS),
-        (("hada_w1_a", "hada_w1_b"), {}, None, LYCORIS),
-        (("oft_blocks",), {}, None, "networks.oft"),
-        (("oft_blocks",), {"ss_network_module": "lycoris.kohya"}, None, LYCORIS),
+        (("on_input", "weight"), {}, None, LYCORIS),
         (("hada_w1_a",), {}, "my.module", "my.module"),
     ],
 )

@@ -105,6 +105,6 @@ def test_presets() -> None:
 
 def test_names_of_the_table_are_accepted_as_a_file() -> None:
     tensors = {key: torch.zeros(shape) for key, shape in listed("lora_sd15_c3lier").items()}
-    table = to_weight_table(tensors, lora.LoraAdapter.tensor_names, "table")
+    table = to_weight_table(tensors, "table")
     assert len(table.modules) == 350
     assert table.flat().keys() == tensors.keys()

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import networks
 from networks.adapter import Adapter, AdapterSize, Dropouts
+from networks.kinds import adapter_of, adapter_types, kind_of
 from networks.lora import LoraAdapter
 from tests.networks_fixtures import randomise
-
-
-def adapter_types() -> list[type[Adapter]]:
-    """Every type that a module of the package defines: a new type is tested without an edit here."""
-    for info in pkgutil.iter_modules(networks.__path__):
-        importlib.import_module(f"networks.{info.name}")
-    found: list[type[Adapter]] = []
-    waiting = [Adapter]
-    while waiting:
-        for kind in waiting.pop().__subclasses__():
-            waiting.append(kind)
-            if kind.__module__.startswith("networks."):
-                found.append(kind)
-    return found
-
 
 LAYERS = {
     "linear": lambda: nn.Linear(12, 20),
@@ -45,6 +27,7 @@ def make(kind: str, shape: str, dtype: torch.dtype = torch.float32, **options: o
     torch.manual_seed(0)
     layer = LAYERS[shape]().to(dtype).requires_grad_(False)
     adapter = TYPES[kind]("lora_unet_x", layer, AdapterSize(4, 2.0), **options)  # type: ignore[arg-type]
+    adapter.start()
     adapter.attach()
     return layer, adapter
 
@@ -150,6 +133,31 @@ def test_norm_and_scaling(kind: str, shape: str) -> None:
 
 
 @matrix
+def test_thin_factors_are_the_difference(kind: str, shape: str) -> None:
+    _, adapter = make(kind, shape)
+    randomise(adapter)
+    factors = adapter.factors()
+    if factors is not None:
+        torch.testing.assert_close((factors[0] @ factors[1]).view_as(adapter.layer.weight), adapter.delta_weight())
+
+
+@matrix
+def test_tensors_alone_make_the_adapter_again(kind: str, shape: str) -> None:
+    layer, adapter = make(kind, shape)
+    randomise(adapter)
+    state = {name: tensor.half() for name, tensor in adapter.state_dict().items()}
+    found = kind_of(state)
+    assert found is not None
+    assert issubclass(TYPES[kind], found)
+    again = adapter_of("lora_unet_x", state, layer=layer if found.needs_weight else None)
+    assert type(again) is found
+    delta = again.delta_weight()
+    torch.testing.assert_close(delta.view_as(layer.weight), adapter.delta_weight(), atol=2e-3, rtol=2e-3)
+    if not found.needs_weight:
+        torch.testing.assert_close(again.delta_norm(), delta.norm())
+
+
+@matrix
 def test_detach_restores_the_layer(kind: str, shape: str) -> None:
     layer, first = make(kind, shape)
     second = TYPES[kind]("lora_unet_y", layer, AdapterSize(2, 2.0))
@@ -246,6 +254,7 @@ def test_neuron_dropout_is_inverted_dropout_on_the_rank_activations() -> None:
 def test_down_starts_uniform_within_the_fan_in_bound() -> None:
     torch.manual_seed(0)
     adapter = LoraAdapter("x", nn.Conv2d(64, 64, 3), AdapterSize(64, 1.0))
+    adapter.start()
     bound = 1 / (64 * 9) ** 0.5
     values = adapter.lora_down.weight
     assert values.abs().max() <= bound

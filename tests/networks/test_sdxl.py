@@ -22,7 +22,6 @@ from networks.weights import read_weights
 from tests.networks_fixtures import randomise, run_clip, run_sdxl_unet, toy_models, toy_sdxl_models
 
 Models = tuple[list[Any], Any]
-NAMES = lora.LoraAdapter.tensor_names
 TRANSFORMER_BLOCKS = 2 * 2 + 2 * 3 + 3 + 3 * 3 + 3 * 2  # down, middle, up
 
 
@@ -260,7 +259,7 @@ def test_a_layer_under_both_names_is_an_error() -> None:
     models = toy_sdxl_models()
     state = dict(made(*models).state_dict())
     target = next(t for t in unet_targets(models[1], False))
-    for name in NAMES:
+    for name in lora.LoraAdapter.tensor_names:
         state[f"{target.other_names[0]}.{name}"] = state[f"{target.name}.{name}"]
     with pytest.raises(UserError, match="one layer under two names"):
         lora.create_network_from_weights(1.0, None, None, *models, weights_sd=state)
@@ -295,7 +294,7 @@ def test_lycoris_writes_the_names_of_files(tmp_path: Path, algo: str) -> None:
     for got, expected in zip(predictions(fresh), trained_ones, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
     if algo == "locon":  # the same kind of file as ours
-        assert len(read_weights(file, NAMES).modules) == len(names)
+        assert len(read_weights(file).modules) == len(names)
 
 
 # ---- helpers

@@ -15,11 +15,11 @@ from library.checkpoint.io import open_model_file, read_header
 from library.log import UserError
 from library.training.selfcheck import check_network_file
 from networks import lora
+from networks.kinds import read_network
 from networks.weights import read_weights, to_weight_table, write_weights
 from tests.networks_fixtures import make_clip, make_unet, randomise, toy_models
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "data" / "lora_sd1_narrow.safetensors"
-NAMES = lora.LoraAdapter.tensor_names
 
 
 def test_golden_file_is_built_loaded_and_written_again(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_every_tensor_is_cast_alpha_too(tmp_path: Path, suffix: str, dtype: torc
         assert {file.tensor(key).dtype for key in file.infos} == {dtype}
         assert set(file.infos) == set(network.state_dict())
         assert file.tensor("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha").shape == ()
-    assert read_weights(path, NAMES).flat().keys() == network.state_dict().keys()
+    assert read_weights(path).flat().keys() == network.state_dict().keys()
 
 
 def test_missing_alpha_is_the_rank() -> None:
@@ -118,7 +118,7 @@ def test_names_of_diffusers_and_peft(form: str, wrapped: bool) -> None:
     text = f"{'text_model.' if wrapped else ''}encoder.layers.1.self_attn.out_proj"
     down, up = torch.randn(2, 8), torch.randn(8, 2)
     keys = [key.format(u=f"{attention}.to_q", a=attention, t=text) for key in FORMS[form]]
-    table = to_weight_table(dict(zip(keys, (down, up, down, up), strict=False)), NAMES, "file")
+    table = to_weight_table(dict(zip(keys, (down, up, down, up), strict=False)), "file")
     expected = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"}
     expected |= {"lora_te_text_model_encoder_layers_1_self_attn_out_proj"} if len(keys) == 4 else set()
     assert set(table.modules) == expected
@@ -134,7 +134,7 @@ def test_alpha_of_peft_configuration() -> None:
 
     def alpha(config: dict[str, object]) -> float:
         metadata = {"lora_adapter_metadata": json.dumps(config)}
-        table = to_weight_table(tensors, NAMES, "file", metadata)
+        table = to_weight_table(tensors, "file", metadata)
         return lora.LoraAdapter.size_of(table.modules[name]).alpha
 
     assert alpha({"unet.r": 4, "unet.lora_alpha": 8}) == 8
@@ -143,41 +143,37 @@ def test_alpha_of_peft_configuration() -> None:
     assert alpha({}) == 0  # nothing said: the rank
 
 
-@pytest.mark.parametrize(
-    ("key", "kind"),
-    [
-        ("lora_unet_x.hada_w1_a", "LoHa"),
-        ("lora_unet_x.lokr_w1", "LoKr"),
-        ("lora_unet_x.dora_scale", "DoRA"),
-        ("lora_te_x.diff", "full weight differences"),
-        ("lora_unet_x.lora_mid.weight", "Tucker"),
-        ("unet.x.lora_magnitude_vector", "no key of a LoRA file"),
-        ("model.diffusion_model.out.0.weight", "no key of a LoRA file"),
-    ],
-)
-def test_files_of_other_kinds(tmp_path: Path, key: str, kind: str) -> None:
+@pytest.mark.parametrize("key", ["unet.x.on_input", "model.diffusion_model.out.0.weight"])
+def test_files_that_are_no_networks(tmp_path: Path, key: str) -> None:
     path = tmp_path / "other.safetensors"
     save_file({key: torch.ones(2, 2)}, path)
-    with pytest.raises(UserError, match=kind) as caught:
-        read_weights(path, NAMES)
+    with pytest.raises(UserError, match="no key of a LoRA file") as caught:
+        read_weights(path)
     assert str(path) in str(caught.value)
+
+
+def test_modules_of_no_known_kind_are_named_with_their_maker(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"lora_unet_x.on_input": torch.ones(2)}, path, {"ss_network_module": "lycoris.kohya"})
+    with pytest.raises(UserError, match=r"of a kind that is not known here \(on_input\).*lycoris\.kohya"):
+        read_network(path)
 
 
 def test_broken_files(tmp_path: Path) -> None:
     half = tmp_path / "half.safetensors"
     half.write_bytes(GOLDEN.read_bytes()[:500_000])
     with pytest.raises(UserError, match="cut short"):
-        read_weights(half, NAMES)
+        read_weights(half)
     with pytest.raises(UserError, match="no file"):
-        read_weights(tmp_path / "absent.safetensors", NAMES)
+        read_weights(tmp_path / "absent.safetensors")
     lone = tmp_path / "lone.safetensors"
     save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, lone)
     with pytest.raises(UserError, match=r"lora_unet_x has no lora_up\.weight"):
-        read_weights(lone, NAMES)
+        read_network(lone)
     empty = tmp_path / "empty.safetensors"
     save_file({}, empty)
     with pytest.raises(UserError, match="no network weights"):
-        read_weights(empty, NAMES)
+        read_weights(empty)
 
 
 def test_self_check_finds_what_is_wrong(tmp_path: Path) -> None:

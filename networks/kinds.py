@@ -1,0 +1,124 @@
+"""Which types of adapters there are, and of which type the modules of a file are.
+
+Every subclass of `Adapter` in a module of this package is a type; no list has to be kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import networks
+from library.log import UserError
+from networks.adapter import Adapter
+from networks.weights import WeightTable, read_weights
+
+
+@functools.cache
+def adapter_types() -> tuple[type[Adapter], ...]:
+    """All types that can be made, in the order of their modules' names."""
+    for info in pkgutil.iter_modules(networks.__path__):
+        importlib.import_module(f"networks.{info.name}")
+    found: list[type[Adapter]] = []
+    waiting: list[type[Adapter]] = [Adapter]
+    while waiting:
+        for kind in waiting.pop().__subclasses__():
+            waiting.append(kind)
+            if kind.__module__.startswith("networks.") and not inspect.isabstract(kind) and kind not in found:
+                found.append(kind)
+    return tuple(sorted(found, key=lambda kind: (kind.__module__, kind.__name__)))
+
+
+def kind_of(names: Collection[str], preferred: Sequence[type[Adapter]] = ()) -> type[Adapter] | None:
+    """The type of a module whose tensors have these names, ``preferred`` ones first; None if there is none."""
+    own = [kind for kind in adapter_types() if kind.has_own_files]
+    return next((kind for kind in (*preferred, *own) if kind.fits(names)), None)
+
+
+def require_whole(table: WeightTable, preferred: Sequence[type[Adapter]] = ()) -> dict[str, type[Adapter]]:
+    """The type of every module of a file. Raises UserError for modules that are incomplete or of no type."""
+    kinds: dict[str, type[Adapter]] = {}
+    for module, tensors in table.modules.items():
+        kind = kind_of(tensors, preferred)
+        if kind is None:
+            raise UserError(_what_is_wrong(table, module))
+        kinds[module] = kind
+    return kinds
+
+
+def _what_is_wrong(table: WeightTable, module: str) -> str:
+    names = set(table.modules[module])
+    near = [kind for kind in adapter_types() if names <= {*kind.tensor_names, *kind.optional_names}]
+    if near:
+        lacks = min(({*kind.tensor_names} - names - {"alpha"} for kind in near), key=len)
+        return f"{table.source} is incomplete: {module} has no {' and no '.join(sorted(lacks))}"
+    made_by = table.metadata.get("ss_network_module")
+    hint = f"; it was made by {made_by}, which may read it" if made_by else ""
+    return f"{table.source}: {module} is of a kind that is not known here ({', '.join(sorted(names))}){hint}"
+
+
+def read_network(path: str | Path) -> tuple[WeightTable, dict[str, type[Adapter]]]:
+    """A network file of any kind and the type of each of its modules. Raises UserError."""
+    table = read_weights(path)
+    return table, require_whole(table)
+
+
+# ---- adapters without a model
+
+
+def shell(shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None) -> nn.Module:
+    """A layer of this weight shape that holds the given tensors (not copies), or nothing at all (meta)."""
+    with torch.device("meta"):
+        made: nn.Module
+        if len(shape) == 2:
+            made = nn.Linear(shape[1], shape[0], bias=bias is not None)
+        else:
+            made = nn.Conv2d(shape[1], shape[0], (shape[2], shape[3]), bias=bias is not None)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            setattr(made, name, nn.Parameter(tensor, requires_grad=False))
+    return made.requires_grad_(False)
+
+
+def adapter_of(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    kind: type[Adapter] | None = None,
+    layer: nn.Module | None = None,
+) -> Adapter:
+    """The adapter of a module of a file, loaded, frozen and in float32, on ``layer`` or on an empty `shell`.
+
+    Raises UserError if the type is unknown, or if it needs a layer's own weight and none is given.
+    """
+    kind = kind or kind_of(tensors)
+    if kind is None:
+        raise UserError(f"{name} is of a kind that is not known here ({', '.join(sorted(tensors))})")
+    if layer is None:
+        shape = kind.layer_shape(tensors)
+        if shape is None or kind.needs_weight:
+            raise UserError(f"{name}: what {kind.__name__} does depends on the base model, which is not given here")
+        layer = shell(shape)
+    adapter = kind.for_tensors(name, layer, tensors)
+    adapter.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
+    return adapter.requires_grad_(False).eval()
+
+
+def weight_norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Frobenius norm of the weight change of every module of a file, where it can be told without the base model."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, _, tensor_name = key.partition(".")
+        modules.setdefault(module, {})[tensor_name] = tensor
+    norms: dict[str, float] = {}
+    for module, own in modules.items():
+        kind = kind_of(own)
+        if kind is not None and not kind.needs_weight and kind.layer_shape(own) is not None:
+            norms[module] = float(adapter_of(module, own, kind).delta_norm())
+    return norms
