@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.checkpoint.inspection import check_network_file
 from library.checkpoint.io import atomic_path
 from library.families.base import ModelFamily, ModelParts
 from library.log import UserError
@@ -19,7 +20,6 @@ from library.options import NetworkFileOptions, NetworkOptions, OptimizerOptions
 from library.options.settings import Settings
 from library.options.values import split_pairs
 from library.plugin import load_network_module, optional_method
-from library.training.selfcheck import check_network_file
 from library.training.trainable import Artifact, Trainable
 
 logger = logging.getLogger(__name__)
