@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def merge(settings: Settings) -> int:
     """Write the mean of the models of the options; returns the exit status. Raises UserError."""
     from library.checkpoint.io import save_safetensors
-    from library.models.merge import described, open_inputs, plan_merge, watched
+    from library.families.files import watched
+    from library.models.load import check_written
+    from library.models.merge import described, open_inputs, plan_merge
 
     options = settings[MergeModelsOptions]
     paths = [Path(model) for model in options.models or []]
@@ -52,7 +54,8 @@ def merge(settings: Settings) -> int:
         metadata = _metadata(inputs, plan.spec, target)
         with progress(len(plan.tensors), "merging") as bar:
             save_safetensors(target, watched(plan.tensors, bar.advance), metadata, _dtype(options.saving_precision))
-    _check(target, plan.spec)
+    for line in check_written(target, plan.spec):
+        logger.info("%s", line)
     return 0
 
 
@@ -72,19 +75,6 @@ def _metadata(inputs: Sequence[MergeInput], spec: ArchitectureSpec, target: Path
         merged_from=[title_of(term.file.metadata, term.file.path.stem) for term in inputs],
         v_prediction=prediction == "v_prediction",
     ).as_metadata()
-
-
-def _check(path: Path, spec: ArchitectureSpec) -> None:
-    """Open what was written. Raises UserError if it is not the model that it should be."""
-    from library.checkpoint.io import read_header
-    from library.models.load import recognise
-    from library.models.spec import FAMILY_TITLES
-
-    found = recognise(path).spec
-    if found.family != spec.family or found.unet.widths != spec.unet.widths:
-        raise UserError(f"{path}: what was written is not recognised as {FAMILY_TITLES[spec.family]}; do not use it")
-    count, size = len(read_header(path)[0]), path.stat().st_size
-    logger.info("%s: %s, %d tensors, %s MB", path, FAMILY_TITLES[found.family], count, f"{size / 1e6:,.0f}")
 
 
 def _dtype(name: str) -> torch.dtype:

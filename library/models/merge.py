@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,17 +127,3 @@ def described(keys: Iterable[str], limit: int = 5) -> str:
     names = list(keys)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def watched(tensors: Mapping[str, LazyTensor], on_read: Callable[[], object]) -> dict[str, LazyTensor]:
-    """The same tensors; ``on_read`` is called after each has been read."""
-    return {key: LazyTensor(tensor.dtype, tensor.shape, _then(tensor, on_read)) for key, tensor in tensors.items()}
-
-
-def _then(tensor: LazyTensor, on_read: Callable[[], object]) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        result = tensor.read()
-        on_read()
-        return result
-
-    return read
