@@ -80,7 +80,8 @@ class OpenModel:
 def open_model(path: Path, variant: str | None = None) -> Generator[OpenModel]:
     """Open a single file or a Diffusers folder of SD1, SD2 or SDXL. Costs the headers only (a pickle is mapped).
 
-    ``variant`` chooses among the files of a folder.     Raises UserError for anything else and for tensors that are missing or unknown.
+    ``variant`` chooses among the files of a folder. Raises UserError for anything else and for tensors that are
+    missing or unknown.
     """
     found = recognise(path)
     with contextlib.ExitStack() as stack:
