@@ -51,12 +51,12 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         network_alpha network_dropout network_args dim_from_weights network_train_unet_only
         network_train_text_encoder_only unet_lr text_encoder_lr scale_weight_norms base_weights_multiplier
         cache_text_encoder_outputs_variants
-        train_text_encoder learning_rate_te1 learning_rate_te2 block_lr fused_backward_pass
+        train_text_encoder learning_rate_te1 learning_rate_te2 block_lr fused_backward_pass cond_emb_dim
     """,
     length="max_train_steps max_train_epochs",
     data="""
         caption_extension caption_extention train_data_dir reg_data_dir in_json dataset_config dataset_class
-        dataset_repeats on_bad_image on_bad_caption allow_captionless
+        dataset_repeats on_bad_image on_bad_caption allow_captionless conditioning_data_dir
     """,
     model="pretrained_model_name_or_path vae network_weights base_weights",
     cadence="""
