@@ -87,6 +87,8 @@ class LLLiteWidths(Protocol):
 class LLLiteNetwork(ControlAdapter, Protocol):
     """A ControlNet-LLLite network; also an nn.Module."""
 
+    recomputes: bool  # gradient checkpointing of what is made of the pictures
+
     @property
     def size(self) -> LLLiteWidths: ...
 

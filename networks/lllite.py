@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from library.checkpoint.io import atomic_path, open_model_file, save_safetensors
 from library.checkpoint.keymap import raise_key_problems
@@ -119,11 +120,13 @@ class ControlNetLLLite(nn.Module):
     """All networks of a U-Net; its state dict has the keys of a file. The U-Net itself is no part of it.
 
     ``multiplier`` is the strength; at 0, or without a picture, the U-Net works as if nothing were attached.
+    ``recomputes``: what is made of a picture at its larger sizes is made again in the backward pass, not kept for it.
     """
 
     def __init__(self, unet: nn.Module, size: LLLiteSize | None = None, dropout: float = 0.0) -> None:
         super().__init__()
         self.multiplier = 1.0
+        self.recomputes = False
         self.size = size or LLLiteSize()
         self._unet = (unet,)  # the tuple hides it from nn.Module
         self._targets = _targets(unet)
@@ -143,7 +146,11 @@ class ControlNetLLLite(nn.Module):
             return
         weight = next(self.parameters())
         images_BCHW = images_BCHW.to(weight.device, weight.dtype)
-        self._features = {name: module.features(images_BCHW) for name, module in self._modules_by_name()}
+        for name, module in self._modules_by_name():
+            if self.recomputes and torch.is_grad_enabled():
+                self._features[name] = checkpoint(module.features, images_BCHW, use_reentrant=False)
+            else:
+                self._features[name] = module.features(images_BCHW)
 
     def attach(self) -> None:
         """Take part in the U-Net's calls. Of several networks the last attached one is the first to change an input."""

@@ -44,9 +44,6 @@ class ControlTraining(Trainable):
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.module.parameters()), "lr": self._rate, "lr_name": "control"}]
 
-    def enable_gradient_checkpointing(self) -> None:
-        """The U-Net, which does most of the work, is switched as such."""
-
     def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str], counters: Mapping[str, int]) -> None:
         with atomic_path(path) as temporary:
             self.module.save_weights(temporary, dtype, metadata)  # type: ignore[operator]
@@ -68,6 +65,9 @@ class LLLiteTraining(ControlTraining):
     def on_micro_batch(self, network_multiplier: float) -> None:
         self._net.multiplier = network_multiplier
         self._net.set_condition(None)  # that of the batch before, whose graph it would keep
+
+    def enable_gradient_checkpointing(self) -> None:
+        self._net.recomputes = True
 
     def residuals(
         self, batch: Batch, noisy_BCHW: Tensor, timesteps_B: Tensor, condition: TextCondition, geometry: Geometry
