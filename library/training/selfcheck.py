@@ -1,7 +1,8 @@
 """After training: read the saved network again and say what is in it, so that a file without effect is noticed at once.
 
 Works on the file's tensors alone. Pairs ``lora_down``/``lora_up`` are understood here; a network module of another kind
-may offer ``inspect_weights(tensors) -> {module name: norm of its weight change}``.
+may offer ``inspect_weights(tensors) -> {module name: norm of its weight change}``, and ``change_title() -> str`` if its
+numbers are of something else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from library.checkpoint.io import open_model_file
 from library.log import UserError
 from library.models.spec import FAMILY_TITLES, ArchitectureSpec
 
+WEIGHT_CHANGE = "norm of the weight change"
 Inspector = Callable[[Mapping[str, Tensor]], Mapping[str, float]]
 
 _UNET_BLOCK = re.compile(r"_unet_(?P<block>(?:down|up)_blocks_\d+|mid_block|(?:input|output)_blocks_\d+|middle_block)_")
@@ -44,6 +46,7 @@ class NetworkCheck:
     not_finite: tuple[str, ...]
     unmoved: tuple[str, ...]
     unmeasured: int
+    title: str = WEIGHT_CHANGE
 
     @property
     def problems(self) -> list[str]:
@@ -69,17 +72,20 @@ class NetworkCheck:
         text = [f"{self.file}: {self.modules} layers{f' ({ranks})' if ranks else ''}{finite}"]
         if self.blocks:
             changes = ", ".join(f"{change.block} {change.norm:.3g}" for change in self.blocks)
-            text.append(f"norm of the weight change by block: {changes}")
+            text.append(f"{self.title} by block: {changes}")
         if self.unmeasured:
             text.append(f"{self.unmeasured} layers are of a kind whose weight change is not measured")
         return text + self.problems
 
 
-def check_network_file(path: str | Path, inspect: Inspector | None = None) -> NetworkCheck:
-    """Read a saved network and measure it. Raises UserError if the file cannot be read."""
+def check_network_file(path: str | Path, inspect: Inspector | None = None, title: str = WEIGHT_CHANGE) -> NetworkCheck:
+    """Read a saved network and measure it; ``title`` says what ``inspect`` measures.
+
+    Raises UserError if the file cannot be read.
+    """
     with open_model_file(path) as file:
         tensors = {key: file.tensor(key) for key in file.infos}
-    return check_network(tensors, Path(path).name, inspect)
+    return check_network(tensors, Path(path).name, inspect, title)
 
 
 def check_model(path: Path, spec: ArchitectureSpec) -> list[str]:
@@ -97,7 +103,9 @@ def check_model(path: Path, spec: ArchitectureSpec) -> list[str]:
     return [f"{path.name}: {FAMILY_TITLES[found.family]}, {size / 1e6:,.0f} MB, can be read"]
 
 
-def check_network(tensors: Mapping[str, Tensor], file: str, inspect: Inspector | None = None) -> NetworkCheck:
+def check_network(
+    tensors: Mapping[str, Tensor], file: str, inspect: Inspector | None = None, title: str = WEIGHT_CHANGE
+) -> NetworkCheck:
     """The same for tensors in memory; ``file`` is what the report calls them."""
     modules = sorted({key.partition(".")[0] for key in tensors})
     norms = (inspect or low_rank_norms)(tensors)
@@ -114,6 +122,7 @@ def check_network(tensors: Mapping[str, Tensor], file: str, inspect: Inspector |
         not_finite=tuple(key for key, tensor in tensors.items() if not bool(tensor.isfinite().all())),
         unmoved=tuple(module for module in modules if norms.get(module) == 0),
         unmeasured=sum(module not in norms for module in modules),
+        title=title,
     )
 
 

@@ -19,7 +19,7 @@ from library.options import NetworkFileOptions, NetworkOptions, OptimizerOptions
 from library.options.settings import Settings
 from library.options.values import split_pairs
 from library.plugin import load_network_module, optional_method
-from library.training.selfcheck import check_network_file
+from library.training.selfcheck import WEIGHT_CHANGE, check_network_file
 from library.training.trainable import Artifact, Trainable
 
 logger = logging.getLogger(__name__)
@@ -199,7 +199,8 @@ class AdapterTraining(Trainable):
             self.module.save_weights(str(temporary), dtype, metadata)  # type: ignore[operator]
 
     def check(self, path: Path) -> list[str]:
-        return check_network_file(path, optional_method(self._module, "inspect_weights")).lines()
+        inspect, title = (optional_method(self._module, name) for name in ("inspect_weights", "change_title"))
+        return check_network_file(path, inspect, title() if title else WEIGHT_CHANGE).lines()
 
     def recorded_options(self) -> dict[str, Any]:
         if not self._options.network_weights:
