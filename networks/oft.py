@@ -14,7 +14,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,10 @@ class OftAdapter(Adapter):
         width = _width(layer)
         if width % size.rank:
             raise ValueError(f"{name}: {width} outputs cannot be divided into {size.rank} blocks")
-        self.oft_blocks = nn.Parameter(torch.zeros(size.rank, width // size.rank, width // size.rank))
+        side = width // size.rank
+        # blocks are large: on a model without weights, for a plan, they take no memory either
+        place = torch.device("meta") if _tensor(layer.weight).is_meta else None
+        self.oft_blocks = nn.Parameter(torch.zeros(size.rank, side, side, device=place))
 
     @classmethod
     def rank_of(cls, tensors: Mapping[str, Tensor]) -> int:
@@ -105,8 +108,8 @@ class OftAdapter(Adapter):
         return torch.bmm(change_GSS.mT, rows_GSI).view(weight.shape)
 
     def delta_bias(self) -> Tensor | None:
-        bias = self.layer.bias
-        return None if bias is None else self.turned(_tensor(bias).float()[None], is_conv=False)[0]
+        bias = _bias(self.layer)
+        return None if bias is None else self.turned(bias.float()[None], is_conv=False)[0]
 
     def combine(self, y: Tensor, x: Tensor) -> Tensor:
         return y + self.turned(y, self._is_conv) * self._strength()
@@ -169,8 +172,8 @@ class OftLycorisAdapter(OftAdapter):
 
     def combine(self, y: Tensor, x: Tensor) -> Tensor:
         spread = (-1, 1, 1) if self._is_conv else (-1,)
-        bias = self.layer.bias
-        plain = y if bias is None else y - _tensor(bias).to(y.dtype).view(spread)
+        bias = _bias(self.layer)
+        plain = y if bias is None else y - bias.to(y.dtype).view(spread)
         delta = self.turned(plain, self._is_conv)
         if self.rescale is not None:
             rescale = self.rescale.to(y.dtype).view(spread)
@@ -180,6 +183,11 @@ class OftLycorisAdapter(OftAdapter):
 
 def _width(layer: nn.Module) -> int:
     return _tensor(layer.weight).shape[0]
+
+
+def _bias(layer: nn.Module) -> Tensor | None:
+    bias = cast(object, layer.bias)
+    return None if bias is None else _tensor(bias)
 
 
 def _tensor(value: object) -> Tensor:
