@@ -33,6 +33,7 @@ class DyloraAdapter(LoraAdapter):
     """``y + factor · up[:, :t](down[:t](x))``; outside training, and before the first step, t is the whole rank."""
 
     has_own_files: ClassVar[bool] = False
+    optional_names: ClassVar[tuple[str, ...]] = ()
     arguments: ClassVar[Mapping[str, Reader]] = {"unit": _unit}
 
     def __init__(

@@ -91,11 +91,11 @@ class LoraAdapter(Adapter):
             return cast(Tensor, _AddLowRank.apply(rows_NO, rows_NI, down, up, self.factor)).view(y.shape)
         if down.dtype is not y.dtype:
             down, up = down.to(y.dtype), up.to(y.dtype)
-        hidden = self._project(x, down)
+        hidden = self._hidden(x, down)
         hidden = self._dropped(hidden) if is_dropping else hidden * self.factor
         return y + (F.conv2d(hidden, up) if self._is_conv else F.linear(hidden, up))
 
-    def _project(self, x: Tensor, down: Tensor) -> Tensor:
+    def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
         """Rank activations, (B, ..., R) or (B, R, H, W)."""
         return self._operate(x, down)
 

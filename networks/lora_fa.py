@@ -8,6 +8,7 @@ arXiv:2308.03303. Files are those of LoRA.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,12 +18,15 @@ from torch.nn.grad import conv2d_input
 
 from networks.factory import NetworkFactory
 from networks.lora import LoraAdapter
+from networks.network_args import Reader
 
 
 class LoraFaAdapter(LoraAdapter):
     """``y + factor · up(down(x))``, where ``down`` is a constant of the training that is saved with the network."""
 
     has_own_files: ClassVar[bool] = False
+    optional_names: ClassVar[tuple[str, ...]] = ()
+    arguments: ClassVar[Mapping[str, Reader]] = {}
 
     def start(self) -> None:
         """``down`` ~ Normal(0, 2/(I + R)), kernel sides not counted; ``up`` is zero."""
@@ -32,9 +36,9 @@ class LoraFaAdapter(LoraAdapter):
     def trained_parameters(self) -> list[nn.Parameter]:
         return [self.lora_up.weight]
 
-    def _project(self, x: Tensor, down: Tensor) -> Tensor:
+    def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
         if not isinstance(self.layer, nn.Conv2d):
-            return super()._project(x, down)
+            return super()._hidden(x, down)
         return cast(Tensor, _FixedConv.apply(x, down, self.layer))
 
 

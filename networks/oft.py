@@ -91,7 +91,7 @@ class OftAdapter(Adapter):
         self._kept = None
         return super().train(mode)
 
-    def change(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def rotation(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """R - I, (G, S, S); outside training it is computed once for the same blocks."""
         blocks = self.oft_blocks
         if self.training or (blocks.requires_grad and torch.is_grad_enabled()):
@@ -103,7 +103,7 @@ class OftAdapter(Adapter):
 
     def delta_weight(self) -> Tensor:
         weight = _tensor(self.layer.weight).float()
-        change_GSS = self.change()
+        change_GSS = self.rotation()
         rows_GSI = weight.reshape(self.rank, change_GSS.shape[-1], -1)
         return torch.bmm(change_GSS.mT, rows_GSI).view(weight.shape)
 
@@ -116,7 +116,7 @@ class OftAdapter(Adapter):
 
     def turned(self, y: Tensor, is_conv: bool) -> Tensor:
         """y (R - I) over the outputs of ``y``, (..., O) or (B, O, H, W), block by block."""
-        change_GSS = self.change(y.dtype)
+        change_GSS = self.rotation(y.dtype)
         side = change_GSS.shape[-1]
         if is_conv:
             parts = y.reshape(y.shape[0], self.rank, side, -1)
