@@ -30,17 +30,47 @@ logger = logging.getLogger(__name__)
 _IN_ATTENTION = re.compile(r"\.attn[12]\.")
 
 
-def rotation_change(blocks_GSS: Tensor, limit: float) -> Tensor:
-    """R - I of every block, (G, S, S) in float32; exactly zero if the blocks are. ``limit`` 0: none.
+def rotation_change(blocks_GSS: Tensor, limit: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """R - I of every block, (G, S, S), computed in float32; exactly zero if the blocks are. ``limit`` 0: none.
 
     (I + Q)(I - Q)⁻¹ - I = (I - Q)⁻¹ 2Q: a linear system, which always has a solution as Q is skew.
     """
-    blocks_GSS = blocks_GSS.float()
-    skew_GSS = blocks_GSS - blocks_GSS.mT
-    if limit > 0:
-        skew_GSS = skew_GSS * (limit / skew_GSS.norm().clamp(min=limit))
-    identity = torch.eye(skew_GSS.shape[-1], device=skew_GSS.device)
-    return torch.linalg.solve(identity - skew_GSS, 2 * skew_GSS)
+    return cast(Tensor, _RotationChange.apply(blocks_GSS, limit, dtype))
+
+
+class _RotationChange(torch.autograd.Function):
+    """C = R - I. With M = (I - Q)⁻¹ it is 2(M - I), so dC = 2 M dQ M where M = I + C/2.
+
+    The result is all that is kept for the backward pass; autograd would keep the factors of the solution too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, blocks: Tensor, limit: float, dtype: torch.dtype) -> Tensor:  # pyright: ignore
+        skew_GSS = _skew(blocks)
+        if limit > 0:
+            skew_GSS = skew_GSS * (limit / skew_GSS.norm().clamp(min=limit))
+        identity = torch.eye(skew_GSS.shape[-1], device=skew_GSS.device)
+        change_GSS = torch.linalg.solve(identity - skew_GSS, 2 * skew_GSS).to(dtype)
+        ctx.save_for_backward(blocks, change_GSS)
+        ctx.limit = limit
+        return change_GSS
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        blocks, change_GSS = ctx.saved_tensors
+        inverse_GSS = change_GSS.float() / 2 + torch.eye(change_GSS.shape[-1], device=change_GSS.device)
+        of_skew = 2 * inverse_GSS.mT @ grad.float() @ inverse_GSS.mT
+        if ctx.limit > 0:  # beyond the limit only the direction of the skew matters
+            skew_GSS = _skew(blocks)
+            norm = skew_GSS.norm()
+            bounded = norm.clamp(min=ctx.limit)
+            along = (of_skew * skew_GSS).sum() / bounded.square() * (norm > ctx.limit)
+            of_skew = (of_skew - along * skew_GSS) * (ctx.limit / bounded)
+        return (of_skew - of_skew.mT).to(blocks.dtype), None, None
+
+
+def _skew(blocks_GSS: Tensor) -> Tensor:
+    return blocks_GSS.float() - blocks_GSS.float().mT
 
 
 class OftAdapter(Adapter):
@@ -95,10 +125,10 @@ class OftAdapter(Adapter):
         """R - I, (G, S, S); outside training it is computed once for the same blocks."""
         blocks = self.oft_blocks
         if self.training or (blocks.requires_grad and torch.is_grad_enabled()):
-            return rotation_change(blocks, self._limit).to(dtype)
+            return rotation_change(blocks, self._limit, dtype)
         state = blocks.data_ptr(), blocks._version, blocks.device, dtype  # pyright: ignore[reportPrivateUsage]
         if self._kept is None or self._kept[0] != state:
-            self._kept = state, rotation_change(blocks, self._limit).to(dtype)
+            self._kept = state, rotation_change(blocks, self._limit, dtype)
         return self._kept[1]
 
     def delta_weight(self) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks.measuring import SavedBytes
 from library.log import UserError
 from library.plugin import load_network_module
 from library.training.selfcheck import check_network_file
@@ -50,11 +51,32 @@ def test_limit_holds_over_all_blocks_together() -> None:
     for limit in (norm / 3, norm * 2):
         got = torch.block_diag(*rotation_change(blocks, limit)) + torch.eye(12)
         torch.testing.assert_close(got.double(), dense_rotation(blocks, limit), atol=1e-6, rtol=0)
-    fresh = torch.zeros(3, 4, 4, requires_grad=True)
-    rotation_change(fresh, 0.1).square().sum().backward()
-    (rotation_change(fresh, 0.1).sum() + 1).backward()  # the norm has no slope at zero
-    assert fresh.grad is not None
-    assert fresh.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize("limit", [0.0, 3.0])
+def test_gradient_of_the_rotation_is_that_of_the_formula(size: float, limit: float) -> None:
+    blocks = blocks_of(3, 4, size)
+    weight = torch.randn(12, 12, generator=torch.Generator().manual_seed(9))
+    gradients = []
+    for rotate in (lambda b: torch.block_diag(*rotation_change(b, limit)), lambda b: dense_rotation(b, limit)):
+        leaf = blocks.clone().requires_grad_()
+        (rotate(leaf) * weight).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, atol=2e-5, rtol=1e-4)
+    assert gradients[0].any()
+
+
+def test_nothing_but_output_and_rotation_is_kept() -> None:
+    layer = nn.Linear(6, 48).requires_grad_(False)
+    adapter = OftAdapter("x", layer, AdapterSize(3, 1.0))
+    randomise(adapter)
+    x = torch.randn(5, 6)
+    y = layer(x)
+    with SavedBytes([adapter.oft_blocks]) as saved:
+        kept = adapter.combine(y, x)
+        assert saved.total <= 4 * (y.numel() + adapter.oft_blocks.numel())
+    assert kept.requires_grad
 
 
 @pytest.mark.parametrize("shape", list(LAYERS))
@@ -85,10 +107,10 @@ def test_rotation_is_computed_once_in_use_and_never_stale(monkeypatch: pytest.Mo
     adapter.attach()
     count = 0
 
-    def counted(blocks: Tensor, limit: float) -> Tensor:
+    def counted(blocks: Tensor, limit: float, dtype: torch.dtype) -> Tensor:
         nonlocal count
         count += 1
-        return rotation_change(blocks, limit)
+        return rotation_change(blocks, limit, dtype)
 
     monkeypatch.setattr(oft, "rotation_change", counted)
     x = torch.randn(2, 6)
