@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype
 
 # The "legacy" hash looks only at 64 KiB that start at 1 MiB.
-_LEGACY_START = 0x100000
-_LEGACY_LENGTH = 0x10000
+LEGACY_START = 0x100000
+LEGACY_LENGTH = 0x10000
 _CHUNK_BYTES = 1 << 22
 
 MODEL_HASH_KEY = "sshs_model_hash"
@@ -71,8 +72,8 @@ def network_hashes(
     for key in order:
         data = tensor_bytes(tensors[key], dtype)
         full.update(data)
-        first = max(0, _LEGACY_START - position)
-        last = max(0, _LEGACY_START + _LEGACY_LENGTH - position)
+        first = max(0, LEGACY_START - position)
+        last = max(0, LEGACY_START + LEGACY_LENGTH - position)
         window += data[first:last]
         position += len(data)
     legacy = hashlib.sha256(bytes(window)).hexdigest()[:8]
@@ -101,14 +102,25 @@ def cache_folder() -> Path:
 
 def _legacy_hash(path: Path) -> str:
     with path.open("rb") as file:
-        file.seek(_LEGACY_START)
-        return hashlib.sha256(file.read(_LEGACY_LENGTH)).hexdigest()[:8]
+        file.seek(LEGACY_START)
+        return hashlib.sha256(file.read(LEGACY_LENGTH)).hexdigest()[:8]
 
 
 def sha256_of_file(path: StrPath) -> str:
     """SHA-256 of a whole file, read in pieces."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
+        while data := file.read(_CHUNK_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def data_sha256(path: StrPath) -> str:
+    """SHA-256 of a safetensors file's bytes behind its header, read in pieces: what sshs_model_hash should be."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        file.seek(8 + length)
         while data := file.read(_CHUNK_BYTES):
             digest.update(data)
     return digest.hexdigest()

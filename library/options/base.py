@@ -36,6 +36,8 @@ class Declaration:
     secret: bool
     convert: Callable[[Any], Any] | None
     pairs: bool
+    short: str | None = None
+    positional: bool = False
 
 
 def option(
@@ -54,16 +56,18 @@ def option(
     secret: bool = False,
     convert: Callable[[Any], Any] | None = None,
     pairs: bool = False,
+    short: str | None = None,
+    positional: bool = False,
 ) -> Any:
     """Declare a field of an option group.
 
     ``scope``: where the option may stand: the command line and the levels of a data set file, there as ``dataset_key``
     if the name differs. ``secret``: never written anywhere. ``convert``: takes the place of the check derived from the
     field's type; it gets text or a TOML value and raises ValueError with what is wanted. ``pairs``: every item must be
-    ``key=value``.
+    ``key=value``. ``short``: one letter that stands for it (``-s``). ``positional``: may stand without its name.
     """
     bounds = Bounds(ge=ge, gt=gt, le=le, lt=lt, multiple_of=multiple_of)
-    told = Declaration(help, bounds, scope, dataset_key, aliases, metavar, secret, convert, pairs)
+    told = Declaration(help, bounds, scope, dataset_key, aliases, metavar, secret, convert, pairs, short, positional)
     return dataclasses.field(default=default, metadata={"declaration": told})
 
 

@@ -53,7 +53,7 @@ def build_parser(script: ScriptOptions) -> argparse.ArgumentParser:
     for group in script.groups:
         section = parser.add_argument_group(group.title)
         for spec in specs_of(group):
-            flags = [f"--{name}" for name in spec.names]
+            flags = [f"--{name}" for name in spec.names] + ([f"-{spec.told.short}"] if spec.told.short else [])
             text = _help(spec, script.default_of(spec))
             if spec.is_flag:
                 section.add_argument(*flags, dest=spec.name, action="store_const", const=True, help=text)
@@ -98,4 +98,8 @@ def read_command_line(
     namespace, rest = build_parser(script).parse_known_args(_joined(argv))
     known = {name: Given(value, COMMAND_LINE) for name, value in vars(namespace).items()}
     unknown, words = _unknown_options(rest)
+    # argparse's own positional arguments would take what belongs to options that take lists
+    places = [spec.name for spec in script.specs().values() if spec.told.positional and spec.name not in known]
+    known |= {name: Given(word, COMMAND_LINE) for name, word in zip(places, words, strict=False)}
+    words = words[len(places) :]
     return known, unknown, [f"command line: {word!r} belongs to no option" for word in words]

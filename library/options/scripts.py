@@ -36,6 +36,8 @@ from library.options.generation import (
     PromptOptions,
     UpscaleToolOptions,
 )
+from library.options.model_tools import ConvertModelOptions, MergeModelsOptions
+from library.options.network_tools import MetadataToolOptions
 from library.options.settings import ScriptOptions
 
 IMAGES = ("train_data_dir", "in_json", "dataset_config", "dataset_class")
@@ -151,6 +153,27 @@ LATENT_UPSCALER = ScriptOptions(
     summary="Enlarge picture files to twice their size with the latent upscaler of highres fix.",
 )
 
+SHOW_METADATA = ScriptOptions(
+    name="tools/show_metadata.py",
+    groups=(MetadataToolOptions, ConsoleOptions),
+    required=("model",),
+    summary="Show the metadata of a safetensors file, or change them without touching its tensors.",
+)
+
+MERGE_MODELS = ScriptOptions(
+    name="tools/merge_models.py",
+    groups=(MergeModelsOptions, ConsoleOptions),
+    required=("models", "output"),
+    summary="Merge checkpoint files of one family: each tensor is the weighted mean of the models'.",
+)
+
+CONVERT_MODEL = ScriptOptions(
+    name="tools/convert_diffusers20_original_sd.py",
+    groups=(ConvertModelOptions, ConsoleOptions),
+    required=("model_to_load", "model_to_save"),
+    summary="Convert a model between a checkpoint file and a Diffusers folder (SD 1.x, SD 2.x, SDXL).",
+)
+
 SCRIPTS = (
     TRAIN_NETWORK,
     SDXL_TRAIN_NETWORK,
@@ -160,4 +183,7 @@ SCRIPTS = (
     GEN_IMG,
     SDXL_GEN_IMG,
     LATENT_UPSCALER,
+    SHOW_METADATA,
+    MERGE_MODELS,
+    CONVERT_MODEL,
 )

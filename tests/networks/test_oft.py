@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.measuring import SavedBytes
+from library.checkpoint.inspection import check_network_file
 from library.log import UserError
 from library.plugin import load_network_module
-from library.training.selfcheck import check_network_file
 from networks import lora, oft
 from networks.adapter import AdapterSize
 from networks.network import AdapterNetwork
@@ -229,7 +230,7 @@ def test_the_report_says_how_far_it_turns(tmp_path: Path) -> None:
     randomise(first)
     file = tmp_path / "net.safetensors"
     network.save_weights(str(file), None, None)
-    check = check_network_file(file, oft.inspect_weights, oft.change_title())
+    check = replace(check_network_file(file, oft.inspect_weights), title=oft.change_title())
     moved = {change.block: change.norm for change in check.blocks if change.norm}
     expected = dense_rotation(first.state_dict()["oft_blocks"]) - torch.eye(32)
     assert moved == {"down_blocks_0": pytest.approx(float(expected.norm()), rel=1e-4)}
