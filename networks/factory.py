@@ -49,6 +49,9 @@ class NetworkFactory:
         rank = network_dim or DEFAULT_RANK
         size_of = self.sizes(args, AdapterSize(rank, 1.0 if network_alpha is None else network_alpha))
         kind, dropouts = self._chosen(args), _dropouts(args, neuron_dropout)
+        misplaced = [name for name in args.own if name not in kind.arguments]
+        if misplaced:
+            raise UserError(f"--network_args {misplaced[0]}: goes with {', '.join(self.variants)} only")
 
         def make(target: Target) -> Adapter | None:
             size = size_of(target)
