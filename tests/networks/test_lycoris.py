@@ -53,7 +53,7 @@ FORMS: dict[str, tuple[str, dict[str, str]]] = {
 }
 # Files of its own that it can write but not build a network from: it takes the rank from the wrong side of a Tucker
 # core's tensors, and has magnitudes per output only.
-NOT_BUILT_FROM_FILES = ("lokr tucker", "dora lokr tucker", "dora per input")
+NOT_BUILT_FROM_FILES = ("dora lokr tucker", "dora per input")
 
 
 def predictions(models: Sequence[nn.Module]) -> list[Tensor]:
@@ -109,7 +109,7 @@ def test_files_that_lycoris_trained_give_the_same_predictions_here(tmp_path: Pat
         torch.testing.assert_close(got, expected, atol=3e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("form", ["loha tucker", "lokr even, both thin", "dora", "dora lokr tucker", "dora per input"])
 def test_files_trained_here_give_the_same_predictions_in_lycoris(tmp_path: Path, form: str) -> None:
     pytest.importorskip("lycoris")
     algorithm, args = FORMS[form]
