@@ -286,7 +286,7 @@ def test_a_network_of_lycoris_is_read(tmp_path: Path) -> None:
     ours.load_state_dict(weights)
     for got, expected, base in zip((run_unet(models[1]), run_clip(models[0])), theirs, before, strict=True):
         assert (expected - base).abs().max() > 0.02
-        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     again = str(tmp_path / "again.safetensors")
     ours.save_weights(again, None, None)
     assert load_file(again).keys() == load_file(file).keys()
