@@ -132,8 +132,7 @@ class Decomposed(Adapter):
     def delta_norm(self) -> Tensor:
         return self.delta_weight().norm()
 
-    def scale_delta_(self, ratio: Tensor) -> None:
-        Adapter.scale_delta_(self, ratio)
+    scale_delta_ = Adapter.scale_delta_  # the change is not in proportion to any tensor
 
     def combine(self, y: Tensor, x: Tensor) -> Tensor:
         magnitudes, norms = self.magnitudes(), self.direction_norms().clamp(min=_SMALLEST_NORM)

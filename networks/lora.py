@@ -110,6 +110,10 @@ class LoraAdapter(Adapter):
         down, up = self._down["weight"], self._up["weight"]
         assert down is not None
         assert up is not None
+        return self._add(y, x, down, up)
+
+    def _add(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """The adapted output with these factors, which may be the adapter's own or parts of them."""
         is_dropping = self.training and self.dropouts is not NO_DROPOUT
         if not (self._is_conv or is_dropping):
             rows_NO, rows_NI = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -147,8 +151,9 @@ class LoraAdapter(Adapter):
         if self.dropouts.neuron:
             hidden = F.dropout(hidden, self.dropouts.neuron)
         if self.dropouts.rank:
-            kept_BR = torch.rand(hidden.shape[0], self.rank, device=hidden.device) > self.dropouts.rank
-            spread = (-1, self.rank, 1, 1) if self._is_conv else (-1, *(1,) * (hidden.dim() - 2), self.rank)
+            rank = hidden.shape[1 if self._is_conv else -1]
+            kept_BR = torch.rand(hidden.shape[0], rank, device=hidden.device) > self.dropouts.rank
+            spread = (-1, rank, 1, 1) if self._is_conv else (-1, *(1,) * (hidden.dim() - 2), rank)
             hidden = hidden * kept_BR.view(spread) / (1.0 - self.dropouts.rank)
         return hidden
 

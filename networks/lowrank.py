@@ -41,15 +41,79 @@ class ThinSvd:
         return self.left_OR[:, :rank] * self.singular_R[:rank], self.right_RI[:rank]
 
 
-def product_svd(up_OR: Tensor, down_RI: Tensor) -> ThinSvd:
-    """Singular value decomposition of ``up @ down`` with min(O, R, I) values, through QR of both and a small core.
+@dataclass(frozen=True)
+class ProductSvd:
+    """The decomposition of a product of thin matrices, in its factors; only what is asked for is multiplied out.
 
-    U = Q₁R₁, Dᵀ = Q₂R₂, core R₁R₂ᵀ = A S Bᵀ; then left = Q₁A and right = (Q₂B)ᵀ.
+    ``product = outer_OR @ left_RK @ diag(singular_K) @ right_KR @ inner_RI``.
     """
-    q1, r1 = torch.linalg.qr(_wide(up_OR))
-    q2, r2 = torch.linalg.qr(_wide(down_RI).T)
+
+    outer_OR: Tensor
+    left_RK: Tensor
+    singular_K: Tensor
+    right_KR: Tensor
+    inner_RI: Tensor
+
+    def first(self, rank: int) -> ThinSvd:
+        """The first ``rank`` singular values with their vectors, in the type of the singular values."""
+        left = (self.outer_OR @ self.left_RK[:, :rank]).to(self.singular_K.dtype)
+        return ThinSvd(left, self.singular_K[:rank], (self.right_KR[:rank] @ self.inner_RI).to(self.singular_K.dtype))
+
+    def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
+        """See `ThinSvd.truncated`."""
+        return self.first(rank).truncated(rank)
+
+    def split(self, rank: int) -> tuple[Tensor, Tensor]:
+        """See `ThinSvd.split`."""
+        return self.first(rank).split(rank)
+
+
+def product_svd(up_OR: Tensor, down_RI: Tensor) -> ProductSvd:
+    """Singular value decomposition of ``up @ down`` with min(O, R, I) values, without the product.
+
+    Float32 through the R x R Gram matrices in float64, which is both faster and finer than QR in float32: singular
+    values down to 1e-8 of the largest are right. Float64 through QR.
+    """
+    up, down = _wide(up_OR), _wide(down_RI)
+    return _product_by_qr(up, down) if torch.float64 in (up.dtype, down.dtype) else _product_by_gram(up, down)
+
+
+def _product_by_qr(up_OR: Tensor, down_RI: Tensor) -> ProductSvd:
+    """U = Q₁R₁, Dᵀ = Q₂R₂, core R₁R₂ᵀ = A S Bᵀ; then the left vectors are Q₁A and the right ones Q₂B."""
+    q1, r1 = torch.linalg.qr(up_OR.double())
+    q2, r2 = torch.linalg.qr(down_RI.double().T)
     left, singular, right = torch.linalg.svd(r1 @ r2.T, full_matrices=False)
-    return ThinSvd(q1 @ left, singular, right @ q2.T)
+    return ProductSvd(q1, left, singular, right, q2.T)
+
+
+def _product_by_gram(up_OR: Tensor, down_RI: Tensor) -> ProductSvd:
+    """With DDᵀ = LLᵀ the product UD has the left vectors and singular values of UL: LᵀUᵀUL = Y S² Yᵀ.
+
+    The left vectors are ULY S⁻¹; what they make of UD, S⁻¹YᵀLᵀUᵀU D, are the right ones times S.
+    """
+    up, down = up_OR.double(), down_RI.double()
+    gram_up = up.T @ up
+    root = _square_root(down @ down.T)
+    squares, vectors = torch.linalg.eigh(root.T @ gram_up @ root)  # in rising order
+    count = min(*up.shape, down.shape[1])
+    singular = squares.flip(0)[:count].clamp(min=0).sqrt()
+    left = root @ vectors.flip(1)[:, :count] / _not_zero(singular)
+    right = (left.T @ gram_up) / _not_zero(singular)[:, None]
+    return ProductSvd(up, left, singular.to(up_OR.dtype), right, down)
+
+
+def _square_root(gram_RR: Tensor) -> Tensor:
+    """L with LLᵀ = G: Cholesky's, or of a matrix that is singular to rounding that of its eigenvalues."""
+    root, failed = torch.linalg.cholesky_ex(gram_RR)
+    if not bool(failed):
+        return root
+    values, vectors = torch.linalg.eigh(gram_RR)
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def _not_zero(singular: Tensor) -> Tensor:
+    """The same, infinite where it is zero: what is divided by it becomes zero."""
+    return singular.where(singular > 0, torch.inf)
 
 
 def stacked_product(terms: Iterable[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -71,7 +135,7 @@ def gram_svd(matrix_OI: Tensor, rank: int | None = None) -> ThinSvd:
     left = vectors.flip(1)[:, : rank or matrix.shape[0]]
     scaled = left.T @ matrix
     singular = scaled.norm(dim=1)
-    right = scaled / singular.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+    right = scaled / _not_zero(singular)[:, None]
     # falling order again: rounding may swap values that are nothing beside the largest
     order = singular.argsort(descending=True, stable=True)
     left, singular, right = (part.to(given.dtype) for part in (left[:, order], singular[order], right[order]))
@@ -121,8 +185,7 @@ def randomised_svd(
         back_IL, _ = torch.linalg.qr(matrix.T @ basis_OL)
         basis_OL, _ = torch.linalg.qr(matrix @ back_IL)
     inside_LI = basis_OL.T @ matrix
-    core = product_svd(basis_OL, inside_LI)
-    svd = ThinSvd(core.left_OR[:, :rank], core.singular_R[:rank], core.right_RI[:rank])
+    svd = product_svd(basis_OL, inside_LI).first(rank)
     up, down = svd.truncated(rank)
     norm = float(matrix.norm())
     outside_OI = torch.addmm(matrix, basis_OL, inside_LI, alpha=-1)

@@ -47,6 +47,14 @@ def rate(text: str) -> float:
     return value
 
 
+def ratio(text: str) -> float:
+    """A number above 0."""
+    value = number(text)
+    if value == 0:
+        raise ValueError("must be above 0")
+    return value
+
+
 def truth(text: str) -> bool:
     """Yes or no."""
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -73,8 +81,10 @@ def per_block(read: Reader, layout: BlockLayout) -> Reader:
     return read_list
 
 
-def read_network_args(given: Mapping[str, object], readers: Mapping[str, Reader], module: str) -> dict[str, Any]:
-    """Values of the arguments that were given; None and empty text count as not given.
+def read_network_args(
+    given: Mapping[str, object], readers: Mapping[str, Reader], module: str, option: str = "--network_args"
+) -> dict[str, Any]:
+    """Values of the arguments that were given; None and empty text count as not given. ``option``: where they stand.
 
     Raises UserError that lists all unknown keys (with the nearest name) and all bad values.
     """
@@ -85,15 +95,27 @@ def read_network_args(given: Mapping[str, object], readers: Mapping[str, Reader]
         if key not in readers:
             near = difflib.get_close_matches(key, readers, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(sorted(readers))}"
-            problems.append(f"--network_args {key}: {module} has no such argument; {hint}")
+            problems.append(f"{option} {key}: {module} has no such argument; {hint}")
         elif text not in ("", "None"):
             try:
                 values[key] = readers[key](text)
             except ValueError as error:
-                problems.append(f"--network_args {key}={text}: {error}")
+                problems.append(f"{option} {key}={text}: {error}")
     if problems:
         raise UserError("\n".join(problems))
     return values
+
+
+@dataclass(frozen=True, slots=True)
+class PlusRatios:
+    """LoRA+: how many times the rate of the other tensors is that of the tensors that start at zero.
+
+    S. Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv:2402.12354: a ratio above 1 lets both
+    factors of a product learn equally well.
+    """
+
+    text_encoder: float = 1.0
+    unet: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +138,9 @@ class NetworkArgs:
     mid_lr_weight: float | None = None
     up_lr_weight: tuple[float, ...] | None = None
     block_lr_zero_threshold: float = 0.0
+    loraplus_lr_ratio: float | None = None
+    loraplus_unet_lr_ratio: float | None = None
+    loraplus_text_encoder_lr_ratio: float | None = None
     flags: frozenset[str] = frozenset()
     own: Mapping[str, Any] = field(default_factory=dict)
     layout: BlockLayout = SD_BLOCKS
@@ -132,6 +157,12 @@ class NetworkArgs:
             return None
         sides = self.down_lr_weight, self.mid_lr_weight, self.up_lr_weight
         return block_factors(*sides, self.block_lr_zero_threshold, self.layout)
+
+    @property
+    def plus_ratios(self) -> PlusRatios:
+        """Ratios of LoRA+; those of the parts win over that of all."""
+        ratios = (self.loraplus_text_encoder_lr_ratio, self.loraplus_unet_lr_ratio)
+        return PlusRatios(*(given or self.loraplus_lr_ratio or 1.0 for given in ratios))
 
     def sizes_given(self) -> list[str]:
         """Names of the given arguments that decide ranks and alphas."""
@@ -159,6 +190,9 @@ def _lora_readers(layout: BlockLayout) -> dict[str, Reader]:
         "mid_lr_weight": number,
         "up_lr_weight": side,
         "block_lr_zero_threshold": number,
+        "loraplus_lr_ratio": ratio,
+        "loraplus_unet_lr_ratio": ratio,
+        "loraplus_text_encoder_lr_ratio": ratio,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -109,6 +110,17 @@ def sha256_of_file(path: StrPath) -> str:
     """SHA-256 of a whole file, read in pieces."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
+        while data := file.read(_CHUNK_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def data_sha256(path: StrPath) -> str:
+    """SHA-256 of a safetensors file's bytes behind its header, read in pieces: what sshs_model_hash should be."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        file.seek(8 + length)
         while data := file.read(_CHUNK_BYTES):
             digest.update(data)
     return digest.hexdigest()

@@ -22,7 +22,7 @@ from library.checkpoint.sd_keys import VAE_PREFIX, aliases, modern_vae_key, vae_
 from library.checkpoint.tables import key_map
 from library.log import UserError
 from library.models import build, infer
-from library.models.spec import TEXT_PARTS, ArchitectureSpec, PredictionType, VaeSpec
+from library.models.spec import FAMILY_TITLES, TEXT_PARTS, ArchitectureSpec, PredictionType, VaeSpec
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PART_NAMES = (*TEXT_PARTS, "unet", "vae")
-_WEIGHT_STEMS = {name: "model" if name in TEXT_PARTS else "diffusion_pytorch_model" for name in PART_NAMES}
-_IGNORABLE_FOLDER_KEY = re.compile(r"position_ids$")
+WEIGHT_STEMS = {name: "model" if name in TEXT_PARTS else "diffusion_pytorch_model" for name in PART_NAMES}
+IGNORABLE_FOLDER_KEY = re.compile(r"position_ids$")
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,14 @@ def load_parts(path: Path, spec: ArchitectureSpec, targets: Mapping[str, Target]
             logger.warning("%s: %d tensors are of no use here and not read (%s ...)", path.name, len(unread), unread[0])
         modules: dict[str, nn.Module] = {}
         for name, target in targets.items():
-            module = _empty(name, spec)
+            module = empty_part(name, spec)
             mapped = MappedFile(file, table.part(name), others)
             modules[name] = build.fill(module, mapped.tensors(build.shapes_of(module)), target.dtype, target.device)
         return modules
 
 
-def _empty(name: str, spec: ArchitectureSpec) -> nn.Module:
+def empty_part(name: str, spec: ArchitectureSpec) -> nn.Module:
+    """One of `PART_NAMES` without weights, on the meta device."""
     if name == "unet":
         return build.empty_unet(spec.unet)
     if name == "vae":
@@ -90,32 +91,49 @@ def _empty(name: str, spec: ArchitectureSpec) -> nn.Module:
     return build.empty_text_encoder(spec.text_encoders[TEXT_PARTS.index(name)])
 
 
+def check_written(path: Path, spec: ArchitectureSpec) -> list[str]:
+    """Recognise a whole model that was just written (file or Diffusers folder); lines for the report.
+
+    Raises UserError if it is not of this architecture.
+    """
+    found, title = recognise(path).spec, FAMILY_TITLES[spec.family]
+    if found.family != spec.family or found.unet.widths != spec.unet.widths:
+        raise UserError(f"{path.name}: what was written is not recognised as {title}; keep what it was made from")
+    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    count, size = sum(len(read_header(file)[0]) for file in files), sum(file.stat().st_size for file in files)
+    return [f"{path.name}: {title}, {count} tensors, {size / 1e6:,.0f} MB, can be read"]
+
+
 # ---- Diffusers folders
 
 
 def _load_folder_part(folder: Path, name: str, spec: ArchitectureSpec, target: Target) -> nn.Module:
-    module = _empty(name, spec)
-    files = weight_files(folder, _WEIGHT_STEMS[name])
+    module = empty_part(name, spec)
+    files = weight_files(folder, WEIGHT_STEMS[name])
     tensors = folder_tensors(files, name, build.shapes_of(module))
     return build.fill(module, tensors, target.dtype, target.device)
 
 
-def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The weight files of a part's folder: safetensors first, half precision variants and shards too."""
+def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
+    """The weight files of a part's folder, shards too: safetensors first, full precision before half.
+
+    ``variant``: only the files of this variant.
+    """
     old_stem = "pytorch_model" if stem == "model" else stem
     for name, extension in ((stem, "safetensors"), (old_stem, "bin")):
-        for variant in ("", ".fp16"):
-            index = folder / f"{name}.{extension}.index{variant}.json"
+        for kind in ("", ".fp16") if variant is None else (f".{variant}",):
+            index = folder / f"{name}.{extension}.index{kind}.json"
             if index.is_file():
                 shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
                 return [folder / shard for shard in sorted(shards)]
-            file = folder / f"{name}{variant}.{extension}"
+            file = folder / f"{name}{kind}.{extension}"
             if file.is_file():
                 return [file]
     raise UserError(f"{folder} holds no weights ({stem}.safetensors was looked for): the Diffusers model is not whole")
 
 
-def _canonical(part: str, key: str) -> str:
+def canonical_key(part: str, key: str) -> str:
+    """A key of a Diffusers folder in today's naming, with the level ``text_model.`` that files have."""
     if part == "vae":
         return modern_vae_key(key)
     return build.canonical_text_key(key) if part in TEXT_PARTS else key
@@ -129,10 +147,10 @@ def folder_tensors(
     try:
         where = str(opened[0].path.parent)
         names = {
-            _canonical(part, key): (file, key)
+            canonical_key(part, key): (file, key)
             for file in opened
             for key in file.infos
-            if not _IGNORABLE_FOLDER_KEY.search(key)
+            if not IGNORABLE_FOLDER_KEY.search(key)
         }
         raise_key_problems(sorted(set(shapes) - set(names)), sorted(set(names) - set(shapes)), where)
         wrong: list[str] = []
@@ -171,7 +189,7 @@ def _load_vae_folder(folder: Path, target: Target) -> AutoencoderKL:
     if not (place / "config.json").is_file():
         raise UserError(f"--vae {folder}: neither a config.json nor a folder `vae` is in it")
     module = build.empty_vae(infer.vae_spec_of_config(infer.read_config(place)))
-    files = weight_files(place, _WEIGHT_STEMS["vae"])
+    files = weight_files(place, WEIGHT_STEMS["vae"])
     return build.fill(module, folder_tensors(files, "vae", build.shapes_of(module)), target.dtype, target.device)
 
 

@@ -3,10 +3,12 @@
 from library.options import (
     CacheOptions,
     CacheToolOptions,
+    ConditioningOptions,
     ConfigOptions,
     ConsoleOptions,
     DataOptions,
     HubOptions,
+    LLLiteOptions,
     LogOptions,
     LoopOptions,
     LossOptions,
@@ -36,10 +38,12 @@ from library.options.generation import (
     PromptOptions,
     UpscaleToolOptions,
 )
+from library.options.model_tools import ConvertModelOptions, MergeModelsOptions
 from library.options.network_tools import MetadataToolOptions
 from library.options.settings import ScriptOptions
 
 IMAGES = ("train_data_dir", "in_json", "dataset_config", "dataset_class")
+PAIRS = ("train_data_dir", "dataset_config", "dataset_class")
 
 TRAINING_GROUPS = (
     ConfigOptions,
@@ -94,13 +98,31 @@ SDXL_TRAIN = ScriptOptions(
     family="sdxl",
 )
 
+SDXL_TRAIN_LLLITE = ScriptOptions(
+    name="sdxl_train_control_net_lllite.py",
+    groups=with_text_cache(
+        (
+            *TRAINING_GROUPS[:2],
+            LLLiteOptions,
+            DataOptions,
+            ConditioningOptions,
+            *TRAINING_GROUPS[3:],
+            NetworkFileOptions,
+        )
+    ),
+    defaults=SDXL_DEFAULTS,
+    required=("pretrained_model_name_or_path", "output_dir", PAIRS),
+    summary="Train a ControlNet-LLLite on SDXL: a small net that draws after edges, lines or other pictures.",
+    family="sdxl",
+)
+
 # The caching tools take the command line and the file of any training; how models are saved is not their business.
 _CACHE_GROUPS = tuple(group for group in SDXL_TRAIN_NETWORK.groups if group is not NetworkFileOptions)
-_NOT_FOR_CACHES = frozenset(specs_by_name((SdxlFullOptions, ModelFileOptions)))
+_NOT_FOR_CACHES = frozenset(specs_by_name((SdxlFullOptions, ModelFileOptions))) | {"cond_emb_dim"}
 
 CACHE_LATENTS = ScriptOptions(
     name="tools/cache_latents.py",
-    groups=(*_CACHE_GROUPS, CacheToolOptions),
+    groups=(*_CACHE_GROUPS, ConditioningOptions, CacheToolOptions),
     passes_over=_NOT_FOR_CACHES,
     defaults={"cache_latents": True, "cache_latents_to_disk": True},
     required=("pretrained_model_name_or_path", IMAGES),
@@ -109,7 +131,7 @@ CACHE_LATENTS = ScriptOptions(
 
 CACHE_TEXT = ScriptOptions(
     name="tools/cache_text_encoder_outputs.py",
-    groups=(*_CACHE_GROUPS, CacheToolOptions),
+    groups=(*_CACHE_GROUPS, ConditioningOptions, CacheToolOptions),
     passes_over=_NOT_FOR_CACHES,
     defaults={**SDXL_DEFAULTS, "cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True},
     required=("pretrained_model_name_or_path", IMAGES),
@@ -159,14 +181,31 @@ SHOW_METADATA = ScriptOptions(
     summary="Show the metadata of a safetensors file, or change them without touching its tensors.",
 )
 
+MERGE_MODELS = ScriptOptions(
+    name="tools/merge_models.py",
+    groups=(MergeModelsOptions, ConsoleOptions),
+    required=("models", "output"),
+    summary="Merge checkpoint files of one family: each tensor is the weighted mean of the models'.",
+)
+
+CONVERT_MODEL = ScriptOptions(
+    name="tools/convert_diffusers20_original_sd.py",
+    groups=(ConvertModelOptions, ConsoleOptions),
+    required=("model_to_load", "model_to_save"),
+    summary="Convert a model between a checkpoint file and a Diffusers folder (SD 1.x, SD 2.x, SDXL).",
+)
+
 SCRIPTS = (
     TRAIN_NETWORK,
     SDXL_TRAIN_NETWORK,
     SDXL_TRAIN,
+    SDXL_TRAIN_LLLITE,
     CACHE_LATENTS,
     CACHE_TEXT,
     GEN_IMG,
     SDXL_GEN_IMG,
     LATENT_UPSCALER,
     SHOW_METADATA,
+    MERGE_MODELS,
+    CONVERT_MODEL,
 )

@@ -35,6 +35,7 @@ LAYERS = {
 SCRIPT_LAYER = 5
 GROUND = 0
 NETWORKS_MAY_IMPORT = ("networks", "library.checkpoint", "library.models.spec", "library.log", "library.rng")
+EDITING = "networks.editing"
 NO_HEAVY_IMPORTS = ("library.options", "library.log", "library.rng", "library.data.records", "quickstart")
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "cv2", "numpy", "PIL", "tensorboard", "bitsandbytes"}
 # Imported name -> name in the requirements, where the two differ.
@@ -124,9 +125,24 @@ def test_networks_stand_beside_the_families():
         for path in source_files()
         # Ready-made tools among them are scripts: they may use whatever a script may.
         if module_name(path).startswith("networks.") and "__main__" not in path.read_text("utf-8")
+        if not module_name(path).startswith(EDITING)
         for item in own_imports(path)
         if not item.target.startswith(NETWORKS_MAY_IMPORT) and item.target != "library"
     ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_what_tools_do_to_networks_stands_apart():
+    """networks.editing may use all of library below training; no adapter and nothing of library may use it."""
+    wrong: list[str] = []
+    for path in source_files():
+        name = module_name(path)
+        is_tool = "__main__" in path.read_text("utf-8") or not name.startswith(("networks.", "library."))
+        for item in own_imports(path):
+            above = name.startswith(EDITING) and item.target.startswith("library.training")
+            from_below = item.target.startswith(EDITING) and not is_tool and not name.startswith(EDITING)
+            if above or from_below:
+                wrong.append(f"{path.relative_to(ROOT)}:{item.line} imports {item.target}")
     assert not wrong, "\n".join(wrong)
 
 

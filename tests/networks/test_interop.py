@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from library.checkpoint.inspection import check_network_file
 from library.plugin import load_network_module
-from library.training.selfcheck import check_network_file
 from networks import lora
 from tests.networks_fixtures import TextEncoderView, randomise, run_clip, run_unet, toy_models
 

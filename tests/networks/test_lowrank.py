@@ -28,7 +28,7 @@ def test_norm(seed: int, out: int, rank: int, inner: int) -> None:
 @given(seeds, sides, sides, sides)
 def test_svd_rebuilds_the_product(seed: int, out: int, rank: int, inner: int) -> None:
     up, down = pair(seed, out, rank, inner)
-    svd = product_svd(up, down)
+    svd = product_svd(up, down).first(min(out, rank, inner))
     torch.testing.assert_close(svd.left_OR @ torch.diag(svd.singular_R) @ svd.right_RI, up @ down)
     dense = torch.linalg.svdvals(up @ down)[: len(svd.singular_R)]
     torch.testing.assert_close(svd.singular_R, dense, atol=1e-9, rtol=1e-9)
@@ -36,6 +36,34 @@ def test_svd_rebuilds_the_product(seed: int, out: int, rank: int, inner: int) ->
     identity = torch.eye(len(svd.singular_R), dtype=torch.float64)
     torch.testing.assert_close(svd.left_OR.T @ svd.left_OR, identity)
     torch.testing.assert_close(svd.right_RI @ svd.right_RI.T, identity)
+
+
+@given(seeds, sides, sides, sides)
+def test_float32_is_right_to_its_last_digits(seed: int, out: int, rank: int, inner: int) -> None:
+    up, down = (part.float() for part in pair(seed, out, rank, inner))
+    product = up.double() @ down.double()
+    svd = product_svd(up, down)
+    assert svd.singular_K.dtype == torch.float32
+    dense = torch.linalg.svdvals(product)[: len(svd.singular_K)]
+    assert len(svd.singular_K) == min(out, rank, inner)
+    torch.testing.assert_close(svd.singular_K.double(), dense, rtol=1e-6, atol=1e-7 * float(dense[0]))
+    for new_up, new_down in (svd.truncated(99), svd.split(99)):
+        assert float((new_up.double() @ new_down.double() - product).norm()) <= 5e-7 * float(product.norm())
+
+
+def test_factors_that_are_not_of_full_rank() -> None:
+    """The same network twice, and ranks that are zero: the Gram matrices are singular."""
+    up, down = (part.float() for part in pair(1, 9, 3, 8))
+    twice = product_svd(*stacked_product([(0.5, up, down), (0.5, up, down)]))
+    new_up, new_down = twice.split(3)
+    torch.testing.assert_close(new_up @ new_down, up @ down, rtol=1e-5, atol=1e-5)
+    assert float(twice.singular_K[3]) < 1e-6 * float(twice.singular_K[0])
+    up[:, 2] = 0
+    down[1] = 0
+    holed = product_svd(up, down)
+    torch.testing.assert_close(torch.mm(*holed.truncated(3)), up @ down, rtol=1e-5, atol=1e-5)
+    nothing = product_svd(torch.zeros(5, 2), torch.zeros(2, 4)).truncated(2)
+    assert not any(bool(part.any()) for part in nothing)
 
 
 @given(seeds, st.integers(1, 4))

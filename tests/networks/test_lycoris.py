@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from library.checkpoint.inspection import check_network_file
 from library.plugin import load_network_module
-from library.training.selfcheck import check_network_file
 from networks import loha, lokr, lora
 from networks.products import divisors_near
 from networks.weights import to_weight_table

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from library.checkpoint.inspection import check_network_file
 from library.checkpoint.io import open_model_file, read_header
 from library.log import UserError
-from library.training.selfcheck import check_network_file
 from networks import lora
 from networks.kinds import read_network
 from networks.weights import read_weights, to_weight_table, write_weights

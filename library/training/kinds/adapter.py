@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from library.checkpoint.inspection import check_network_file
 from library.checkpoint.io import atomic_path
 from library.families.base import ModelFamily, ModelParts
 from library.log import UserError
@@ -19,7 +21,6 @@ from library.options import NetworkFileOptions, NetworkOptions, OptimizerOptions
 from library.options.settings import Settings
 from library.options.values import split_pairs
 from library.plugin import load_network_module, optional_method
-from library.training.selfcheck import check_network_file
 from library.training.trainable import Artifact, Trainable
 
 logger = logging.getLogger(__name__)
@@ -199,7 +200,9 @@ class AdapterTraining(Trainable):
             self.module.save_weights(str(temporary), dtype, metadata)  # type: ignore[operator]
 
     def check(self, path: Path) -> list[str]:
-        return check_network_file(path, optional_method(self._module, "inspect_weights")).lines()
+        found = check_network_file(path, optional_method(self._module, "inspect_weights"))
+        title = optional_method(self._module, "change_title")
+        return (replace(found, title=title()) if title else found).lines()
 
     def recorded_options(self) -> dict[str, Any]:
         if not self._options.network_weights:

@@ -1,22 +1,21 @@
-"""After training: read the saved network again and say what is in it, so that a file without effect is noticed at once.
+"""What is in a network file: layers, ranks, how far each block moved, whether all values are finite, its hash.
 
-Works on the file's tensors alone. Pairs ``lora_down``/``lora_up`` are understood here; a network module of another kind
-may offer ``inspect_weights(tensors) -> {module name: norm of its weight change}``.
+Works on the file's tensors alone. Pairs ``lora_down``/``lora_up`` are understood here; for other kinds a function
+``inspect_weights(tensors) -> {module name: norm of its weight change}`` says more.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from library.checkpoint.io import open_model_file
-from library.log import UserError
-from library.models.spec import FAMILY_TITLES, ArchitectureSpec
+from library.checkpoint.hashes import MODEL_HASH_KEY, data_sha256
+from library.checkpoint.io import is_safetensors, open_model_file
 
 Inspector = Callable[[Mapping[str, Tensor]], Mapping[str, float]]
 
@@ -35,7 +34,10 @@ class BlockChange:
 
 @dataclass(frozen=True, slots=True)
 class NetworkCheck:
-    """What a saved network file holds. ``ranks`` counts modules by rank; ``unmoved`` modules change nothing."""
+    """What a saved network file holds. ``ranks`` counts modules by rank; ``unmoved`` modules change nothing.
+
+    ``sha256``: of the bytes behind the header, as they are, and as the file's metadata say; None where there is none.
+    """
 
     file: str
     modules: int
@@ -44,6 +46,15 @@ class NetworkCheck:
     not_finite: tuple[str, ...]
     unmoved: tuple[str, ...]
     unmeasured: int
+    sha256: str | None = None
+    sha256_said: str | None = None
+    title: str = "norm of the weight change"
+    """What the numbers of the blocks are."""
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of all measured weight changes together."""
+        return sum(change.norm**2 for change in self.blocks) ** 0.5
 
     @property
     def problems(self) -> list[str]:
@@ -60,6 +71,10 @@ class NetworkCheck:
             found.append(f"{self.file}: no layer moved, the network has no effect; was the learning rate 0?")
         elif self.unmoved:
             found.append(f"{self.file}: {len(self.unmoved)} layers did not move, first {self.unmoved[0]}")
+        if self.sha256_said is not None and self.sha256 != self.sha256_said:
+            found.append(
+                f"{self.file}: its metadata give another hash of its tensors: it was changed after it was made"
+            )
         return found
 
     def lines(self) -> list[str]:
@@ -69,9 +84,11 @@ class NetworkCheck:
         text = [f"{self.file}: {self.modules} layers{f' ({ranks})' if ranks else ''}{finite}"]
         if self.blocks:
             changes = ", ".join(f"{change.block} {change.norm:.3g}" for change in self.blocks)
-            text.append(f"norm of the weight change by block: {changes}")
+            text.append(f"{self.title} by block: {changes}")
         if self.unmeasured:
             text.append(f"{self.unmeasured} layers are of a kind whose weight change is not measured")
+        if self.sha256:
+            text.append(f"SHA-256 of its tensors: {self.sha256}")
         return text + self.problems
 
 
@@ -79,26 +96,27 @@ def check_network_file(path: str | Path, inspect: Inspector | None = None) -> Ne
     """Read a saved network and measure it. Raises UserError if the file cannot be read."""
     with open_model_file(path) as file:
         tensors = {key: file.tensor(key) for key in file.infos}
-    return check_network(tensors, Path(path).name, inspect)
+        metadata = file.metadata
+    return with_hash(check_network(tensors, Path(path).name, inspect), path, metadata)
 
 
-def check_model(path: Path, spec: ArchitectureSpec) -> list[str]:
-    """Recognise a whole model that was just saved (file or Diffusers folder); lines for the report.
+def with_hash(check: NetworkCheck, path: str | Path, metadata: Mapping[str, str]) -> NetworkCheck:
+    """The same with what is known of the hash of the file at ``path``; pickles have none."""
+    if not is_safetensors(path):
+        return check
+    return replace(check, sha256=data_sha256(path), sha256_said=metadata.get(MODEL_HASH_KEY))
 
-    Raises UserError if it is not what was trained.
+
+def check_network(
+    tensors: Mapping[str, Tensor],
+    file: str,
+    inspect: Inspector | None = None,
+    ranks: Iterable[int] | None = None,
+) -> NetworkCheck:
+    """The same for tensors in memory; ``file`` is what the report calls them.
+
+    ``ranks``: those of all modules, if the caller knows more than the pairs tell.
     """
-    from library.models.load import recognise
-
-    found = recognise(path).spec
-    if found.family != spec.family or found.unet.widths != spec.unet.widths:
-        raise UserError(f"{path.name}: the saved model is not recognised as what was trained; keep the training state")
-    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
-    size = sum(file.stat().st_size for file in files)
-    return [f"{path.name}: {FAMILY_TITLES[found.family]}, {size / 1e6:,.0f} MB, can be read"]
-
-
-def check_network(tensors: Mapping[str, Tensor], file: str, inspect: Inspector | None = None) -> NetworkCheck:
-    """The same for tensors in memory; ``file`` is what the report calls them."""
     modules = sorted({key.partition(".")[0] for key in tensors})
     norms = (inspect or low_rank_norms)(tensors)
     downs = {key: tensor for key, tensor in tensors.items() if key.endswith(".lora_down.weight")}
@@ -109,7 +127,7 @@ def check_network(tensors: Mapping[str, Tensor], file: str, inspect: Inspector |
     return NetworkCheck(
         file=file,
         modules=len(modules),
-        ranks=Counter(tensor.shape[0] for tensor in downs.values()),
+        ranks=Counter((tensor.shape[0] for tensor in downs.values()) if ranks is None else ranks),
         blocks=tuple(BlockChange(name, len(row), sum(n * n for n in row) ** 0.5) for name, row in sums.items()),
         not_finite=tuple(key for key, tensor in tensors.items() if not bool(tensor.isfinite().all())),
         unmoved=tuple(module for module in modules if norms.get(module) == 0),
