@@ -57,8 +57,9 @@ class LohaAdapter(Adapter):
             self.hada_t2 = nn.Parameter(torch.zeros(rank, rank, *kernel))
         flat_inputs = torch.Size(shape[1:]).numel()
         self._is_thin = rank**2 < min(outputs, flat_inputs)
-        # measured: below this the product of thin matrices is the cheaper way at all usual numbers of rows
-        self._acts_thin = rank**2 * (outputs + flat_inputs) * 2 <= outputs * flat_inputs
+        # two products of rank R² that need no more operations than one of the weight's size, and keep no more than x is
+        is_cheap = rank**2 * (outputs + flat_inputs) <= outputs * flat_inputs
+        self._acts_thin = is_cheap and rank**2 <= inputs
 
     @classmethod
     def rank_of(cls, tensors: Mapping[str, Tensor]) -> int:

@@ -252,7 +252,7 @@ def test_a_folder_that_peft_saved_is_read(tmp_path: Path, form: str) -> None:
     wrapped = peft.get_peft_model(models[1], config)
     adapter = {n.replace(".", "|"): p for n, p in wrapped.named_parameters() if "hada_" in n or "lokr_" in n}
     assert adapter
-    randomise(nn.ParameterDict(adapter), size=0.7 if "loha" in form else 0.4)
+    randomise(nn.ParameterDict(adapter), size=0.5 if "loha" in form else 0.4)
     trained, base = predictions(models), predictions(toy_models(layers=1))
     assert (trained[1] - base[1]).abs().max() > 0.01
     wrapped.save_pretrained(str(tmp_path))
