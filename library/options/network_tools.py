@@ -56,3 +56,41 @@ class ResizeOptions(OptionGroup):
         help="sv_ratio: keep singular values larger than the largest over this; sv_fro and sv_cumulative: the share to"
         " keep, up to 1",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DyloraSplitOptions(OptionGroup):
+    """Cutting a DyLoRA into networks of fixed ranks."""
+
+    title: ClassVar[str] = "Split a DyLoRA"
+
+    unit: int | None = option(None, ge=1, help="step of the ranks at which it is cut, as in its training")
+    save_to: str | None = option(None, help="base name; -0004 and so on (the rank) is appended", metavar="FILE")
+    model: str | None = option(None, help="DyLoRA file", metavar="FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(OptionGroup):
+    """Looking into a network file."""
+
+    title: ClassVar[str] = "Check a network"
+
+    file: str | None = option(None, help="network file to examine", metavar="FILE", positional=True)
+    show_all_keys: bool = option(False, help="list every tensor, not only lora_up and lora_down", short="s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterrogatorOptions(OptionGroup):
+    """Finding the words that a network learnt."""
+
+    title: ClassVar[str] = "Interrogate a network"
+
+    v2: bool = option(False, help="the base model is of the SD 2.x family; it is recognised anyway")
+    sd_model: str | None = option(
+        None, help="base model that the network is compared on: file or Diffusers folder", metavar="MODEL"
+    )
+    model: str | None = option(None, help="network file to examine", metavar="FILE")
+    batch_size: int = option(16, ge=1, help="tokens encoded together")
+    clip_skip: int | None = option(
+        None, ge=1, help="compare the n-th hidden layer from the end; absent: the one that the model uses"
+    )

@@ -36,7 +36,13 @@ from library.options.generation import (
     PromptOptions,
     UpscaleToolOptions,
 )
-from library.options.network_tools import MetadataToolOptions, ResizeOptions
+from library.options.network_tools import (
+    CheckOptions,
+    DyloraSplitOptions,
+    InterrogatorOptions,
+    MetadataToolOptions,
+    ResizeOptions,
+)
 from library.options.settings import ScriptOptions
 
 IMAGES = ("train_data_dir", "in_json", "dataset_config", "dataset_class")
@@ -166,6 +172,27 @@ RESIZE_LORA = ScriptOptions(
     summary="Change the rank of a LoRA (or of another network that can be written as one).",
 )
 
+EXTRACT_LORA_FROM_DYLORA = ScriptOptions(
+    name="networks/extract_lora_from_dylora.py",
+    groups=(DyloraSplitOptions, ConsoleOptions),
+    required=("unit", "save_to", "model"),
+    summary="Cut a DyLoRA into LoRA files of fixed ranks.",
+)
+
+CHECK_LORA_WEIGHTS = ScriptOptions(
+    name="networks/check_lora_weights.py",
+    groups=(CheckOptions, ConsoleOptions),
+    required=("file",),
+    summary="Show what is in a network file.",
+)
+
+LORA_INTERROGATOR = ScriptOptions(
+    name="networks/lora_interrogator.py",
+    groups=(InterrogatorOptions, ConsoleOptions),
+    required=("sd_model", "model"),
+    summary="Show which tokens the text encoder part of a network changes most.",
+)
+
 SCRIPTS = (
     TRAIN_NETWORK,
     SDXL_TRAIN_NETWORK,
@@ -177,4 +204,7 @@ SCRIPTS = (
     LATENT_UPSCALER,
     SHOW_METADATA,
     RESIZE_LORA,
+    EXTRACT_LORA_FROM_DYLORA,
+    CHECK_LORA_WEIGHTS,
+    LORA_INTERROGATOR,
 )
