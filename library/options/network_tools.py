@@ -30,3 +30,29 @@ class MetadataToolOptions(OptionGroup):
     save_to: str | None = option(
         None, help="safetensors file to write; without it the file itself is changed", metavar="FILE"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeOptions(OptionGroup):
+    """Changing the rank of a network."""
+
+    title: ClassVar[str] = "Resize a network"
+
+    save_precision: ToolPrecision | None = option(None, help="type of saved tensors; float when absent")
+    new_rank: int = option(4, ge=1, help="target (with dynamic_method the largest) rank")
+    new_conv_rank: int | None = option(
+        None, ge=1, help="the same for convolutions with a kernel larger than 1x1; new_rank when absent"
+    )
+    save_to: str | None = option(None, help="file to write: .safetensors, .ckpt, .pt or .pth", metavar="FILE")
+    model: str | None = option(None, help="network file to resize", metavar="FILE")
+    device: str | None = option(None, help="where to compute, for example cuda; the CPU when absent", metavar="DEVICE")
+    verbose: bool = option(False, help="print for each layer what is kept")
+    dynamic_method: Literal["sv_ratio", "sv_fro", "sv_cumulative"] | None = option(
+        None, help="choose the rank of each layer by its singular values"
+    )
+    dynamic_param: float | None = option(
+        None,
+        gt=0,
+        help="sv_ratio: keep singular values larger than the largest over this; sv_fro and sv_cumulative: the share to"
+        " keep, up to 1",
+    )

@@ -36,7 +36,7 @@ from library.options.generation import (
     PromptOptions,
     UpscaleToolOptions,
 )
-from library.options.network_tools import MetadataToolOptions
+from library.options.network_tools import MetadataToolOptions, ResizeOptions
 from library.options.settings import ScriptOptions
 
 IMAGES = ("train_data_dir", "in_json", "dataset_config", "dataset_class")
@@ -159,6 +159,13 @@ SHOW_METADATA = ScriptOptions(
     summary="Show the metadata of a safetensors file, or change them without touching its tensors.",
 )
 
+RESIZE_LORA = ScriptOptions(
+    name="networks/resize_lora.py",
+    groups=(ResizeOptions, ConsoleOptions),
+    required=("model", "save_to"),
+    summary="Change the rank of a LoRA (or of another network that can be written as one).",
+)
+
 SCRIPTS = (
     TRAIN_NETWORK,
     SDXL_TRAIN_NETWORK,
@@ -169,4 +176,5 @@ SCRIPTS = (
     SDXL_GEN_IMG,
     LATENT_UPSCALER,
     SHOW_METADATA,
+    RESIZE_LORA,
 )
