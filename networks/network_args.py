@@ -73,8 +73,10 @@ def per_block(read: Reader, layout: BlockLayout) -> Reader:
     return read_list
 
 
-def read_network_args(given: Mapping[str, object], readers: Mapping[str, Reader], module: str) -> dict[str, Any]:
-    """Values of the arguments that were given; None and empty text count as not given.
+def read_network_args(
+    given: Mapping[str, object], readers: Mapping[str, Reader], module: str, option: str = "--network_args"
+) -> dict[str, Any]:
+    """Values of the arguments that were given; None and empty text count as not given. ``option``: where they stand.
 
     Raises UserError that lists all unknown keys (with the nearest name) and all bad values.
     """
@@ -85,12 +87,12 @@ def read_network_args(given: Mapping[str, object], readers: Mapping[str, Reader]
         if key not in readers:
             near = difflib.get_close_matches(key, readers, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(sorted(readers))}"
-            problems.append(f"--network_args {key}: {module} has no such argument; {hint}")
+            problems.append(f"{option} {key}: {module} has no such argument; {hint}")
         elif text not in ("", "None"):
             try:
                 values[key] = readers[key](text)
             except ValueError as error:
-                problems.append(f"--network_args {key}={text}: {error}")
+                problems.append(f"{option} {key}={text}: {error}")
     if problems:
         raise UserError("\n".join(problems))
     return values

@@ -22,7 +22,7 @@ TextEncoders = nn.Module | Sequence[nn.Module] | None
 
 UNET_PREFIX = "lora_unet"
 _TEXT_LAYER = re.compile(r"^(?:text_model\.)*encoder\.layers\.(\d+)$")
-_TEXT_PARTS = (
+TEXT_LAYER_PARTS = (
     "self_attn.k_proj",
     "self_attn.v_proj",
     "self_attn.q_proj",
@@ -102,7 +102,7 @@ def text_encoder_targets(text_encoder: TextEncoders, numbered: bool = False) -> 
     found: list[Target] = []
     for index, (encoder, prefix) in enumerate(zip(encoders, prefixes, strict=True)):
         modules = dict(encoder.named_modules())
-        expected = [f"{path}.{part}" for path in modules if _TEXT_LAYER.match(path) for part in _TEXT_PARTS]
+        expected = [f"{path}.{part}" for path in modules if _TEXT_LAYER.match(path) for part in TEXT_LAYER_PARTS]
         _require(expected, modules, f"text encoder {index + 1}")
         # Diffusers' files number only the second encoder
         other = ("lora_te",) if prefix == "lora_te1" else ()

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from library.checkpoint.hashes import network_hashes
 from library.checkpoint.io import atomic_path, open_model_file, save_safetensors
 from library.log import UserError
-from networks.targets import Target, text_encoder_name, text_encoder_prefixes, unet_name
+from networks.targets import text_encoder_name, text_encoder_prefixes, unet_name
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,20 @@ _UP = re.compile(r"\.(?:lora_B(?:\.(?!weight$)[^.]+)?|lora\.up|lora_linear_layer
 _PROCESSOR = re.compile(r"\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<end>down|up)\.weight$")
 _ALPHA = re.compile(r"\.alpha$")
 _COMPONENT = re.compile(r"^(?P<name>unet|text_encoder(?:_2)?)\.")
+
+
+class NamedLayer(Protocol):
+    """A layer and what it is called in files, by this program and by others."""
+
+    @property
+    def name(self) -> str:
+        """Its name in our files."""
+        ...
+
+    @property
+    def other_names(self) -> tuple[str, ...]:
+        """Names in files of other programs."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class WeightTable:
         """One dictionary with the keys of a network's state dict."""
         return {f"{module}.{name}": t for module, tensors in self.modules.items() for name, t in tensors.items()}
 
-    def named_for(self, targets: Iterable[Target]) -> WeightTable:
+    def named_for(self, targets: Iterable[NamedLayer]) -> WeightTable:
         """The same with the names of these layers where the file calls them by another program's names."""
         names = {other: target.name for target in targets for other in target.other_names}
         twice = sorted(other for other, name in names.items() if other in self.modules and name in self.modules)

@@ -18,6 +18,8 @@ from library.log import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    CanonicalParts = Mapping[str, Mapping[str, Tensor | LazyTensor]]
+
 MAX_LISTED = 12
 
 
@@ -78,13 +80,13 @@ class KeyMap:
         raise_key_problems(missing, unknown, where)
         return [key for key in unread if not key.startswith(self.prefixes)]
 
-    def to_file(self, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, LazyTensor]:
+    def to_file(self, parts: CanonicalParts) -> dict[str, LazyTensor]:
         """The single file's tensors, in row order, each made when written. ``parts``: canonical state per part."""
         grouped: dict[str, list[Row]] = {}
         for row in self.rows:
             if row.part in parts:
                 grouped.setdefault(row.file_key, []).append(row)
-        return {file_key: _file_tensor(rows, parts) for file_key, rows in grouped.items()}
+        return {file_key: file_tensor(rows, parts) for file_key, rows in grouped.items()}
 
 
 def raise_key_problems(missing: list[str], unknown: list[str], where: str) -> None:
@@ -112,9 +114,14 @@ def from_file(tensor: Tensor, row: Row, shape: tuple[int, ...]) -> Tensor:
     return fit_shape(tensor, shape)
 
 
+def same_matrix(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """True if the shapes differ at most in the trailing sides of a 1x1 kernel."""
+    return _core(shape) == _core(other)
+
+
 def fit_shape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Add or drop trailing sides of 1; ValueError if that does not make the shape."""
-    if _core(tuple(tensor.shape)) != _core(shape):
+    if not same_matrix(tuple(tensor.shape), shape):
         raise ValueError(f"shape {tuple(tensor.shape)} where {shape} belongs")
     return tensor.reshape(shape)
 
@@ -124,7 +131,17 @@ def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
 
 
-def _file_tensor(rows: list[Row], parts: Mapping[str, Mapping[str, Tensor]]) -> LazyTensor:
+def canonical_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the canonical tensor in a file's tensor of ``shape``; of COPY rows it may have sides of 1 or not."""
+    if row.operation.third is not None:
+        return (shape[0] // 3, *shape[1:])
+    if row.operation is Operation.SQUEEZE_HW:
+        return _core(shape)
+    return shape[::-1] if row.operation is Operation.TRANSPOSE else shape
+
+
+def file_tensor(rows: list[Row], parts: CanonicalParts) -> LazyTensor:
+    """The tensor of a single file that these rows of one file key make."""
     first = parts[rows[0].part][rows[0].key]
     shape = tuple(first.shape)
     if rows[0].operation is Operation.SQUEEZE_HW and len(shape) == 2:
@@ -138,11 +155,12 @@ def _file_tensor(rows: list[Row], parts: Mapping[str, Mapping[str, Tensor]]) -> 
     return LazyTensor(first.dtype, shape, _reader(rows, parts, shape))
 
 
-def _reader(rows: list[Row], parts: Mapping[str, Mapping[str, Tensor]], shape: tuple[int, ...]) -> Callable[[], Tensor]:
+def _reader(rows: list[Row], parts: CanonicalParts, shape: tuple[int, ...]) -> Callable[[], Tensor]:
     def read() -> Tensor:
         import torch
 
-        tensors = [parts[row.part][row.key].detach() for row in rows]
+        values = [parts[row.part][row.key] for row in rows]
+        tensors = [value.read() if isinstance(value, LazyTensor) else value.detach() for value in values]
         if len(tensors) > 1:
             return torch.cat([tensor.cpu() for tensor in tensors])
         tensor = tensors[0].T if rows[0].operation is Operation.TRANSPOSE else tensors[0]

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PART_NAMES = (*TEXT_PARTS, "unet", "vae")
-_WEIGHT_STEMS = {name: "model" if name in TEXT_PARTS else "diffusion_pytorch_model" for name in PART_NAMES}
-_IGNORABLE_FOLDER_KEY = re.compile(r"position_ids$")
+WEIGHT_STEMS = {name: "model" if name in TEXT_PARTS else "diffusion_pytorch_model" for name in PART_NAMES}
+IGNORABLE_FOLDER_KEY = re.compile(r"position_ids$")
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,14 @@ def load_parts(path: Path, spec: ArchitectureSpec, targets: Mapping[str, Target]
             logger.warning("%s: %d tensors are of no use here and not read (%s ...)", path.name, len(unread), unread[0])
         modules: dict[str, nn.Module] = {}
         for name, target in targets.items():
-            module = _empty(name, spec)
+            module = empty_part(name, spec)
             mapped = MappedFile(file, table.part(name), others)
             modules[name] = build.fill(module, mapped.tensors(build.shapes_of(module)), target.dtype, target.device)
         return modules
 
 
-def _empty(name: str, spec: ArchitectureSpec) -> nn.Module:
+def empty_part(name: str, spec: ArchitectureSpec) -> nn.Module:
+    """One of `PART_NAMES` without weights, on the meta device."""
     if name == "unet":
         return build.empty_unet(spec.unet)
     if name == "vae":
@@ -94,8 +95,8 @@ def _empty(name: str, spec: ArchitectureSpec) -> nn.Module:
 
 
 def _load_folder_part(folder: Path, name: str, spec: ArchitectureSpec, target: Target) -> nn.Module:
-    module = _empty(name, spec)
-    files = weight_files(folder, _WEIGHT_STEMS[name])
+    module = empty_part(name, spec)
+    files = weight_files(folder, WEIGHT_STEMS[name])
     tensors = folder_tensors(files, name, build.shapes_of(module))
     return build.fill(module, tensors, target.dtype, target.device)
 
@@ -115,7 +116,8 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     raise UserError(f"{folder} holds no weights ({stem}.safetensors was looked for): the Diffusers model is not whole")
 
 
-def _canonical(part: str, key: str) -> str:
+def canonical_key(part: str, key: str) -> str:
+    """A key of a Diffusers folder in today's naming, with the level ``text_model.`` that files have."""
     if part == "vae":
         return modern_vae_key(key)
     return build.canonical_text_key(key) if part in TEXT_PARTS else key
@@ -129,10 +131,10 @@ def folder_tensors(
     try:
         where = str(opened[0].path.parent)
         names = {
-            _canonical(part, key): (file, key)
+            canonical_key(part, key): (file, key)
             for file in opened
             for key in file.infos
-            if not _IGNORABLE_FOLDER_KEY.search(key)
+            if not IGNORABLE_FOLDER_KEY.search(key)
         }
         raise_key_problems(sorted(set(shapes) - set(names)), sorted(set(names) - set(shapes)), where)
         wrong: list[str] = []
@@ -171,7 +173,7 @@ def _load_vae_folder(folder: Path, target: Target) -> AutoencoderKL:
     if not (place / "config.json").is_file():
         raise UserError(f"--vae {folder}: neither a config.json nor a folder `vae` is in it")
     module = build.empty_vae(infer.vae_spec_of_config(infer.read_config(place)))
-    files = weight_files(place, _WEIGHT_STEMS["vae"])
+    files = weight_files(place, WEIGHT_STEMS["vae"])
     return build.fill(module, folder_tensors(files, "vae", build.shapes_of(module)), target.dtype, target.device)
 
 

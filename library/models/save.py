@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.checkpoint.io import (
     LazyTensor,
@@ -25,6 +25,7 @@ from library.checkpoint.sd_keys import OPENCLIP_PREFIX
 from library.checkpoint.sdxl_keys import LOGIT_SCALE, MARKERS
 from library.checkpoint.tables import key_map
 from library.models import build
+from library.models.load import WEIGHT_STEMS
 from library.models.spec import TEXT_PARTS, ArchitectureSpec, FamilyName, PredictionType
 
 PLACEHOLDER_KEY = "sd_trainer.placeholders"
@@ -48,19 +49,26 @@ def save_single_file(
     scale and the marker tensors of ``source``, and get those that the model needs (see `whole_state`).
     """
     tensors, notes = whole_state(spec, modules, source, markers)
-    if path.suffix == ".ckpt":
-        _save_pickle(path, tensors, dtype, counters or {})
-    else:
-        save_safetensors(path, tensors, {**(metadata or {}), **notes}, dtype)
+    write_single_file(path, tensors, dtype, {**(metadata or {}), **notes}, counters)
 
 
-def _save_pickle(
-    path: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None, counters: Mapping[str, int]
+def write_single_file(
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+    counters: Mapping[str, int] | None = None,
 ) -> None:
-    """The old form, ``state_dict`` beside counters. All tensors are in memory at once: pickles cannot be streamed."""
+    """Write the tensors of a single file: safetensors, streamed, or by its suffix .ckpt a pickled ``state_dict``.
+
+    A pickle holds ``counters`` beside it, but no metadata, and cannot be streamed: all tensors are in memory at once.
+    """
+    if path.suffix != ".ckpt":
+        save_safetensors(path, tensors, metadata, dtype)
+        return
     state = {key: value.read().detach().to("cpu", stored_dtype(value, dtype)) for key, value in tensors.items()}
     with atomic_path(path) as temporary:
-        torch.save({"state_dict": state, **counters}, temporary)
+        torch.save({"state_dict": state, **(counters or {})}, temporary)
 
 
 def whole_state(
@@ -74,6 +82,16 @@ def whole_state(
     ``markers``: names of empty tensors by which programs see what an SDXL model predicts.
     """
     states = {name: build.canonical_state(module) for name, module in modules.items()}
+    return single_file_state(spec, states, source, markers)
+
+
+def single_file_state(
+    spec: ArchitectureSpec,
+    states: Mapping[str, Mapping[str, Tensor | LazyTensor]],
+    source: Path | None = None,
+    markers: Iterable[str] = (),
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """The same as `whole_state` from the tensors of the parts by canonical key, which may be read later."""
     tensors = key_map(spec).to_file(states)
     if spec.family == "sd1":
         return tensors, {}
@@ -131,10 +149,22 @@ def save_folder(
 
     The folder must not be in use; `whole_folder` makes the write atomic.
     """
-    for name, module in modules.items():
-        stem = "model" if name in TEXT_PARTS else "diffusion_pytorch_model"
+    states = {name: build.canonical_state(module) for name, module in modules.items()}
+    save_folder_state(folder, spec, states, prediction_type, dtype, zero_terminal_snr)
+
+
+def save_folder_state(
+    folder: Path,
+    spec: ArchitectureSpec,
+    states: Mapping[str, Mapping[str, Tensor | LazyTensor]],
+    prediction_type: PredictionType,
+    dtype: torch.dtype | None = None,
+    zero_terminal_snr: bool = False,
+) -> None:
+    """The same as `save_folder` from the tensors of the parts by canonical key, which may be read later."""
+    for name, state in states.items():
         atomic_write_json(folder / name / "config.json", _part_config(name, spec))
-        save_safetensors(folder / name / f"{stem}.safetensors", build.canonical_state(module), {"format": "pt"}, dtype)
+        save_safetensors(folder / name / f"{WEIGHT_STEMS[name]}.safetensors", state, {"format": "pt"}, dtype)
     scheduler = scheduler_config(prediction_type, spec.family, zero_terminal_snr)
     atomic_write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     atomic_write_json(folder / "model_index.json", model_index(spec.family))
