@@ -39,6 +39,7 @@ from library.options.generation import (
 from library.options.network_tools import (
     CheckOptions,
     DyloraSplitOptions,
+    ExtractOptions,
     InterrogatorOptions,
     MetadataToolOptions,
     ResizeOptions,
@@ -193,6 +194,13 @@ LORA_INTERROGATOR = ScriptOptions(
     summary="Show which tokens the text encoder part of a network changes most.",
 )
 
+EXTRACT_LORA_FROM_MODELS = ScriptOptions(
+    name="networks/extract_lora_from_models.py",
+    groups=(ExtractOptions, ConsoleOptions),
+    required=("model_org", "model_tuned", "save_to"),
+    summary="Make a LoRA of what distinguishes a tuned model from the original one.",
+)
+
 SCRIPTS = (
     TRAIN_NETWORK,
     SDXL_TRAIN_NETWORK,
@@ -207,4 +215,5 @@ SCRIPTS = (
     EXTRACT_LORA_FROM_DYLORA,
     CHECK_LORA_WEIGHTS,
     LORA_INTERROGATOR,
+    EXTRACT_LORA_FROM_MODELS,
 )
