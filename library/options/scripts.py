@@ -36,6 +36,7 @@ from library.options.generation import (
     PromptOptions,
     UpscaleToolOptions,
 )
+from library.options.model_tools import ConvertModelOptions, MergeModelsOptions
 from library.options.network_tools import (
     CheckOptions,
     DyloraSplitOptions,
@@ -201,6 +202,20 @@ EXTRACT_LORA_FROM_MODELS = ScriptOptions(
     summary="Make a LoRA of what distinguishes a tuned model from the original one.",
 )
 
+MERGE_MODELS = ScriptOptions(
+    name="tools/merge_models.py",
+    groups=(MergeModelsOptions, ConsoleOptions),
+    required=("models", "output"),
+    summary="Merge checkpoint files of one family: each tensor is the weighted mean of the models'.",
+)
+
+CONVERT_MODEL = ScriptOptions(
+    name="tools/convert_diffusers20_original_sd.py",
+    groups=(ConvertModelOptions, ConsoleOptions),
+    required=("model_to_load", "model_to_save"),
+    summary="Convert a model between a checkpoint file and a Diffusers folder (SD 1.x, SD 2.x, SDXL).",
+)
+
 SCRIPTS = (
     TRAIN_NETWORK,
     SDXL_TRAIN_NETWORK,
@@ -216,4 +231,6 @@ SCRIPTS = (
     CHECK_LORA_WEIGHTS,
     LORA_INTERROGATOR,
     EXTRACT_LORA_FROM_MODELS,
+    MERGE_MODELS,
+    CONVERT_MODEL,
 )

@@ -7,10 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from library.checkpoint.modelspec import CHECKPOINT_IMPLEMENTATION, Modelspec
-from library.families import family_for
-from library.families.base import ModelFamily
+from library.families import family_named
 from library.models.spec import FamilyName, PredictionType
-from library.options import ModelOptions
 
 # Arguments of training that gave ranks to layers; a network of other ranks must not be said to have them.
 _RANK_ARGUMENTS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "unit")
@@ -41,11 +39,6 @@ def with_sizes(
     if arguments or "ss_network_args" in metadata:
         result["ss_network_args"] = json.dumps(arguments)
     return result
-
-
-def family_named(family: FamilyName) -> ModelFamily:
-    """The family object: names for metadata."""
-    return family_for(ModelOptions(v2=family == "sd2"), "sdxl" if family == "sdxl" else "sd")
 
 
 def modelspec_of(
