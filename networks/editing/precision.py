@@ -1,0 +1,57 @@
+"""Where the tools compute, and how what they write keeps its strength when it is rounded."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from library.log import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def tool_device(name: str | None) -> torch.device:
+    """The device of ``--device``; the CPU if none is named. Raises UserError for one that is not there."""
+    if not name:
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type == "mps":
+        logger.warning("--device %s: singular values need float64, which it lacks; using the CPU", name)
+        return torch.device("cpu")
+    return device
+
+
+def scaled_pair(
+    up_OR: Tensor, down_RI: Tensor, scale: float, shape: tuple[int, ...], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The tensors of a LoRA module with the weight change ``up @ down`` and alpha = scale · rank.
+
+    ``shape``: that of the layer's weight. ``dtype``: what will be saved. Alpha is rounded to it here, and the rest goes
+    into the factors, so that rounding alpha does not change the strength.
+    """
+    rank = down_RI.shape[0]
+    alpha = torch.tensor(scale * rank, dtype=dtype or torch.float32).float()
+    root = (rank / abs(float(alpha))) ** 0.5
+    sign = -1.0 if alpha < 0 else 1.0
+    sides = (1,) * (len(shape) - 2)
+    return {
+        "alpha": alpha,
+        "lora_down.weight": (down_RI * root).reshape(rank, *shape[1:]).to(dtype=dtype).contiguous().cpu(),
+        "lora_up.weight": (up_OR * (sign * root)).reshape(shape[0], rank, *sides).to(dtype=dtype).contiguous().cpu(),
+    }
+
+
+def clamped(up_OR: Tensor, down_RI: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
+    """Both factors cut to the quantile of the sizes |w| of all their values; 1 leaves them as they are."""
+    if quantile >= 1:
+        return up_OR, down_RI
+    sizes = torch.cat([up_OR.flatten(), down_RI.flatten()]).abs()
+    # kthvalue knows no limit of 16 million values, as torch.quantile does
+    limit = float(sizes.kthvalue(max(1, round(quantile * sizes.numel()))).values)
+    return up_OR.clamp(-limit, limit), down_RI.clamp(-limit, limit)
