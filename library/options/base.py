@@ -36,6 +36,7 @@ class Declaration:
     secret: bool
     convert: Callable[[Any], Any] | None
     pairs: bool
+    positional: bool
 
 
 def option(
@@ -54,16 +55,18 @@ def option(
     secret: bool = False,
     convert: Callable[[Any], Any] | None = None,
     pairs: bool = False,
+    positional: bool = False,
 ) -> Any:
     """Declare a field of an option group.
 
     ``scope``: where the option may stand: the command line and the levels of a data set file, there as ``dataset_key``
     if the name differs. ``secret``: never written anywhere. ``convert``: takes the place of the check derived from the
     field's type; it gets text or a TOML value and raises ValueError with what is wanted. ``pairs``: every item must be
-    ``key=value``.
+    ``key=value``. ``positional``: words of the command line that belong to no option are the values of these, in the
+    order of declaration.
     """
     bounds = Bounds(ge=ge, gt=gt, le=le, lt=lt, multiple_of=multiple_of)
-    told = Declaration(help, bounds, scope, dataset_key, aliases, metavar, secret, convert, pairs)
+    told = Declaration(help, bounds, scope, dataset_key, aliases, metavar, secret, convert, pairs, positional)
     return dataclasses.field(default=default, metadata={"declaration": told})
 
 
@@ -161,7 +164,7 @@ def _spec(field: dataclasses.Field[Any], annotation: Any) -> OptionSpec:
     choices = get_args(item) if get_origin(item) is Literal else ()
     if choices:
         item = type(choices[0])
-    elif get_origin(item) is tuple:
+    while get_origin(item) is tuple:
         item = get_args(item)[0]
     return OptionSpec(field.name, item, choices, is_list, is_optional, field.default, told)
 

@@ -40,6 +40,17 @@ def _help(spec: OptionSpec, default: Any) -> str:
     return text.replace("%", "%%")
 
 
+def _usage(script: ScriptOptions) -> str:
+    specs = script.specs()
+    words = [
+        f"[{name}]" if spec.is_optional and name not in script.required else name
+        for name, spec in specs.items()
+        if spec.told.positional
+    ]
+    config = ["[--config_file FILE]"] if "config_file" in specs else []
+    return " ".join(["%(prog)s", *config, *words, "[options]"])
+
+
 def build_parser(script: ScriptOptions) -> argparse.ArgumentParser:
     """The parser of a script. Its namespace holds only what was given, as text."""
     parser = _Parser(
@@ -48,7 +59,7 @@ def build_parser(script: ScriptOptions) -> argparse.ArgumentParser:
         epilog=EPILOG,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        usage="%(prog)s [--config_file FILE] [options]",
+        usage=_usage(script),
     )
     for group in script.groups:
         section = parser.add_argument_group(group.title)
@@ -98,4 +109,7 @@ def read_command_line(
     namespace, rest = build_parser(script).parse_known_args(_joined(argv))
     known = {name: Given(value, COMMAND_LINE) for name, value in vars(namespace).items()}
     unknown, words = _unknown_options(rest)
+    free = [name for name, spec in script.specs().items() if spec.told.positional and name not in known]
+    known |= {name: Given(word, COMMAND_LINE) for name, word in zip(free, words, strict=False)}
+    words = words[len(free) :]
     return known, unknown, [f"command line: {word!r} belongs to no option" for word in words]

@@ -36,6 +36,7 @@ from library.options.generation import (
     PromptOptions,
     UpscaleToolOptions,
 )
+from library.options.preparation_scripts import PREPARATION_SCRIPTS, check_dataset_row
 from library.options.settings import ScriptOptions
 
 IMAGES = ("train_data_dir", "in_json", "dataset_config", "dataset_class")
@@ -151,6 +152,8 @@ LATENT_UPSCALER = ScriptOptions(
     summary="Enlarge picture files to twice their size with the latent upscaler of highres fix.",
 )
 
+CHECK_DATASET = check_dataset_row(frozenset(specs_by_name((*_CACHE_GROUPS, SdxlFullOptions, ModelFileOptions))))
+
 SCRIPTS = (
     TRAIN_NETWORK,
     SDXL_TRAIN_NETWORK,
@@ -160,4 +163,6 @@ SCRIPTS = (
     GEN_IMG,
     SDXL_GEN_IMG,
     LATENT_UPSCALER,
+    *PREPARATION_SCRIPTS,
+    CHECK_DATASET,
 )
