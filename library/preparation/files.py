@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from library.data.index import image_names
+from library.data.index import image_names, read_folder
+from library.data.records import ImageProblem, Size
 from library.log import UserError
 
 
@@ -28,6 +29,18 @@ def find_images(folder: str, recursive: bool = False) -> list[Path]:
             f"{folder}: there are no images in the folder{'' if recursive else '; --recursive goes deeper'}"
         )
     return found
+
+
+def measure_images(folder: str, recursive: bool = False) -> tuple[list[tuple[Path, Size]], list[ImageProblem]]:
+    """The images that `find_images` finds with their sizes in pixels, and those that are of no use. Raises UserError."""
+    images = find_images(folder, recursive)
+    measured: list[tuple[Path, Size]] = []
+    problems: list[ImageProblem] = []
+    for place in dict.fromkeys(image.parent for image in images):
+        content = read_folder(str(place), ())
+        measured += [(place / name, size) for name, size in content.images.items()]
+        problems += content.bad_images.values()
+    return measured, problems
 
 
 def image_key(path: Path, full_path: bool) -> str:
