@@ -32,7 +32,7 @@ def find_images(folder: str, recursive: bool = False) -> list[Path]:
 
 
 def measure_images(folder: str, recursive: bool = False) -> tuple[list[tuple[Path, Size]], list[ImageProblem]]:
-    """The images that `find_images` finds with their sizes in pixels, and those that are of no use. Raises UserError."""
+    """The images that `find_images` finds with their sizes, and those of no use. Raises UserError."""
     images = find_images(folder, recursive)
     measured: list[tuple[Path, Size]] = []
     problems: list[ImageProblem] = []

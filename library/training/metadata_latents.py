@@ -96,8 +96,6 @@ def _dataset_of(options: PrepareOptions, outcome: Outcome) -> ResolvedDataset:
         options.bucket_no_upscale,
     )
     sizes = bucket_sizes(rules)
-    if not sizes and not options.bucket_no_upscale:
-        raise UserError("--max_resolution: no size between --min_bucket_reso and --max_bucket_reso has that area")
     images, problems = measure_images(str(options.train_data_dir), options.recursive)
     for problem in problems:
         outcome.fail(problem.path, problem.reason)
@@ -126,7 +124,7 @@ def _load_vae(options: PrepareOptions) -> tuple[nn.Module, str]:
     try:
         return vae, "sdxl" if recognise(path).spec.family == "sdxl" else "sd"
     except UserError:
-        logger.warning("%s is a VAE alone: its latents are marked as for SD 1.x and 2.x; --sdxl marks them", path)
+        logger.warning("%s: a VAE alone; its latents are marked for SD 1.x and 2.x, with --sdxl for SDXL", path)
         return vae, "sd"
 
 
