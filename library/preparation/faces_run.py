@@ -89,7 +89,7 @@ def _with_box(pixels_HWC: Pixels, face: Face) -> Pixels:
 
 def _package_detector() -> Detector:
     try:
-        from anime_face_detector import create_detector
+        from anime_face_detector import create_detector  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             "finding faces needs the package anime-face-detector: pip install anime-face-detector (it needs mmcv, "

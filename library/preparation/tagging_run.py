@@ -104,7 +104,7 @@ def _existing(path: Path, rules: TagRules) -> list[str]:
 
 def _open_session(path: Path) -> Session:
     try:
-        import onnxruntime
+        import onnxruntime  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             "the tagger needs the package onnxruntime: pip install onnxruntime (onnxruntime-gpu for CUDA)"
