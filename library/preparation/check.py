@@ -28,7 +28,7 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "huge": ("Large files", "They take long to read in each epoch; latents can be cached, or the files made smaller."),
 }
 _STRONGLY_ENLARGED = 1.5
-_GONE = "npz"
+_LATENTS = ".npz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def unique_images(datasets: Iterable[ResolvedDataset]) -> dict[str, ImageRecord]
     """The images of all data sets by path, each once; latents without an image are left out."""
     found: dict[str, ImageRecord] = {}
     for record in (record for dataset in datasets for record in dataset.records):
-        if not record.path.endswith(_GONE):
+        if not record.path.endswith(_LATENTS):
             found.setdefault(record.path, record)
     return found
 

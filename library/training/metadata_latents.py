@@ -53,14 +53,13 @@ def prepare_latents(options: PrepareOptions) -> Outcome:
     metadata = MetadataFile.open(str(options.out_json), str(options.in_json))
     outcome = Outcome()
     dataset = _dataset_of(options, outcome)
+    _log_differences(metadata, dataset)
     vae, space = _load_vae(options)
     _check_steps(options, space)
     for record, image_fit in zip(dataset.records, dataset.fits, strict=True):
         metadata.set(record.key, "train_resolution", list(image_fit.bucket))
     metadata.save()
-    for line in describe([dataset])[0].lines():
-        logger.info("%s", line)
-
+    _log_buckets(dataset)
     dtype = weight_dtype(options.mixed_precision)
     hashes = _hashes(vae)
     store = LatentStore(space, hashes.pop(dtype), to_disk=True, same_vae=sorted(hashes.values()), takes_over=True)
@@ -126,6 +125,22 @@ def _load_vae(options: PrepareOptions) -> tuple[nn.Module, str]:
     except UserError:
         logger.warning("%s: a VAE alone; its latents are marked for SD 1.x and 2.x, with --sdxl for SDXL", path)
         return vae, "sd"
+
+
+def _log_differences(metadata: MetadataFile, dataset: ResolvedDataset) -> None:
+    keys = {record.key for record in dataset.records}
+    alone, new = metadata.entries.keys() - keys, keys - metadata.entries.keys()
+    if alone:
+        logger.warning("%d entries of the metadata have no image here (%s ...); they stay", len(alone), min(alone))
+    if new:
+        logger.warning("%d images have no entry yet (%s ...); they get one without text", len(new), min(new))
+
+
+def _log_buckets(dataset: ResolvedDataset) -> None:
+    (report,) = describe([dataset])
+    for bucket in report.buckets:
+        logger.info("bucket %dx%d: %d images", *bucket.size, bucket.images)
+    logger.info("mean difference of aspect ratios: %.4f", report.mean_ar_error)
 
 
 def _check_steps(options: PrepareOptions, space: str) -> None:

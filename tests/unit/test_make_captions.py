@@ -120,6 +120,23 @@ def test_other_forms_of_weights_are_refused(photos: Path, weights: str, capsys: 
     assert ("Salesforce/blip-image-captioning-large" in message) == weights.endswith(".pth")
 
 
+def test_the_copy_on_this_machine_comes_first_then_the_hub(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    asked: list[bool] = []
+
+    def fail(name: str, local_files_only: bool = False) -> None:
+        asked.append(local_files_only)
+        raise OSError("We couldn't connect\nmore lines")
+
+    monkeypatch.setattr("library.preparation.blip.BlipForConditionalGeneration.from_pretrained", fail)
+    assert make_captions([str(photos), "--caption_weights", "owner/name"]) == 1
+    assert asked == [True, False]
+    message = capsys.readouterr().err
+    assert "--caption_weights owner/name: no such folder here" in message
+    assert "more lines" not in message
+
+
 def test_git_needs_no_draws(photos: Path, git: str):
     words = [str(photos), "--model_id", git, "--max_length", "10"]
     assert make_captions_by_git(words) == 0
