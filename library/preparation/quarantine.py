@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from library.data.index import CAPTION_EXTENSIONS
 from library.log import UserError
 from library.preparation.check import CheckReport
 
+logger = logging.getLogger(__name__)
 RECORD_NAME = "quarantine.json"
 _CACHE_END = re.compile(r"(?:_\d+x\d+_[0-9a-f]+|_te_outputs\w*)?\.npz")
 
@@ -36,7 +38,8 @@ def plan_moves(report: CheckReport, kinds: Collection[str], folder: Path) -> lis
     """
     reasons: dict[str, str] = {}
     for finding in report.findings:
-        if finding.kind in kinds and not finding.stays:
+        # an entry of a metadata file whose image is missing has nothing to move
+        if finding.kind in kinds and not finding.stays and os.path.isfile(finding.path):
             detail = f" ({finding.detail})" if finding.detail else ""
             reasons.setdefault(finding.path, f"{finding.kind}{detail}")
     staying = {_stem(path) for path in report.paths if path not in reasons}
@@ -59,18 +62,23 @@ def plan_moves(report: CheckReport, kinds: Collection[str], folder: Path) -> lis
 def carry_out(moves: Iterable[Move], folder: Path) -> int:
     """Write what will be done to ``quarantine.json`` in the folder, behind what is there, and do it.
 
-    Returns the number of files moved. Raises UserError for a record that cannot be read, before anything is moved.
+    Returns the number of files moved; one that cannot be moved is named and stays. Raises UserError for a record that
+    cannot be read, before anything is moved.
     """
-    listed = list(moves)
+    listed, moved = list(moves), 0
     if not listed:
-        return 0
+        return moved
     record = folder / RECORD_NAME
     earlier = _read_record(record)
     atomic_write_json(record, [*earlier, *(asdict(move) for move in listed)])
     for move in listed:
-        Path(move.target).parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(move.source, move.target)
-    return len(listed)
+        try:
+            Path(move.target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(move.source, move.target)
+            moved += 1
+        except OSError as error:
+            logger.warning("%s: stays where it is: it cannot be moved (%s)", move.source, error.strerror or error)
+    return moved
 
 
 def _read_record(path: Path) -> list[Mapping[str, str]]:

@@ -172,6 +172,28 @@ def test_a_second_quarantine_adds_to_the_record_and_overwrites_nothing(folder: P
     assert (folder / "empty.png").exists()
 
 
+def test_what_is_missing_or_cannot_be_moved_stays(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """A metadata file may name images that are not there."""
+    aside, meta = tmp_path / "aside", tmp_path / "meta.json"
+    meta.write_text('{"rocket": {"tags": "a"}, "gone": {}, "sub/gone": {}, "tiny": {"caption": "c"}, "empty": {}}')
+    real_move = shutil.move
+
+    def move(source: str, target: str) -> None:
+        if source.endswith("tiny.png"):
+            raise PermissionError(13, "no permission")
+        real_move(source, target)
+
+    monkeypatch.setattr("library.preparation.quarantine.shutil.move", move)
+    words = ("--in_json", str(meta), "--train_data_dir", str(folder), "--html", "", "--quarantine", str(aside))
+    report = run(*words)
+    assert {"gone", "sub/gone"} <= {one.path for one in report.of_kind("unreadable")}
+    assert (aside / "in" / "empty.png").exists()
+    assert (folder / "tiny.png").exists()
+    assert "tiny.png: stays where it is" in caplog.text
+
+
 def test_a_dry_run_moves_nothing(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     before = everything(folder)
     with caplog.at_level("INFO"):
