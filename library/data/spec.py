@@ -187,7 +187,7 @@ def _build_subset(
 ) -> SubsetSpec:
     take = _Chain((subset, dataset, general), options)
     texts = {"keep_tokens_separator", "secondary_separator", "caption_prefix", "caption_suffix"}
-    captions = {field.name: take(field.name) for field in fields(CaptionRules)}
+    captions = {field.name: take(field.name) for field in fields(CaptionRules) if field.name in KEYS}
     captions.update({name: captions[name] or "" for name in texts})
     extension = take("caption_extension")
     return SubsetSpec(

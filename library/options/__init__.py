@@ -1,6 +1,7 @@
 """Options: one group for each concern. Other rooms import the groups from here and take those that they need."""
 
 from library.options.data import CacheOptions, CacheToolOptions, DataOptions, TextCacheOptions
+from library.options.embedding import EmbeddingOptions
 from library.options.full import FullOptions, SdxlFullOptions
 from library.options.model import ModelOptions, PrecisionOptions
 from library.options.network import NetworkOptions
@@ -23,6 +24,7 @@ __all__ = [
     "ConfigOptions",
     "ConsoleOptions",
     "DataOptions",
+    "EmbeddingOptions",
     "FullOptions",
     "HubOptions",
     "LogOptions",

@@ -16,6 +16,7 @@ from library.data.records import ResolvedDataset
 from library.families.base import ModelFamily
 from library.log import UserError
 from library.options import (
+    EmbeddingOptions,
     LogOptions,
     LoopOptions,
     NetworkOptions,
@@ -67,6 +68,8 @@ def _file_problems(settings: Settings) -> list[str]:
 
 
 def _weight_files(settings: Settings) -> list[tuple[str, str]]:
+    if EmbeddingOptions in settings:
+        return [("weights", file) for file in settings[EmbeddingOptions].weights or ()]
     if NetworkOptions not in settings:
         return []
     network = settings[NetworkOptions]

@@ -200,7 +200,7 @@ def make_output(
     model = model_facts(models.family, models.parts)
     datasets = models.images.datasets
     network = settings[NetworkOptions] if NetworkOptions in settings else NetworkOptions()
-    files = [network.network_weights, *(network.base_weights or [])]
+    files = [network.network_weights, *(network.base_weights or []), *(settings.value_of("weights") or [])]
     loaded = [file_hashes(file).sha256 for file in files if file]
     identity = identify(settings, seed, datasets, model, loaded, machine.processes, resumed)
     return Output(settings, machine, models.trainable, identity, model, datasets, clock, reporter, optimizer, uploader)
