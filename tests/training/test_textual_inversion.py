@@ -13,6 +13,7 @@ from tests.training import runs
 from tests.training.runs import metadata, state, stop_after, tensors
 from tests.words_fixtures import SGD, Trainer, distance, vocabulary, write_pictures
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "textual_inversion_sd1_narrow.safetensors"
 SHAPES = {
     "sd1": {"emb_params": (2, 32)},
     "sd2": {"emb_params": (2, 64)},
@@ -166,6 +167,10 @@ def test_every_form_of_file_goes_on(fit: Trainer, tmp_path: Path) -> None:
         assert status == 0
         assert torch.allclose(tensors(out / "toy.safetensors")["emb_params"], table, atol=1e-9)
     assert metadata(out / "toy.safetensors")["ss_num_vectors_per_token"] == "3"
+    _, out = fit.run("sd2", *still, "--weights", str(GOLDEN))  # of SD2's toy width
+    assert torch.allclose(tensors(out / "toy.safetensors")["emb_params"], tensors(GOLDEN)["emb_params"], atol=1e-9)
+    others = {"modelspec.author", "modelspec.license", "modelspec.description", "modelspec.tags"}
+    assert set(metadata(GOLDEN)) - others <= set(metadata(out / "toy.safetensors"))
 
 
 def test_pickled_files_and_their_number_type(fit: Trainer) -> None:
