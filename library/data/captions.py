@@ -29,7 +29,9 @@ def render(text: str, rules: CaptionRules, clock: CaptionClock, rng: random.Rand
 
 
 def render_kept(text: str, rules: CaptionRules, clock: CaptionClock, rng: random.Random) -> str:
-    """The caption of a visit that does not drop it."""
+    """The caption of a visit that does not drop it; any of the templates, if there are some."""
+    if rules.templates:
+        return rng.choice(rules.templates)
     text = add_prefix_and_suffix(text, rules)
     if rules.enable_wildcard:
         text = choose_wildcards(text, rng)

@@ -25,7 +25,11 @@ class DatasetKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CaptionRules:
-    """What is done to a caption at training time; the fields are the options of the same names."""
+    """What is done to a caption at training time; the fields are the options of the same names.
+
+    ``templates``: sentences of which each visit takes one in place of the caption (they follow from options that a run
+    records).
+    """
 
     caption_separator: str = ","
     caption_prefix: str = ""
@@ -40,6 +44,7 @@ class CaptionRules:
     caption_tag_dropout_rate: float = 0.0
     token_warmup_min: int = 1
     token_warmup_step: float = 0.0
+    templates: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def is_random(self) -> bool:
@@ -54,7 +59,8 @@ class CaptionRules:
     @property
     def is_varied(self) -> bool:
         """True if draws may give a caption that is not dropped another text from one visit to the next."""
-        return self.shuffle_caption or self.enable_wildcard or self.caption_tag_dropout_rate > 0
+        drawn = self.shuffle_caption or self.enable_wildcard or self.caption_tag_dropout_rate > 0
+        return drawn or bool(self.templates)
 
 
 @dataclass(frozen=True, slots=True)

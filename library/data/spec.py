@@ -189,7 +189,7 @@ def _build(document: Mapping[str, Any], options: DataOptions, kinds: frozenset[D
 
 def _build_subset(take: _Chain) -> SubsetSpec:
     texts = {"keep_tokens_separator", "secondary_separator", "caption_prefix", "caption_suffix"}
-    captions = {field.name: take(field.name) for field in fields(CaptionRules)}
+    captions = {field.name: take(field.name) for field in fields(CaptionRules) if field.name in KEYS}
     captions.update({name: captions[name] or "" for name in texts})
     extension = take("caption_extension")
     return SubsetSpec(

@@ -1,13 +1,13 @@
 """What the rest of the program may ask of a model family: load, tokenise, encode, predict, constants, names.
 
 Shape legend: B samples, C latent channels, H W latent or pixel height and width, N token rows, T tokens, D context
-width, P pooled width.
+width, P pooled width, S cross-attention layers.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,7 +83,9 @@ class ModelParts:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Captions as rows of token ids, one entry per text encoder, with emphasis weights where captions are weighted."""
+    """Captions as rows of token ids, with emphasis weights where captions are weighted: an entry for each text encoder,
+    or for each cross-attention layer where words mean something else to each.
+    """
 
     rows: tuple[TokenRows, ...]
 
@@ -95,15 +97,32 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True)
 class TextCondition:
-    """What the U-Net is told about the text. ``pooled_BP`` only where the family uses it."""
+    """What the U-Net is told about the text. ``pooled_BP`` only where the family uses it.
+
+    ``by_layer_BSTD``: what each of S cross-attention layers is told, where that differs; ``hidden_BTD`` is then what
+    the first one is told (and others than the U-Net are).
+    """
 
     hidden_BTD: Tensor
     pooled_BP: Tensor | None = None
+    by_layer_BSTD: Tensor | None = None
+
+    @property
+    def for_unet(self) -> Tensor:
+        """The U-Net's ``encoder_hidden_states``: (B, S, T, D) or (B, T, D)."""
+        return self.hidden_BTD if self.by_layer_BSTD is None else self.by_layer_BSTD
+
+    def rows(self, rows: slice) -> TextCondition:
+        """The condition of some of the samples."""
+        return self._map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> TextCondition:
         """The same on another device and in another type."""
-        pooled = None if self.pooled_BP is None else self.pooled_BP.to(device, dtype)
-        return TextCondition(self.hidden_BTD.to(device, dtype), pooled)
+        return self._map(lambda tensor: tensor.to(device, dtype))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TextCondition:
+        others = (None if tensor is None else change(tensor) for tensor in (self.pooled_BP, self.by_layer_BSTD))
+        return TextCondition(change(self.hidden_BTD), *others)
 
 
 @dataclass(frozen=True, slots=True)

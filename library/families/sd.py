@@ -102,7 +102,7 @@ class SdFamily(StableDiffusionFamily):
         geometry: Geometry | None = None,
         **residuals: Any,
     ) -> Tensor:
-        return unet(noisy_latents_BCHW, timesteps_B, condition.hidden_BTD, return_dict=False, **residuals)[0]
+        return unet(noisy_latents_BCHW, timesteps_B, condition.for_unet, return_dict=False, **residuals)[0]
 
     def adapter_views(self, parts: ModelParts) -> AdapterViews:
         name_for_plugins(parts.unet)

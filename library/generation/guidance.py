@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from library.families.base import Geometry, TextCondition
+from library.families.base import Geometry
 from library.generation.critics import ClipCritic, VggCritic, sphere_distance
 from library.generation.denoise import Guidance, GuidedUNet, Setup
 from library.generation.engine import Engine
@@ -126,10 +126,9 @@ class _Steering:
         count, unet = len(setup.batch), setup.unet
         first = count if unet.guidance.copies > 1 else 0
         rows = slice(first, first + count)
-        pooled_BP = unet.condition.pooled_BP
         self._unet: GuidedUNet = replace(
             unet,
-            condition=TextCondition(unet.condition.hidden_BTD[rows], None if pooled_BP is None else pooled_BP[rows]),
+            condition=unet.condition.rows(rows),
             geometry=Geometry(
                 unet.geometry.original_sizes_hw_B2[rows],
                 unet.geometry.crop_top_lefts_B2[rows],

@@ -198,8 +198,8 @@ class Session:
             ),
         )
         attach_control(self.engine, self.settings)
+        attach_embeddings(self.engine, options)  # before what looks at the condition
         attach_guidance(self.engine, self.settings[ControlOptions])
-        attach_embeddings(self.engine, options)
         attach_hypernetworks(self.engine, self.settings[GenNetworkOptions])
         self.networks = attach_networks(self.engine, self.settings)
         usual = self.model.family.default_sample_size(self.model.parts)

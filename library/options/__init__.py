@@ -2,6 +2,7 @@
 
 from library.options.control import ConditioningOptions, LLLiteOptions
 from library.options.data import CacheOptions, CacheToolOptions, DataOptions, TextCacheOptions
+from library.options.embedding import EmbeddingOptions
 from library.options.full import FullOptions, SdxlFullOptions
 from library.options.model import ModelOptions, PrecisionOptions
 from library.options.network import NetworkOptions
@@ -25,6 +26,7 @@ __all__ = [
     "ConfigOptions",
     "ConsoleOptions",
     "DataOptions",
+    "EmbeddingOptions",
     "FullOptions",
     "HubOptions",
     "LLLiteOptions",

@@ -6,6 +6,7 @@ device to be known is checked where those are loaded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -96,7 +97,14 @@ def implied(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         f"--{name} switches --{target} on" if value is True else f"--{name} sets --{target} {value}"
         for name, target, value in rows
     ]
-    return {target: value for _, target, value in rows}, lines
+    return {**_implied_name(values), **{target: value for _, target, value in rows}}, lines
+
+
+def _implied_name(values: Mapping[str, Any]) -> dict[str, str]:
+    """Files of textual inversion have the name of their word, unless another is given."""
+    if not values.get("token_string") or values.get("output_name"):
+        return {}
+    return {"output_name": re.sub(r"[/\\\0]", "_", "_".join(values["token_string"]))}
 
 
 def _full_precision(settings: Settings) -> Iterator[str]:

@@ -7,6 +7,7 @@ from library.options import (
     ConfigOptions,
     ConsoleOptions,
     DataOptions,
+    EmbeddingOptions,
     HubOptions,
     LLLiteOptions,
     LogOptions,
@@ -124,9 +125,35 @@ SDXL_TRAIN_LLLITE = ScriptOptions(
     family="sdxl",
 )
 
+TRAIN_TEXTUAL_INVERSION = ScriptOptions(
+    name="train_textual_inversion.py",
+    groups=(*TRAINING_GROUPS[:2], EmbeddingOptions, *TRAINING_GROUPS[2:]),
+    required=("pretrained_model_name_or_path", "token_string", "output_dir", IMAGES),
+    summary="Teach Stable Diffusion 1.x or 2.x new words by the vectors that they stand for.",
+)
+
+SDXL_TRAIN_TEXTUAL_INVERSION = ScriptOptions(
+    name="sdxl_train_textual_inversion.py",
+    groups=TRAIN_TEXTUAL_INVERSION.groups,
+    defaults=SDXL_DEFAULTS,
+    required=TRAIN_TEXTUAL_INVERSION.required,
+    summary="Teach SDXL new words by the vectors that they stand for in both text encoders.",
+    family="sdxl",
+)
+
+TRAIN_TEXTUAL_INVERSION_XTI = ScriptOptions(
+    name="train_textual_inversion_XTI.py",
+    groups=TRAIN_TEXTUAL_INVERSION.groups,
+    required=TRAIN_TEXTUAL_INVERSION.required,
+    summary="Teach Stable Diffusion 1.x or 2.x new words, with other vectors for each cross-attention layer.",
+)
+
 # The caching tools take the command line and the file of any training; how models are saved is not their business.
 _CACHE_GROUPS = tuple(group for group in SDXL_TRAIN_NETWORK.groups if group is not NetworkFileOptions)
-_NOT_FOR_CACHES = frozenset(specs_by_name((SdxlFullOptions, ModelFileOptions))) | {"cond_emb_dim"}
+_NOT_FOR_CACHES = frozenset(specs_by_name((SdxlFullOptions, ModelFileOptions))) | {
+    "cond_emb_dim",
+    *specs_by_name((EmbeddingOptions,)),
+}
 
 CACHE_LATENTS = ScriptOptions(
     name="tools/cache_latents.py",
@@ -244,6 +271,9 @@ SCRIPTS = (
     SDXL_TRAIN_NETWORK,
     SDXL_TRAIN,
     SDXL_TRAIN_LLLITE,
+    TRAIN_TEXTUAL_INVERSION,
+    SDXL_TRAIN_TEXTUAL_INVERSION,
+    TRAIN_TEXTUAL_INVERSION_XTI,
     CACHE_LATENTS,
     CACHE_TEXT,
     GEN_IMG,

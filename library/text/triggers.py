@@ -1,9 +1,10 @@
 """Words that stand for vectors of their own (textual inversion): a tokenizer that knows them, and the vectors' place.
+Vectors that stay as they are become part of the encoder's table; vectors that learn are looked up beside it.
 
 A word is known only where it stands alone and is written exactly so. Neither the tokenizer nor the vocabulary that it
 was made from is changed.
 
-Shapes: V vectors of a word, D width of a text encoder.
+Shapes: V vectors of a word, D width of a text encoder, S sets of vectors.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -75,3 +77,36 @@ def add_vectors(encoder: nn.Module, vectors_VD: Tensor) -> int:
     embedding.weight = nn.Parameter(rows, requires_grad=embedding.weight.requires_grad)
     embedding.num_embeddings = len(rows)
     return first
+
+
+class GrownEmbedding(nn.Embedding):
+    """A token embedding whose ids from ``num_embeddings`` on are rows of another, small tensor.
+
+    So what learns is that tensor alone: the vocabulary gets no gradient, no decay and no optimizer state. The tensor
+    belongs to whoever trains it: it is no parameter of this module. Known ids give exactly what they gave before.
+    """
+
+    def __init__(self, plain: nn.Embedding, rows_SVD: nn.Parameter) -> None:
+        super().__init__(plain.num_embeddings, plain.embedding_dim, _weight=plain.weight)
+        self.weight = plain.weight
+        self._rows = (rows_SVD,)  # the tuple hides it from nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Vectors (..., D) of ids (...)."""
+        is_new = input >= self.num_embeddings
+        known = super().forward(input.masked_fill(is_new, 0))
+        new = F.embedding((input - self.num_embeddings).clamp(min=0), self._rows[0].flatten(0, -2))
+        return torch.where(is_new.unsqueeze(-1), new.to(known.dtype), known)
+
+
+def let_learn(encoder: nn.Module, rows_SVD: nn.Parameter) -> int:
+    """Give a text encoder's tokens further rows that learn; returns the id of the first.
+
+    Raises ValueError if their width is not the encoder's.
+    """
+    model = cast(Any, encoder)
+    plain: nn.Embedding = model.get_input_embeddings()
+    if rows_SVD.shape[-1] != plain.embedding_dim:
+        raise ValueError(f"vectors of width {rows_SVD.shape[-1]} for a text encoder of width {plain.embedding_dim}")
+    model.set_input_embeddings(GrownEmbedding(plain, rows_SVD))
+    return plain.num_embeddings

@@ -51,6 +51,7 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         network_alpha network_dropout network_args dim_from_weights network_train_unet_only
         network_train_text_encoder_only unet_lr text_encoder_lr scale_weight_norms base_weights_multiplier
         cache_text_encoder_outputs_variants
+        token_string num_vectors_per_token init_word use_object_template use_style_template
         train_text_encoder learning_rate_te1 learning_rate_te2 block_lr fused_backward_pass cond_emb_dim
     """,
     length="max_train_steps max_train_epochs",
@@ -58,7 +59,7 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         caption_extension caption_extention train_data_dir reg_data_dir in_json dataset_config dataset_class
         dataset_repeats on_bad_image on_bad_caption allow_captionless conditioning_data_dir
     """,
-    model="pretrained_model_name_or_path vae network_weights base_weights",
+    model="pretrained_model_name_or_path vae network_weights base_weights weights",
     cadence="""
         save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_epochs_state
         save_last_n_steps save_last_n_steps_state save_state save_state_on_train_end sample_at_first

@@ -89,6 +89,11 @@ _OPTIONS = [
     "learning_rate_te2",
     "block_lr",
     "fused_backward_pass",
+    "token_string",
+    "num_vectors_per_token",
+    "init_word",
+    "use_object_template",
+    "use_style_template",
 ]
 # And these when the data come from the command line: a data set file has them for each of its parts.
 _DATA_OPTIONS = [

@@ -17,8 +17,10 @@ from library.families.base import ModelFamily
 from library.log import UserError
 from library.options import (
     ConditioningOptions,
+    EmbeddingOptions,
     LogOptions,
     LoopOptions,
+    ModelOptions,
     NetworkOptions,
     OptimizerOptions,
     SampleOptions,
@@ -37,7 +39,7 @@ def check_places(settings: Settings) -> None:
         *_folder_problems("logging_dir", settings[LogOptions].logging_dir),
         *_file_problems(settings),
     ]
-    for check in (_check_network, _check_prompts, _check_optimizer):
+    for check in (_check_network, _check_words, _check_prompts, _check_optimizer):
         problems += _problems_of(check, settings)
     if problems:
         raise UserError.of(problems)
@@ -70,6 +72,8 @@ def _file_problems(settings: Settings) -> list[str]:
 
 
 def _weight_files(settings: Settings) -> list[tuple[str, str]]:
+    if EmbeddingOptions in settings:
+        return [("weights", file) for file in settings[EmbeddingOptions].weights or ()]
     weights, merged = settings.value_of("network_weights"), settings.value_of("base_weights") or ()
     return [*([("network_weights", weights)] if weights else []), *(("base_weights", file) for file in merged)]
 
@@ -87,6 +91,20 @@ def _check_network(settings: Settings) -> None:
                 read_header(file)
         except UserError as error:
             raise UserError(f"--{option}: {error}") from error
+
+
+def _check_words(settings: Settings) -> None:
+    """New words are new; how many vectors they have shows only later."""
+    from library.families import family_for
+    from library.text.embedding_files import Embedding, require_own_words
+
+    if EmbeddingOptions in settings:
+        tokenizers = family_for(settings[ModelOptions], settings.script.family).tokenizers
+        words = settings[EmbeddingOptions].token_string or []
+        no_vectors = (torch.empty(1, 0),)
+        require_own_words(
+            tokenizers, [Embedding(word, "--token_string", no_vectors) for word in words], "choose another word"
+        )
 
 
 def _check_prompts(settings: Settings) -> None:

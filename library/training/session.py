@@ -14,12 +14,13 @@ from library.data.sources import resolve
 from library.data.spec_checks import uncacheable_captions, uncacheable_subsets
 from library.interrupt import stop_on_signals
 from library.log import UserError
-from library.options import CacheOptions, DataOptions, LoopOptions, SaveOptions
+from library.options import CacheOptions, DataOptions, EmbeddingOptions, LoopOptions, SaveOptions
 from library.options.settings import Settings
 from library.training.loop import train
 from library.training.preflight import check_places
 from library.training.script import Script
 from library.training.specs import dataset_specs
+from library.training.word_captions import require_words, uses_templates, with_templates
 
 if TYPE_CHECKING:
     from library.training.setup import Run
@@ -45,7 +46,8 @@ def load_datasets(settings: Settings) -> tuple[ResolvedDataset, ...]:
     options = settings[DataOptions]
     if options.dataset_class:
         return ()
-    specs = dataset_specs(settings)
+    words = settings[EmbeddingOptions] if EmbeddingOptions in settings else EmbeddingOptions()
+    specs = with_templates(dataset_specs(settings), words)
     obstacles: list[str] = []
     if settings[CacheOptions].cache_latents:
         obstacles += uncacheable_subsets(specs)
@@ -53,7 +55,10 @@ def load_datasets(settings: Settings) -> tuple[ResolvedDataset, ...]:
         obstacles += uncacheable_captions(specs, _caption_variants(settings))
     if obstacles:
         raise UserError.of(obstacles)
-    return resolve(specs, options.on_bad_image, options.on_bad_caption, options.allow_captionless)
+    captionless = options.allow_captionless or uses_templates(words)
+    datasets = resolve(specs, options.on_bad_image, options.on_bad_caption, captionless)
+    require_words(datasets, words.token_string or ())
+    return datasets
 
 
 def _caption_variants(settings: Settings) -> int:

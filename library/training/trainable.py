@@ -53,8 +53,8 @@ class Trainable(ABC):
 
     @staticmethod
     def trained_parts(settings: Settings) -> frozenset[str]:
-        """Parts of the model itself that learn, by name (unet, text_encoder ...); they are loaded in the type of
-        trained weights.
+        """Parts of the model itself that learn, or into which it is put, by name (unet, text_encoder ...); they are
+        loaded in the type of trained weights.
         """
         return frozenset()
 
@@ -63,6 +63,10 @@ class Trainable(ABC):
         """Write the artifact under its final name, atomically. ``counters`` (epoch, global_step) are for forms that
         hold them apart from the metadata.
         """
+
+    def family_of_prompts(self, family: ModelFamily) -> ModelFamily:
+        """The family as captions and previews are to be read: with words of this training, if it has any."""
+        return family
 
     def saved_numbers(self) -> int:
         """How many numbers an artifact holds."""

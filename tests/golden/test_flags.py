@@ -15,7 +15,10 @@ from library.options.scripts import (
     SDXL_TRAIN,
     SDXL_TRAIN_LLLITE,
     SDXL_TRAIN_NETWORK,
+    SDXL_TRAIN_TEXTUAL_INVERSION,
     TRAIN_NETWORK,
+    TRAIN_TEXTUAL_INVERSION,
+    TRAIN_TEXTUAL_INVERSION_XTI,
 )
 from library.options.settings import ScriptOptions
 
@@ -25,6 +28,9 @@ SCRIPTS = {
     "sdxl_train_network": SDXL_TRAIN_NETWORK,
     "sdxl_train": SDXL_TRAIN,
     "sdxl_train_control_net_lllite": SDXL_TRAIN_LLLITE,
+    "train_textual_inversion": TRAIN_TEXTUAL_INVERSION,
+    "sdxl_train_textual_inversion": SDXL_TRAIN_TEXTUAL_INVERSION,
+    "train_textual_inversion_XTI": TRAIN_TEXTUAL_INVERSION_XTI,
 }
 ROWS = {
     name: list(csv.DictReader((DATA / f"{name}_flags.tsv").open(encoding="utf-8"), delimiter="\t")) for name in SCRIPTS
@@ -52,6 +58,15 @@ TEXT_CACHE = {
     "cache_text_encoder_outputs_to_disk",
     "cache_text_encoder_outputs_variants",
 }
+# What the loop has for every kind of training.
+NEW_FOR_WORDS = {
+    "caption_dropout_every_n_epochs",
+    "caption_dropout_rate",
+    "caption_tag_dropout_rate",
+    "no_metadata",
+    "training_comment",
+    "weighted_captions",
+}
 NEW_IN = {
     "train_network": set[str](),
     "sdxl_train_network": {"cache_text_encoder_outputs_variants"},
@@ -70,6 +85,9 @@ NEW_IN = {
         "reg_data_dir",
         "training_comment",
     },
+    "train_textual_inversion": NEW_FOR_WORDS,
+    "sdxl_train_textual_inversion": NEW_FOR_WORDS,
+    "train_textual_inversion_XTI": NEW_FOR_WORDS | {"no_half_vae"},
 }
 ANY_SCRIPT = ScriptOptions("train_network.py", TRAIN_NETWORK.groups)
 SPECS = {
