@@ -128,7 +128,7 @@ def require_family(addends: Sequence[Addend], family: FamilyName, model: str) ->
 
 def common_family(addends: Sequence[Addend]) -> FamilyName:
     """The family that all networks were made for. Raises UserError if there are several."""
-    families = [family_of_network(addend) for addend in addends]
+    families: list[FamilyName] = [family_of_network(addend) for addend in addends]
     for addend, family in zip(addends, families, strict=True):
         if family != families[0]:
             raise UserError(
