@@ -253,9 +253,8 @@ def open_model_file(path: StrPath) -> ModelFile:
 
 def is_safetensors(path: StrPath) -> bool:
     """Decided by content; raises UserError for what is no model file at all."""
-    path = Path(path)
     try:
-        with path.open("rb") as file:
+        with (path := Path(path)).open("rb") as file:
             start = file.read(64)
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
@@ -333,7 +332,7 @@ class _Shell(dict[Any, Any]):
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     import torch
 
-    loaded = _unpickle(path)
+    loaded = read_pickle(path)
     for wrapper in ("state_dict", "string_to_param"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
@@ -342,7 +341,8 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     return {str(key): value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
 
 
-def _unpickle(path: Path) -> Any:
+def read_pickle(path: Path) -> Any:
+    """What a torch pickle holds, tensors mapped from the file; nothing in it is run. Raises UserError."""
     import pickle
 
     import torch

@@ -7,16 +7,23 @@ from typing import TYPE_CHECKING
 from library.families.base import ModelFamily
 
 if TYPE_CHECKING:
+    from library.models.spec import FamilyName
     from library.options import ModelOptions
     from library.options.settings import FamilyChoice
 
 
 def family_for(options: ModelOptions, choice: FamilyChoice = "sd") -> ModelFamily:
     """The family that a script is for: ``sd`` (SD1, or SD2 with ``v2``) or ``sdxl``."""
-    if choice == "sdxl":
+    name: FamilyName = "sdxl" if choice == "sdxl" else "sd2" if options.v2 else "sd1"
+    return family_named(name, options.tokenizer_cache_dir)
+
+
+def family_named(name: FamilyName, tokenizer_cache_dir: str | None = None) -> ModelFamily:
+    """The family of a model that was recognised."""
+    if name == "sdxl":
         from library.families.sdxl import SdxlFamily
 
-        return SdxlFamily(options.tokenizer_cache_dir)
+        return SdxlFamily(tokenizer_cache_dir)
     from library.families.sd import SdFamily
 
-    return SdFamily(options.v2, options.tokenizer_cache_dir)
+    return SdFamily(name == "sd2", tokenizer_cache_dir)

@@ -291,6 +291,10 @@ class ModelFamily(ABC):
     def default_sample_size(self, parts: ModelParts) -> int:
         """Side in pixels of a picture whose size is not said."""
 
+    def markers(self, prediction_type: PredictionType, zero_terminal_snr: bool) -> tuple[str, ...]:
+        """Empty tensors by which a single file says what the model predicts; most families have none."""
+        return ()
+
     @abstractmethod
     def base_model_version(self, prediction_type: PredictionType) -> str:
         """Value of the metadata key ss_base_model_version."""

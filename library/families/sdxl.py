@@ -124,10 +124,10 @@ class SdxlFamily(StableDiffusionFamily):
     def unet_parameter_blocks(self, parts: ModelParts) -> dict[str, int]:
         return parameter_blocks(parts.spec)
 
-    def _markers(self, parts: ModelParts) -> tuple[str, ...]:
-        if parts.prediction_type != "v_prediction":
+    def markers(self, prediction_type: PredictionType, zero_terminal_snr: bool) -> tuple[str, ...]:
+        if prediction_type != "v_prediction":
             return ()
-        return MARKERS if parts.zero_terminal_snr else MARKERS[:1]
+        return MARKERS if zero_terminal_snr else MARKERS[:1]
 
     # ---- names
 

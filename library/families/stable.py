@@ -59,7 +59,7 @@ class StableDiffusionFamily(ModelFamily):
     ) -> ModelParts:
         source, found = self._find(options)
         prediction = self._prediction(options, found, source)
-        vae_source = None if options.vae is None else _resolve(options.vae, "--vae", ("vae",))
+        vae_source = None if options.vae is None else find_source(options.vae, "--vae", ("vae",))
         names = (*found.spec.text_parts, "unet", "vae")
         targets = {name: Target((part_dtypes or {}).get(name, dtype), device) for name in names}
         vae_target = targets["vae"]
@@ -94,7 +94,7 @@ class StableDiffusionFamily(ModelFamily):
         self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> AutoencoderKL:
         if options.vae is not None:
-            return load.load_vae(_resolve(options.vae, "--vae", ("vae",)).path, Target(dtype, device))
+            return load.load_vae(find_source(options.vae, "--vae", ("vae",)).path, Target(dtype, device))
         source, found = self._find(options)
         modules = load.load_parts(source.path, found.spec, {"vae": Target(dtype, device)})
         return cast("AutoencoderKL", modules["vae"])
@@ -122,7 +122,7 @@ class StableDiffusionFamily(ModelFamily):
         name = "--pretrained_model_name_or_path"
         if not options.pretrained_model_name_or_path:
             raise UserError(f"{name} is needed: a checkpoint file, a Diffusers folder or a hub id")
-        source = _resolve(options.pretrained_model_name_or_path, name, self.parts_on_hub)
+        source = find_source(options.pretrained_model_name_or_path, name, self.parts_on_hub)
         found = load.recognise(source.path)
         if found.spec.family != self.name:
             article = "an" if found.spec.family == "sdxl" else "a"
@@ -155,12 +155,8 @@ class StableDiffusionFamily(ModelFamily):
         metadata: Mapping[str, str] | None = None,
         counters: Mapping[str, int] | None = None,
     ) -> None:
-        source, markers = parts.source.path, self._markers(parts)
+        source, markers = parts.source.path, self.markers(parts.prediction_type, parts.zero_terminal_snr)
         save_single_file(path, parts.spec, parts.by_name(), dtype, metadata, source, markers, counters)
-
-    def _markers(self, parts: ModelParts) -> tuple[str, ...]:
-        """Empty tensors by which a single file says what the model predicts."""
-        return ()
 
     def save_diffusers(self, parts: ModelParts, folder: Path, dtype: torch.dtype | None) -> None:
         with whole_folder(folder) as temporary:
@@ -176,7 +172,7 @@ def _check_latents(parts: ModelParts) -> None:
         raise UserError(f"--vae {name}: it makes latents of {wanted} channels, the model needs {channels}")
 
 
-def _resolve(given: str, option: str, parts: Sequence[str]) -> ModelSource:
+def find_source(given: str, option: str, parts: Sequence[str]) -> ModelSource:
     """A local file or folder (links followed), or a hub id that is fetched once. Raises UserError for a wrong path."""
     path = Path(given).expanduser()
     if path.exists():

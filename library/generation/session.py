@@ -21,6 +21,7 @@ from library.generation.gradual_latent import attach_gradual_latent
 from library.generation.grid import Sheet, with_grid_networks
 from library.generation.guidance import attach_guidance
 from library.generation.highres import TWO_STAGES, make_stages
+from library.generation.hypernetworks import attach_hypernetworks
 from library.generation.inputs import InputFiles, find_again, list_pictures
 from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle, texts_of
 from library.generation.lines import parse_line
@@ -47,6 +48,7 @@ from library.options.generation import (
     ControlOptions,
     DrawOptions,
     GenModelOptions,
+    GenNetworkOptions,
     HighresOptions,
     OutputOptions,
     PictureOptions,
@@ -198,6 +200,7 @@ class Session:
         attach_control(self.engine, self.settings)
         attach_guidance(self.engine, self.settings[ControlOptions])
         attach_embeddings(self.engine, options)
+        attach_hypernetworks(self.engine, self.settings[GenNetworkOptions])
         self.networks = attach_networks(self.engine, self.settings)
         usual = self.model.family.default_sample_size(self.model.parts)
         multipliers = [network.multiplier for network in self.networks]

@@ -22,7 +22,7 @@ from library.checkpoint.sd_keys import VAE_PREFIX, aliases, modern_vae_key, vae_
 from library.checkpoint.tables import key_map
 from library.log import UserError
 from library.models import build, infer
-from library.models.spec import TEXT_PARTS, ArchitectureSpec, PredictionType, VaeSpec
+from library.models.spec import FAMILY_TITLES, TEXT_PARTS, ArchitectureSpec, PredictionType, VaeSpec
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -91,6 +91,19 @@ def empty_part(name: str, spec: ArchitectureSpec) -> nn.Module:
     return build.empty_text_encoder(spec.text_encoders[TEXT_PARTS.index(name)])
 
 
+def check_written(path: Path, spec: ArchitectureSpec) -> list[str]:
+    """Recognise a whole model that was just written (file or Diffusers folder); lines for the report.
+
+    Raises UserError if it is not of this architecture.
+    """
+    found, title = recognise(path).spec, FAMILY_TITLES[spec.family]
+    if found.family != spec.family or found.unet.widths != spec.unet.widths:
+        raise UserError(f"{path.name}: what was written is not recognised as {title}; keep what it was made from")
+    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    count, size = sum(len(read_header(file)[0]) for file in files), sum(file.stat().st_size for file in files)
+    return [f"{path.name}: {title}, {count} tensors, {size / 1e6:,.0f} MB, can be read"]
+
+
 # ---- Diffusers folders
 
 
@@ -101,16 +114,19 @@ def _load_folder_part(folder: Path, name: str, spec: ArchitectureSpec, target: T
     return build.fill(module, tensors, target.dtype, target.device)
 
 
-def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The weight files of a part's folder: safetensors first, half precision variants and shards too."""
+def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
+    """The weight files of a part's folder, shards too: safetensors first, full precision before half.
+
+    ``variant``: only the files of this variant.
+    """
     old_stem = "pytorch_model" if stem == "model" else stem
     for name, extension in ((stem, "safetensors"), (old_stem, "bin")):
-        for variant in ("", ".fp16"):
-            index = folder / f"{name}.{extension}.index{variant}.json"
+        for kind in ("", ".fp16") if variant is None else (f".{variant}",):
+            index = folder / f"{name}.{extension}.index{kind}.json"
             if index.is_file():
                 shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
                 return [folder / shard for shard in sorted(shards)]
-            file = folder / f"{name}{variant}.{extension}"
+            file = folder / f"{name}{kind}.{extension}"
             if file.is_file():
                 return [file]
     raise UserError(f"{folder} holds no weights ({stem}.safetensors was looked for): the Diffusers model is not whole")

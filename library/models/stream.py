@@ -77,16 +77,17 @@ class OpenModel:
 
 
 @contextlib.contextmanager
-def open_model(path: Path) -> Generator[OpenModel]:
+def open_model(path: Path, variant: str | None = None) -> Generator[OpenModel]:
     """Open a single file or a Diffusers folder of SD1, SD2 or SDXL. Costs the headers only (a pickle is mapped).
 
-    Raises UserError for anything else and for tensors that are missing or unknown.
+    ``variant`` chooses among the files of a folder. Raises UserError for anything else and for tensors that are
+    missing or unknown.
     """
     found = recognise(path)
     with contextlib.ExitStack() as stack:
         if path.is_dir():
             names = (*found.spec.text_parts, "unet", "vae")
-            files = {name: _opened(stack, weight_files(path / name, WEIGHT_STEMS[name])) for name in names}
+            files = {name: _opened(stack, weight_files(path / name, WEIGHT_STEMS[name], variant)) for name in names}
             stored = {name: {key: file.lazy(key) for file in own for key in file.infos} for name, own in files.items()}
             yield OpenModel(path, found, {}, _canonical_parts(stored), stored, {})
         else:

@@ -214,6 +214,8 @@ class GenNetworkOptions(OptionGroup):
     network_regional_mask_max_color_codes: int | None = option(
         None, ge=1, le=8, help="the region mask has this many colour codes instead of three channels"
     )
+    hypernetwork_weights: list[str] | None = option(None, help="hypernetwork files (.pt)", metavar="FILE")
+    hypernetwork_mul: list[float] | None = option(None, help="strength of each hypernetwork; 1 when absent")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ from library.options.generation import (
     PromptOptions,
     UpscaleToolOptions,
 )
+from library.options.model_tools import ConvertModelOptions, MergeModelsOptions
 from library.options.network_tools import (
     ConvertOptions,
     MergeFilesOptions,
@@ -203,6 +204,20 @@ RESIZE_LORA = ScriptOptions(
     summary="Change the rank of a LoRA (or of another network that can be written as one).",
 )
 
+MERGE_MODELS = ScriptOptions(
+    name="tools/merge_models.py",
+    groups=(MergeModelsOptions, ConsoleOptions),
+    required=("models", "output"),
+    summary="Merge checkpoint files of one family: each tensor is the weighted mean of the models'.",
+)
+
+CONVERT_MODEL = ScriptOptions(
+    name="tools/convert_diffusers20_original_sd.py",
+    groups=(ConvertModelOptions, ConsoleOptions),
+    required=("model_to_load", "model_to_save"),
+    summary="Convert a model between a checkpoint file and a Diffusers folder (SD 1.x, SD 2.x, SDXL).",
+)
+
 SCRIPTS = (
     TRAIN_NETWORK,
     SDXL_TRAIN_NETWORK,
@@ -218,4 +233,6 @@ SCRIPTS = (
     CONVERT_LORA,
     SHOW_METADATA,
     RESIZE_LORA,
+    MERGE_MODELS,
+    CONVERT_MODEL,
 )

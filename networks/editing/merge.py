@@ -12,13 +12,13 @@ import torch
 from library.checkpoint.inspection import NetworkCheck
 from library.checkpoint.modelspec import CHECKPOINT_IMPLEMENTATION, Modelspec, title_of
 from library.device import save_dtype
+from library.families import family_named
 from library.log import UserError
 from library.models.load import recognise
 from library.models.spec import FAMILY_TITLES, FamilyName, PredictionType
 from library.models.stream import OpenModel, open_model
 from library.options.network_tools import MergeFilesOptions, MergeOptions, SvdMergeOptions
 from networks.editing.addends import (
-    PUBLISHED,
     Addend,
     common_family,
     layers_of_family,
@@ -30,7 +30,7 @@ from networks.editing.combine import Combined, CombinePlan, combine
 from networks.editing.into_model import changes_of, merged_tensors
 from networks.editing.layers import layout_of
 from networks.editing.metadata import with_sizes
-from networks.editing.model_output import family_of, is_file_target, write_model
+from networks.editing.model_output import check_target, write_merged
 from networks.editing.precision import tool_device
 from networks.editing.report import report
 from networks.weights import file_tensors, write_weights
@@ -81,7 +81,7 @@ def svd_merge(files: MergeFilesOptions, options: SvdMergeOptions) -> NetworkChec
 def merge_into_model(files: MergeFilesOptions, source: Path, expected: Sequence[FamilyName]) -> None:
     """Add the networks to the weights of a model and write it as file or folder. Raises UserError."""
     target = Path(str(files.save_to))
-    is_file_target(target)
+    check_target(target)
     addends = read_addends(files.models or [], files.ratios)
     with open_model(source) as model:
         spec = model.found.spec
@@ -93,7 +93,7 @@ def merge_into_model(files: MergeFilesOptions, source: Path, expected: Sequence[
         kept = {key: value for key, value in model.metadata.items() if not key.startswith(("modelspec.", _HASHES))}
         written = {} if files.no_metadata else _model_metadata(model, addends, target, prediction)
         changed = merged_tensors(model, changes)
-        write_model(model, changed, target, _saved_type(files), {**kept, **written}, prediction)
+        write_merged(model, changed, target, _saved_type(files), {**kept, **written}, prediction)
         logger.info("%s: %d layers changed by %d networks", target.name, len(changes), len(addends))
     found = recognise(target)
     size = sum(path.stat().st_size for path in ([target] if target.is_file() else target.rglob("*.safetensors")))
@@ -141,7 +141,7 @@ def _model_metadata(
 def _modelspec(
     family: FamilyName, kind: str, target: Path, titles: Sequence[str], prediction: PredictionType
 ) -> Modelspec:
-    names = family_of(PUBLISHED[family])
+    names = family_named(family)
     side = names.modelspec_resolution(prediction)
     return Modelspec(
         architecture=names.modelspec_architecture(prediction),

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from library.checkpoint.io import is_safetensors
 from library.families.base import ModelFamily, ModelParts, TextSettings
 from library.log import UserError
+from library.models.load import check_written
 from library.options import ModelFileOptions, ModelOptions, NoiseOptions, OptimizerOptions, PrecisionOptions
 from library.options.settings import Settings
-from library.training.selfcheck import check_model
 from library.training.trainable import Artifact, Trainable
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class FullTraining(Trainable):
         return sum(parameter.numel() for module in self._parts.modules() for parameter in module.parameters())
 
     def check(self, path: Path) -> list[str]:
-        return check_model(path, self._parts.spec)
+        return check_written(path, self._parts.spec)
 
 
 def part_rates(settings: Settings) -> dict[str, float]:

@@ -1,0 +1,96 @@
+"""Writing a model that is read tensor by tensor: as a single file or a Diffusers folder, whatever it came from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from library.checkpoint.io import LazyTensor
+from library.families import family_named
+from library.models.save import save_folder_state, single_file_state, whole_folder, write_single_file
+from library.models.spec import PredictionType
+from library.models.stream import SINGLE_FILE, OpenModel, Parts
+
+FILE_SUFFIXES = (".safetensors", ".ckpt")
+_SETTINGS = ("scheduler", "tokenizer", "tokenizer_2")
+
+
+def is_file_name(target: Path) -> bool:
+    """True if a model of this name is a single file, not a folder."""
+    return target.suffix.lower() in FILE_SUFFIXES
+
+
+def write_model(
+    model: OpenModel,
+    changed: Parts,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+    prediction: PredictionType = "epsilon",
+    counters: Mapping[str, int] | None = None,
+    settings_from: Path | None = None,
+    on_tensor: Callable[[], object] = lambda: None,
+) -> None:
+    """Write the model with the tensors of ``changed`` in the place of its own; by its name a file or a folder.
+
+    One tensor is in memory at a time (but for .ckpt files). From file to file all other tensors are passed through,
+    also those that nobody knows. A folder gets tokenizers and scheduler from ``settings_from`` or the model's own
+    folder, else the family's. ``on_tensor`` is called after each tensor. Raises WriteError.
+    """
+    if is_file_name(target):
+        tensors, notes = _file_state(model, changed, prediction)
+        write_single_file(target, watched(tensors, on_tensor), dtype, {**(metadata or {}), **notes}, counters)
+    else:
+        _write_folder(model, changed, target, dtype, prediction, settings_from, on_tensor)
+
+
+def _file_state(
+    model: OpenModel, changed: Parts, prediction: PredictionType
+) -> tuple[Mapping[str, LazyTensor], dict[str, str]]:
+    if not model.is_folder:
+        return model.in_place(changed)[SINGLE_FILE], {}
+    markers = family_named(model.found.spec.family).markers(prediction, model.found.zero_terminal_snr)
+    return single_file_state(model.found.spec, model.fitted(_merged(model, changed)), markers=markers)
+
+
+def _write_folder(
+    model: OpenModel,
+    changed: Parts,
+    target: Path,
+    dtype: torch.dtype | None,
+    prediction: PredictionType,
+    settings_from: Path | None,
+    on_tensor: Callable[[], object],
+) -> None:
+    found = model.found
+    parts = {part: watched(tensors, on_tensor) for part, tensors in model.fitted(_merged(model, changed)).items()}
+    source = settings_from or (model.path if model.is_folder else None)
+    with whole_folder(target) as temporary:
+        save_folder_state(temporary, found.spec, parts, prediction, dtype, found.zero_terminal_snr)
+        for tokenizer, name in zip(family_named(found.spec.family).tokenizers, _SETTINGS[1:], strict=False):
+            tokenizer.save_pretrained(temporary / name)
+        for name in _SETTINGS if source is not None else ():
+            if source is not None and (source / name).is_dir():
+                shutil.copytree(source / name, temporary / name, dirs_exist_ok=True)
+
+
+def _merged(model: OpenModel, changed: Parts) -> dict[str, dict[str, LazyTensor]]:
+    return {part: {**tensors, **changed.get(part, {})} for part, tensors in model.parts.items()}
+
+
+def watched(tensors: Mapping[str, LazyTensor], on_read: Callable[[], object]) -> dict[str, LazyTensor]:
+    """The same tensors; ``on_read`` is called after each has been read."""
+    return {key: LazyTensor(tensor.dtype, tensor.shape, _then(tensor, on_read)) for key, tensor in tensors.items()}
+
+
+def _then(tensor: LazyTensor, on_read: Callable[[], object]) -> Callable[[], torch.Tensor]:
+    def read() -> torch.Tensor:
+        result = tensor.read()
+        on_read()
+        return result
+
+    return read
