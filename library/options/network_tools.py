@@ -137,3 +137,84 @@ class ResizeOptions(OptionGroup):
         help="sv_ratio: keep singular values larger than the largest over this; sv_fro and sv_cumulative: the share to"
         " keep, up to 1",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DyloraSplitOptions(OptionGroup):
+    """Cutting a DyLoRA into networks of fixed ranks."""
+
+    title: ClassVar[str] = "Split a DyLoRA"
+
+    unit: int | None = option(None, ge=1, help="step of the ranks at which it is cut, as in its training")
+    save_to: str | None = option(None, help="base name; -0004 and so on (the rank) is appended", metavar="FILE")
+    model: str | None = option(None, help="DyLoRA file", metavar="FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(OptionGroup):
+    """Looking into a network file."""
+
+    title: ClassVar[str] = "Check a network"
+
+    file: str | None = option(None, help="network file to examine", metavar="FILE", positional=True)
+    show_all_keys: bool = option(False, help="list every tensor, not only lora_up and lora_down", short="s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterrogatorOptions(OptionGroup):
+    """Finding the words that a network learnt."""
+
+    title: ClassVar[str] = "Interrogate a network"
+
+    v2: bool = option(False, help="the base model is of the SD 2.x family; it is recognised anyway")
+    sd_model: str | None = option(
+        None, help="base model that the network is compared on: file or Diffusers folder", metavar="MODEL"
+    )
+    model: str | None = option(None, help="network file to examine", metavar="FILE")
+    batch_size: int = option(16, ge=1, help="tokens encoded together")
+    clip_skip: int | None = option(
+        None, ge=1, help="compare the n-th hidden layer from the end; absent: the one that the model uses"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions(OptionGroup):
+    """A network from the difference of two models."""
+
+    title: ClassVar[str] = "Extract a network from two models"
+
+    v2: bool = option(False, help="the models are of the SD 2.x family; they are recognised anyway")
+    v_parameterization: bool | None = option(
+        None, help="say in the metadata that the model predicts velocity; absent: as the original model says"
+    )
+    sdxl: bool = option(False, help="the models are SDXL; they are recognised anyway")
+    load_precision: ToolPrecision | None = option(
+        None, help="round weights to this type before they are compared; as they are in the files when absent"
+    )
+    save_precision: ToolPrecision | None = option(None, help="type of saved tensors; float when absent")
+    model_org: str | None = option(None, help="original model: file or Diffusers folder", metavar="MODEL")
+    model_tuned: str | None = option(
+        None,
+        help="tuned model: file or Diffusers folder; the network approximates tuned minus original",
+        metavar="MODEL",
+    )
+    save_to: str | None = option(None, help="network file to write: .safetensors, .ckpt or .pt", metavar="FILE")
+    dim: int = option(4, ge=1, help="rank of the network")
+    conv_dim: int | None = option(
+        None, ge=1, help="rank for 3x3 convolutions; with it the rest of the U-Net's blocks takes part too"
+    )
+    device: str | None = option(None, help="where to compute, for example cuda; the CPU when absent", metavar="DEVICE")
+    clamp_quantile: float = option(
+        1.0, gt=0, le=1, help="cut values of the factors at this quantile of their sizes; 1 cuts nothing"
+    )
+    min_diff: float = option(
+        0.01, ge=0, help="text encoders take part if a weight of their layers differs by more than this"
+    )
+    exact: bool = option(False, help="exact singular values instead of randomised ones with a bound: slower")
+    no_metadata: bool = option(False, help="leave out the modelspec entries; what programs need to read the file stays")
+    load_original_model_to: str | None = option(
+        None, help="accepted and without effect: weights are read one by one", metavar="DEVICE"
+    )
+    load_tuned_model_to: str | None = option(
+        None, help="accepted and without effect: weights are read one by one", metavar="DEVICE"
+    )

@@ -38,7 +38,11 @@ from library.options.generation import (
 )
 from library.options.model_tools import ConvertModelOptions, MergeModelsOptions
 from library.options.network_tools import (
+    CheckOptions,
     ConvertOptions,
+    DyloraSplitOptions,
+    ExtractOptions,
+    InterrogatorOptions,
     MergeFilesOptions,
     MergeOptions,
     MetadataToolOptions,
@@ -204,6 +208,34 @@ RESIZE_LORA = ScriptOptions(
     summary="Change the rank of a LoRA (or of another network that can be written as one).",
 )
 
+EXTRACT_LORA_FROM_DYLORA = ScriptOptions(
+    name="networks/extract_lora_from_dylora.py",
+    groups=(DyloraSplitOptions, ConsoleOptions),
+    required=("unit", "save_to", "model"),
+    summary="Cut a DyLoRA into LoRA files of fixed ranks.",
+)
+
+CHECK_LORA_WEIGHTS = ScriptOptions(
+    name="networks/check_lora_weights.py",
+    groups=(CheckOptions, ConsoleOptions),
+    required=("file",),
+    summary="Show what is in a network file.",
+)
+
+LORA_INTERROGATOR = ScriptOptions(
+    name="networks/lora_interrogator.py",
+    groups=(InterrogatorOptions, ConsoleOptions),
+    required=("sd_model", "model"),
+    summary="Show which tokens the text encoder part of a network changes most.",
+)
+
+EXTRACT_LORA_FROM_MODELS = ScriptOptions(
+    name="networks/extract_lora_from_models.py",
+    groups=(ExtractOptions, ConsoleOptions),
+    required=("model_org", "model_tuned", "save_to"),
+    summary="Make a LoRA of what distinguishes a tuned model from the original one.",
+)
+
 MERGE_MODELS = ScriptOptions(
     name="tools/merge_models.py",
     groups=(MergeModelsOptions, ConsoleOptions),
@@ -233,6 +265,10 @@ SCRIPTS = (
     CONVERT_LORA,
     SHOW_METADATA,
     RESIZE_LORA,
+    EXTRACT_LORA_FROM_DYLORA,
+    CHECK_LORA_WEIGHTS,
+    LORA_INTERROGATOR,
+    EXTRACT_LORA_FROM_MODELS,
     MERGE_MODELS,
     CONVERT_MODEL,
 )

@@ -45,3 +45,13 @@ def scaled_pair(
         "lora_down.weight": (down_RI * root).reshape(rank, *shape[1:]).to(dtype=dtype).contiguous().cpu(),
         "lora_up.weight": (up_OR * (sign * root)).reshape(shape[0], rank, *sides).to(dtype=dtype).contiguous().cpu(),
     }
+
+
+def clamped(up_OR: Tensor, down_RI: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
+    """Both factors cut to the quantile of the sizes |w| of all their values; 1 leaves them as they are."""
+    if quantile >= 1:
+        return up_OR, down_RI
+    sizes = torch.cat([up_OR.flatten(), down_RI.flatten()]).abs()
+    # kthvalue knows no limit of 16 million values, as torch.quantile does
+    limit = float(sizes.kthvalue(max(1, round(quantile * sizes.numel()))).values)
+    return up_OR.clamp(-limit, limit), down_RI.clamp(-limit, limit)
