@@ -38,7 +38,7 @@ from library.models import build
 from library.models.spec import ArchitectureSpec
 from library.options import PrecisionOptions
 from library.options.script import parse
-from library.options.scripts import SDXL_TRAIN, SDXL_TRAIN_NETWORK
+from library.options.scripts import SDXL_TRAIN, SDXL_TRAIN_LLLITE, SDXL_TRAIN_NETWORK
 from library.options.settings import Settings
 from library.training.machine import Machine, open_machine
 from library.training.prepare import Models, attach
@@ -47,11 +47,13 @@ from library.training.trackers import Trackers
 
 LORA = Script(SDXL_TRAIN_NETWORK, kind="library.training.kinds.adapter:AdapterTraining", tracker_name="benchmark")
 FULL = Script(SDXL_TRAIN, kind="library.training.kinds.full:FullTraining", tracker_name="benchmark")
+LLLITE = Script(SDXL_TRAIN_LLLITE, kind="library.training.kinds.control:LLLiteTraining", tracker_name="benchmark")
 LORA_LINE = "--network_module networks.lora --network_train_unet_only --optimizer_type AdamW"
 FULL_LINE = (
     "--optimizer_type AdaFactor --optimizer_args relative_step=False scale_parameter=False --max_grad_norm 0"
     " --gradient_checkpointing"
 )
+LLLITE_LINE = "--conditioning_data_dir none --optimizer_type AdamW"
 COMMON_LINE = "--pretrained_model_name_or_path none --train_data_dir none --output_dir none --cache_latents --seed 1"
 
 
@@ -85,6 +87,10 @@ ROWS = {
     "LoRA, checkpointing, torch's own layers": Row(LORA, f"{LORA_LINE} --gradient_checkpointing", by_torch=True),
     "LoRA, checkpointing": Row(LORA, f"{LORA_LINE} --gradient_checkpointing"),
     "LoRA, checkpointing, cached text": Row(LORA, f"{LORA_LINE} --gradient_checkpointing", keeps_text_encoders=False),
+    "LLLite, cached text": Row(LLLITE, LLLITE_LINE, keeps_text_encoders=False),
+    "LLLite, checkpointing, cached text": Row(
+        LLLITE, f"{LLLITE_LINE} --gradient_checkpointing", keeps_text_encoders=False
+    ),
     "U-Net, checkpointing, cached text": Row(FULL, FULL_LINE, keeps_text_encoders=False),
     "U-Net, the same, fused backward": Row(FULL, f"{FULL_LINE} --fused_backward_pass", keeps_text_encoders=False),
 }
@@ -134,6 +140,9 @@ def run(row: Row, arguments: argparse.Namespace, machine: Machine, spec: Archite
 
     def around(forward: Forward) -> Forward:
         def watched(batch: Batch, count: int) -> Any:
+            if row.script is LLLITE:
+                guides_BCHW = torch.zeros(len(batch.keys), 3, arguments.pixels, arguments.pixels)
+                batch = replace(batch, conditioning_images_BCHW=guides_BCHW)
             if kept:
                 return forward(batch, count)
             with SavedBytes([*frozen, *trainable.trained_parameters()]) as saved:

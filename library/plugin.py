@@ -6,9 +6,9 @@ They import ``--network_module`` by name and use only this surface, so ``library
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -77,9 +77,48 @@ class ControlAdapter(Protocol):
     def set_condition(self, images_BCHW: Tensor | None) -> None: ...
 
 
-def load_lllite(path: Path, unet: nn.Module) -> ControlAdapter:
-    """The ControlNet-LLLite network of a file, made for a U-Net, not yet attached. Raises UserError."""
-    return importlib.import_module("networks.lllite").load_lllite(path, unet)
+class LLLiteWidths(Protocol):
+    """Widths of what is made of the picture, and inside the network."""
+
+    cond_width: int
+    inner_width: int
+
+
+class LLLiteNetwork(ControlAdapter, Protocol):
+    """A ControlNet-LLLite network; also an nn.Module."""
+
+    recomputes: bool  # gradient checkpointing of what is made of the pictures
+
+    @property
+    def size(self) -> LLLiteWidths: ...
+
+
+class LLLiteNetworks(Protocol):
+    """What the module of ControlNet-LLLite networks offers at top level."""
+
+    def load_lllite(self, path: Path, unet: nn.Module) -> LLLiteNetwork:
+        """The network of a file, made for a U-Net, frozen, not yet attached. Raises UserError."""
+        ...
+
+    def create_lllite(
+        self,
+        unet: nn.Module,
+        cond_width: int | None = None,
+        inner_width: int | None = None,
+        dropout: float | None = None,
+        weights: str | None = None,
+    ) -> LLLiteNetwork:
+        """A network to be trained, not yet attached; ``weights`` is a file to start from. Raises UserError."""
+        ...
+
+    def inspect_weights(self, tensors: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """How much each network of a file does, by its name: 0 if it changes nothing."""
+        ...
+
+
+def lllite_networks() -> LLLiteNetworks:
+    """The module of ControlNet-LLLite networks."""
+    return cast(LLLiteNetworks, importlib.import_module("networks.lllite"))
 
 
 def load_network_module(name: str) -> Any:

@@ -115,7 +115,7 @@ class Adapter(nn.Module, ABC):
         self._outer_forward: Callable[..., Tensor] | None = None
         self._original: tuple[Tensor, Tensor | None] | None = None
         self._multiplier = multiplier
-        self.register_buffer("alpha", torch.tensor(float(size.alpha or size.rank)))
+        self.register_buffer("alpha", torch.tensor(size.alpha or self.alpha_if_zero()))
         self.factor = 0.0
         self.refresh()
         self.register_load_state_dict_pre_hook(_fit_alpha)
@@ -152,6 +152,15 @@ class Adapter(nn.Module, ABC):
         """Thin matrices (O, R) and (R, I·K·K), float32, whose product is `delta_weight`; None if there are none."""
         return None
 
+    def alpha_if_zero(self) -> float:
+        """What alpha 0, or none at all in a file, stands for."""
+        return float(self.rank)
+
+    @classmethod
+    def can_scale(cls) -> bool:
+        """True if `scale_delta_` can be used."""
+        return cls.scale_delta_ is not Adapter.scale_delta_
+
     def scale_delta_(self, ratio: Tensor) -> None:
         """Multiply the weight difference by a 0-dim tensor, in place. Raises UserError if the type cannot."""
         raise UserError(f"--scale_weight_norms: the norm of {type(self).__name__} cannot be limited; leave it out")
@@ -171,6 +180,12 @@ class Adapter(nn.Module, ABC):
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that learn; the others are constants of this training."""
         return list(self.parameters())
+
+    def plus_parameters(self) -> list[nn.Parameter]:
+        """Those of the trained parameters that LoRA+ gives a higher learning rate."""
+        learns = {id(parameter) for parameter in self.trained_parameters()}
+        own = self.named_parameters()
+        return [parameter for name, parameter in own if name in self.plus_names and id(parameter) in learns]
 
     def on_step(self) -> None:
         """Called before each forward pass of a training step, for types that draw something anew each time."""
@@ -325,7 +340,7 @@ def _fit_alpha(adapter: Adapter, state_dict: dict[str, Any], prefix: str, *_: An
         return
     given = state_dict.get(f"{prefix}alpha")
     alpha = 0.0 if given is None else float(given)
-    state_dict[f"{prefix}alpha"] = torch.tensor(alpha or float(adapter.rank))
+    state_dict[f"{prefix}alpha"] = torch.tensor(alpha or adapter.alpha_if_zero())
 
 
 def _take_alpha(adapter: Adapter, _: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -11,7 +12,7 @@ from library.log import UserError
 from networks.adapter import NO_DROPOUT, Adapter, AdapterSize, Dropouts
 from networks.kinds import kind_of, require_whole, weight_norms
 from networks.network import AdapterNetwork, build_network
-from networks.network_args import NetworkArgs, read_lora_args, truth
+from networks.network_args import NetworkArgs, PlusRatios, read_lora_args, truth
 from networks.strengths import ARGUMENTS, PartStrengths, read_strengths
 from networks.targets import Target, TextEncoders, block_layout, find_targets
 from networks.weights import WeightTable, read_weights, to_weight_table
@@ -22,7 +23,12 @@ DEFAULT_RANK = 4
 
 
 class NetworkFactory:
-    """Makes networks of one type; ``variants`` are types that an argument such as ``dora_wd=True`` chooses instead."""
+    """Makes networks of one type; ``variants`` are types that an argument such as ``dora_wd=True`` chooses instead.
+
+    Subclasses may override `targets`, `sizes` and what follows them, and name further yes/no arguments in ``flags``.
+    """
+
+    flags: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, module: str, kind: type[Adapter], variants: Mapping[str, type[Adapter]] | None = None) -> None:
         self.module = module
@@ -48,7 +54,9 @@ class NetworkFactory:
         args = self._read(network_args, unet)
         rank = network_dim or DEFAULT_RANK
         size_of = self.sizes(args, AdapterSize(rank, 1.0 if network_alpha is None else network_alpha))
-        kind, dropouts = self._chosen(args), _dropouts(args, neuron_dropout)
+        kind, dropouts = self._chosen(args), self.dropouts(args, neuron_dropout)
+        targets = self.targets(text_encoder, unet, args)
+        self.require_sizes({target: size for target in targets if (size := size_of(target))}, args)
 
         def make(target: Target) -> Adapter | None:
             size = size_of(target)
@@ -58,8 +66,7 @@ class NetworkFactory:
             adapter.start()
             return adapter
 
-        targets = self.targets(text_encoder, unet, args)
-        return build_network(targets, make, multiplier=multiplier, factors=args.block_factors)
+        return build_network(targets, make, multiplier=multiplier, factors=args.block_factors, plus=args.plus_ratios)
 
     def create_network_from_weights(
         self,
@@ -91,15 +98,24 @@ class NetworkFactory:
         targets = find_targets(text_encoder, unet, with_convolutions=True)
         table = table.named_for(targets)
         kinds = require_whole(table, (self.kind, *self.variants.values()))
-        dropouts = NO_DROPOUT if for_inference else _dropouts(args, neuron_dropout)
+        dropouts = NO_DROPOUT if for_inference else self.dropouts(args, neuron_dropout)
 
         def make(target: Target) -> Adapter | None:
             tensors = table.modules.get(target.name)
             if tensors is None:
                 return None
-            return kinds[target.name].for_tensors(target.name, target.layer, tensors, multiplier, dropouts)
+            adapter = kinds[target.name].for_tensors(target.name, target.layer, tensors, multiplier, dropouts)
+            self.prepare_restored(adapter, args)
+            return adapter
 
-        network = build_network(targets, make, multiplier=multiplier, factors=args.block_factors, strengths=strengths)
+        network = build_network(
+            targets,
+            make,
+            multiplier=multiplier,
+            factors=args.block_factors,
+            strengths=strengths,
+            plus=args.plus_ratios,
+        )
         if for_inference:
             table = network.keep_known(table)
         else:
@@ -111,8 +127,12 @@ class NetworkFactory:
         return kind_of(names, (self.kind, *self.variants.values())) is not None
 
     def inspect_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
-        """Norm of each module's weight change, for the report at the end of training."""
+        """What each module changes, as `change_title` says, for the report at the end of training."""
         return weight_norms(tensors)
+
+    def change_title(self) -> str:
+        """What the numbers of `inspect_weights` are."""
+        return "norm of the weight change"
 
     # ---- what a type may do otherwise
 
@@ -124,13 +144,28 @@ class NetworkFactory:
         """Rank and alpha of each layer of a new network; None leaves it out."""
         return _sizes_from_args(args, plain)
 
+    def require_sizes(self, sizes: Mapping[Target, AdapterSize], args: NetworkArgs) -> None:
+        """Raise UserError for sizes of a new network that cannot be."""
+
+    def dropouts(self, args: NetworkArgs, neuron_dropout: float | None) -> Dropouts:
+        """The dropouts of a network that is trained; ``neuron_dropout`` is ``--network_dropout``."""
+        neuron = args.dropout if neuron_dropout is None else neuron_dropout
+        dropouts = Dropouts(neuron or 0.0, args.rank_dropout or 0.0, args.module_dropout or 0.0)
+        return NO_DROPOUT if dropouts == NO_DROPOUT else dropouts
+
+    def prepare_restored(self, adapter: Adapter, args: NetworkArgs) -> None:
+        """Give an adapter that was made for a file's tensors what only the arguments know."""
+
     # ---- arguments
 
     def _read(self, given: Mapping[str, object], unet: nn.Module) -> NetworkArgs:
-        flags = dict.fromkeys(self.variants, truth)
+        flags = dict.fromkeys((*self.variants, *self.flags), truth)
         kinds = (self.kind, *self.variants.values())
         own = {name: read for kind in kinds for name, read in kind.arguments.items()}
-        return read_lora_args(given, self.module, block_layout(unet), flags, own)
+        args = read_lora_args(given, self.module, block_layout(unet), flags, own)
+        if args.plus_ratios != PlusRatios() and not self._chosen(args).plus_names:
+            raise UserError(f"--network_args loraplus_*: {self.module} has no tensors that start at zero; leave it out")
+        return args
 
     def _chosen(self, args: NetworkArgs) -> type[Adapter]:
         chosen = [name for name in self.variants if name in args.flags]
@@ -145,12 +180,6 @@ def _table(file: str | None, weights_sd: Mapping[str, Tensor] | None) -> WeightT
     if file is None:
         raise UserError("a network from weights needs a file")
     return read_weights(file)
-
-
-def _dropouts(args: NetworkArgs, neuron_dropout: float | None) -> Dropouts:
-    neuron = args.dropout if neuron_dropout is None else neuron_dropout
-    dropouts = Dropouts(neuron or 0.0, args.rank_dropout or 0.0, args.module_dropout or 0.0)
-    return NO_DROPOUT if dropouts == NO_DROPOUT else dropouts
 
 
 def _sizes_from_args(args: NetworkArgs, plain: AdapterSize) -> Callable[[Target], AdapterSize | None]:

@@ -36,17 +36,23 @@ def adapter_types() -> tuple[type[Adapter], ...]:
     return tuple(sorted(found, key=lambda kind: (kind.__module__, kind.__name__)))
 
 
-def kind_of(names: Collection[str], preferred: Sequence[type[Adapter]] = ()) -> type[Adapter] | None:
-    """The type of a module whose tensors have these names, ``preferred`` ones first; None if there is none."""
+def kind_of(
+    names: Collection[str], preferred: Sequence[type[Adapter]] = (), prefix: str | None = None
+) -> type[Adapter] | None:
+    """The type of a module whose tensors have these names; None if there is none.
+
+    Of several, one with the ``prefix`` that the file has, and of these ``preferred`` ones first.
+    """
     own = [kind for kind in adapter_types() if kind.has_own_files]
-    return next((kind for kind in (*preferred, *own) if kind.fits(names)), None)
+    fitting = [kind for kind in (*preferred, *own) if kind.fits(names)]
+    return next((kind for kind in fitting if kind.prefix == prefix), fitting[0] if fitting else None)
 
 
 def require_whole(table: WeightTable, preferred: Sequence[type[Adapter]] = ()) -> dict[str, type[Adapter]]:
     """The type of every module of a file. Raises UserError for modules that are incomplete or of no type."""
     kinds: dict[str, type[Adapter]] = {}
     for module, tensors in table.modules.items():
-        kind = kind_of(tensors, preferred)
+        kind = kind_of(tensors, preferred, table.prefixes.get(module))
         if kind is None:
             raise UserError(_what_is_wrong(table, module))
         kinds[module] = kind

@@ -19,8 +19,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from library.checkpoint.io import open_model_file, save_safetensors
+from library.checkpoint.io import atomic_path, open_model_file, save_safetensors
 from library.checkpoint.keymap import raise_key_problems
 from library.checkpoint.unet_paths import layer_paths, structure_of, takes_sizes
 from library.log import UserError
@@ -119,18 +120,21 @@ class ControlNetLLLite(nn.Module):
     """All networks of a U-Net; its state dict has the keys of a file. The U-Net itself is no part of it.
 
     ``multiplier`` is the strength; at 0, or without a picture, the U-Net works as if nothing were attached.
+    ``recomputes``: what is made of a picture at its larger sizes is made again in the backward pass, not kept for it.
     """
 
     def __init__(self, unet: nn.Module, size: LLLiteSize | None = None, dropout: float = 0.0) -> None:
         super().__init__()
         self.multiplier = 1.0
+        self.recomputes = False
+        self.size = size or LLLiteSize()
         self._unet = (unet,)  # the tuple hides it from nn.Module
         self._targets = _targets(unet)
         self._features: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
         for target in self._targets:
             width = target.layer.in_features
-            self.add_module(target.name, LLLiteModule(target.depth, width, size or LLLiteSize(), dropout))
+            self.add_module(target.name, LLLiteModule(target.depth, width, self.size, dropout))
 
     def set_condition(self, images_BCHW: Tensor | None) -> None:
         """The pictures (B, 3, pixels, pixels) in -1..1 for the coming calls of the U-Net; None: none.
@@ -142,7 +146,11 @@ class ControlNetLLLite(nn.Module):
             return
         weight = next(self.parameters())
         images_BCHW = images_BCHW.to(weight.device, weight.dtype)
-        self._features = {name: module.features(images_BCHW) for name, module in self._modules_by_name()}
+        for name, module in self._modules_by_name():
+            if self.recomputes and torch.is_grad_enabled():
+                self._features[name] = checkpoint(module.features, images_BCHW, use_reentrant=False)
+            else:
+                self._features[name] = module.features(images_BCHW)
 
     def attach(self) -> None:
         """Take part in the U-Net's calls. Of several networks the last attached one is the first to change an input."""
@@ -193,8 +201,17 @@ class ControlNetLLLite(nn.Module):
     def save_weights(
         self, file: str | Path, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
     ) -> None:
-        """Write a safetensors file; floating point tensors are cast to ``dtype`` (None: as they are)."""
-        save_safetensors(file, self.state_dict(), metadata, dtype)
+        """Write a safetensors file, or by the extensions .ckpt and .pt a pickled state dict, which has no place for
+        metadata. Floating point tensors are cast to ``dtype`` (None: as they are).
+        """
+        if Path(file).suffix.lower() not in (".ckpt", ".pt"):
+            save_safetensors(file, self.state_dict(), metadata, dtype)
+            return
+        plain = {
+            key: tensor.detach().to("cpu", dtype or tensor.dtype).clone() for key, tensor in self.state_dict().items()
+        }
+        with atomic_path(file) as temporary:
+            torch.save(plain, temporary)
 
 
 def _noting(place: _Place) -> Any:
@@ -217,12 +234,51 @@ def _fitted(features_BMHW: Tensor, size_hw: tuple[int, int], rows: int) -> Tenso
 
 def load_lllite(path: str | Path, unet: nn.Module) -> ControlNetLLLite:
     """The network of a file for a U-Net, frozen, not yet attached. Its widths come from the file. Raises UserError."""
+    network = ControlNetLLLite(unet, size_of_file(path))
+    network.load_weights(path)
+    return network.eval().requires_grad_(False)
+
+
+def create_lllite(
+    unet: nn.Module,
+    cond_width: int | None = None,
+    inner_width: int | None = None,
+    dropout: float | None = None,
+    weights: str | Path | None = None,
+) -> ControlNetLLLite:
+    """A network to be trained for a U-Net, not yet attached; it begins as ``weights``, a file, if that is given.
+
+    Widths that are not given are those of the file, else the usual ones. Raises UserError.
+    """
+    usual = LLLiteSize() if weights is None else size_of_file(weights)
+    size = LLLiteSize(cond_width or usual.cond_width, inner_width or usual.inner_width)
+    if weights is not None and size != usual:
+        raise UserError(
+            f"--network_weights {weights} has cond_emb_dim {usual.cond_width} and network_dim {usual.inner_width};"
+            " leave these two options out, or begin without the file"
+        )
+    network = ControlNetLLLite(unet, size, dropout or 0.0)
+    if weights is not None:
+        network.load_weights(weights)
+    return network
+
+
+def inspect_weights(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Norm of the last layer of each network of a file, by the network's name: 0 if it changes nothing."""
+    squares: dict[str, float] = {}
+    for key, tensor in tensors.items():
+        name, _, rest = key.partition(".")
+        if rest.startswith("up.0."):
+            squares[name] = squares.get(name, 0.0) + float(tensor.float().square().sum())
+    return {name: square**0.5 for name, square in squares.items()}
+
+
+def size_of_file(path: str | Path) -> LLLiteSize:
+    """The widths of the network in a file. Raises UserError if there is none in it."""
     with open_model_file(path) as file:
         shapes = {key: info.shape for key, info in file.infos.items()}
     down = next((shape for key, shape in shapes.items() if key.endswith(".down.0.weight")), None)
     picture = next((shape for key, shape in shapes.items() if key.endswith(".conditioning1.0.weight")), None)
     if down is None or picture is None or not any(key.startswith(PREFIX) for key in shapes):
         raise UserError(f"{path} holds no ControlNet-LLLite weights (keys such as {PREFIX}....down.0.weight)")
-    network = ControlNetLLLite(unet, LLLiteSize(2 * picture[0], down[0]))
-    network.load_weights(path)
-    return network.eval().requires_grad_(False)
+    return LLLiteSize(2 * picture[0], down[0])

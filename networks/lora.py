@@ -81,15 +81,23 @@ class LoraAdapter(Adapter):
         down, up = self._down["weight"], self._up["weight"]
         assert down is not None
         assert up is not None
+        return self._add(y, x, down, up)
+
+    def _add(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """The adapted output with these factors, which may be the adapter's own or parts of them."""
         is_dropping = self.training and self.dropouts is not NO_DROPOUT
         if not (self._is_conv or is_dropping):
             rows_NO, rows_NI = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
             return cast(Tensor, _AddLowRank.apply(rows_NO, rows_NI, down, up, self.factor)).view(y.shape)
         if down.dtype is not y.dtype:
             down, up = down.to(y.dtype), up.to(y.dtype)
-        hidden = self._operate(x, down)
+        hidden = self._hidden(x, down)
         hidden = self._dropped(hidden) if is_dropping else hidden * self.factor
         return y + (F.conv2d(hidden, up) if self._is_conv else F.linear(hidden, up))
+
+    def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
+        """Rank activations, (B, ..., R) or (B, R, H, W)."""
+        return self._operate(x, down)
 
     def _dropped(self, hidden: Tensor) -> Tensor:
         """Rank activations, (B, ..., R) or (B, R, H, W), after the dropouts and times the strength."""
@@ -97,8 +105,9 @@ class LoraAdapter(Adapter):
         if self.dropouts.neuron:
             hidden = F.dropout(hidden, self.dropouts.neuron)
         if self.dropouts.rank:
-            kept_BR = torch.rand(hidden.shape[0], self.rank, device=hidden.device) > self.dropouts.rank
-            spread = (-1, self.rank, 1, 1) if self._is_conv else (-1, *(1,) * (hidden.dim() - 2), self.rank)
+            rank = hidden.shape[1 if self._is_conv else -1]
+            kept_BR = torch.rand(hidden.shape[0], rank, device=hidden.device) > self.dropouts.rank
+            spread = (-1, rank, 1, 1) if self._is_conv else (-1, *(1,) * (hidden.dim() - 2), rank)
             hidden = hidden * kept_BR.view(spread)
             factor /= 1.0 - self.dropouts.rank
         return hidden * factor

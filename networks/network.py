@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from library.log import UserError
 from networks.adapter import Adapter
 from networks.block_weights import BlockFactors
+from networks.network_args import PlusRatios
 from networks.strengths import PartStrengths
 from networks.targets import Part, Target
 from networks.weights import WeightTable, file_tensors, read_weights, to_weight_table, write_weights
@@ -56,11 +57,12 @@ def build_network(
     multiplier: float = 1.0,
     factors: BlockFactors | None = None,
     strengths: PartStrengths | None = None,
+    plus: PlusRatios | None = None,
 ) -> AdapterNetwork:
     """The network of the adapters that ``make`` gives, called for the targets in their order."""
     made = ((target, make(target)) for target in targets)
     placed = [Placed(target, adapter) for target, adapter in made if adapter is not None]
-    network = AdapterNetwork(placed, factors, strengths)
+    network = AdapterNetwork(placed, factors, strengths, plus)
     network.set_multiplier(multiplier)
     return network
 
@@ -78,6 +80,7 @@ class AdapterNetwork(nn.Module):
         placed: Sequence[Placed],
         factors: BlockFactors | None = None,
         strengths: PartStrengths | None = None,
+        plus: PlusRatios | None = None,
     ) -> None:
         super().__init__()
         names = [entry.target.name for entry in placed]
@@ -86,6 +89,7 @@ class AdapterNetwork(nn.Module):
         self._placed = tuple(placed)
         self._factors = factors
         self._strengths = strengths or PartStrengths()
+        self._plus = plus or PlusRatios()
         self._frozen: frozenset[str] = frozenset()
         self._applied: tuple[Placed, ...] = ()
 
@@ -125,6 +129,11 @@ class AdapterNetwork(nn.Module):
 
     # ---- attaching
 
+    def prepare_network(self, options: Any) -> None:
+        """Refuse options of the trainer that these adapters cannot serve. Raises UserError."""
+        if options.scale_weight_norms and not all(entry.adapter.can_scale() for entry in self._placed):
+            raise UserError(f"--scale_weight_norms: {options.network_module} has no norm to limit; leave it out")
+
     def apply_to(self, text_encoder: Any, unet: Any, apply_text_encoder: bool = True, apply_unet: bool = True) -> None:
         """Attach the adapters of the chosen parts to the layers they were made for.
 
@@ -162,7 +171,10 @@ class AdapterNetwork(nn.Module):
 
         Raises UserError if the file lacks all of them, has layers that this network lacks, or other ranks.
         """
-        report = self._load(read_weights(file))
+        table = read_weights(file)
+        table = table.named_for(entry.target for entry in self._placed)
+        self._require_prefixes(table)
+        report = self._load(table)
         if report.fresh:
             logger.warning("%s", report)
         return report
@@ -188,7 +200,7 @@ class AdapterNetwork(nn.Module):
                 len(table.modules),
                 left_out[0],
             )
-        return WeightTable(kept, table.source, table.metadata)
+        return replace(table, modules=kept)
 
     def require_known(self, table: WeightTable) -> None:
         """Raise UserError if a file has modules that no adapter of this network stands for."""
@@ -205,6 +217,16 @@ class AdapterNetwork(nn.Module):
                 f"{table.source}: {len(unknown)} of its {len(table.modules)} layers do not exist in this network, "
                 f"first {unknown[0]}; it was made for another base model, or needs --dim_from_weights (or conv_dim)"
             )
+
+    def _require_prefixes(self, table: WeightTable) -> None:
+        """Tensors of the same names may mean something else to a type of another prefix."""
+        for entry in self._placed:
+            prefix = table.prefixes.get(entry.target.name, entry.adapter.prefix)
+            if prefix != entry.adapter.prefix:
+                raise UserError(
+                    f"{table.source}: {entry.target.name} is of a related kind, which names it {prefix}_... and means "
+                    "something else by the same tensors; --dim_from_weights takes the kind from the file"
+                )
 
     def _load(self, table: WeightTable) -> LoadReport:
         table = table.named_for(entry.target for entry in self._placed)
@@ -252,24 +274,46 @@ class AdapterNetwork(nn.Module):
         """Optimizer groups with ``params``, ``lr`` (absent: the optimizer's own) and the logged name ``lr_name``.
 
         One group a text encoder (one for all if the rate is a single number), then one for the U-Net, or one a block
-        with block factors. What has rate 0 is frozen and left out.
+        with block factors; with LoRA+ another one of each for the tensors that start at zero, with ``_plus`` in its
+        name. What has rate 0 is frozen and left out.
         """
         self._check_text_rates(text_encoder_lr)
-        members: dict[tuple[str, float | None], list[Placed]] = {}
+        members: dict[tuple[str, float | None], list[nn.Parameter]] = {}
+        frozen: set[str] = set()
         for entry in self._applied:
             name = self._group_name(entry.target, text_encoder_lr)
-            members.setdefault((name, self._rate(entry.target, text_encoder_lr, unet_lr, default_lr)), []).append(entry)
-        frozen: set[str] = set()
-        groups: list[dict[str, Any]] = []
-        for (name, rate), entries in members.items():
+            rate = self._rate(entry.target, text_encoder_lr, unet_lr, default_lr)
             if rate == 0 or (rate is None and default_lr == 0):
-                frozen |= {entry.target.name for entry in entries}
+                frozen.add(entry.target.name)
                 continue
-            group: dict[str, Any] = {"params": [p for entry in entries for p in entry.adapter.trained_parameters()]}
-            groups.append({**group, **({} if rate is None else {"lr": rate}), "lr_name": name})
+            for group_name, group_rate, parameters in self._with_plus(entry, name, rate, default_lr):
+                members.setdefault((group_name, group_rate), []).extend(parameters)
+        groups: list[dict[str, Any]] = [
+            {"params": parameters, **({} if rate is None else {"lr": rate}), "lr_name": name}
+            for (name, rate), parameters in members.items()
+        ]
         self._frozen = frozenset(frozen)
         self._set_gradients()
         return groups
+
+    def _with_plus(
+        self, entry: Placed, name: str, rate: float | None, default_lr: float | None
+    ) -> Iterator[tuple[str, float | None, list[nn.Parameter]]]:
+        """(name, rate, parameters) of the one or two groups that an adapter belongs to."""
+        ratio = getattr(self._plus, entry.target.part)
+        trained = entry.adapter.trained_parameters()
+        if ratio == 1:
+            yield name, rate, trained
+            return
+        base = default_lr if rate is None else rate
+        if base is None:
+            raise UserError("loraplus_* scale a learning rate: give --learning_rate, --unet_lr or --text_encoder_lr")
+        faster = entry.adapter.plus_parameters()
+        slower = [parameter for parameter in trained if all(parameter is not other for other in faster)]
+        if slower:
+            yield name, rate, slower
+        if faster:
+            yield f"{name}_plus", base * ratio, faster
 
     def _check_text_rates(self, rates: LearningRates) -> None:
         """One rate is for all text encoders, several must be as many as there are."""

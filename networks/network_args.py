@@ -47,6 +47,14 @@ def rate(text: str) -> float:
     return value
 
 
+def ratio(text: str) -> float:
+    """A number above 0."""
+    value = number(text)
+    if value == 0:
+        raise ValueError("must be above 0")
+    return value
+
+
 def truth(text: str) -> bool:
     """Yes or no."""
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -98,6 +106,18 @@ def read_network_args(
     return values
 
 
+@dataclass(frozen=True, slots=True)
+class PlusRatios:
+    """LoRA+: how many times the rate of the other tensors is that of the tensors that start at zero.
+
+    S. Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv:2402.12354: a ratio above 1 lets both
+    factors of a product learn equally well.
+    """
+
+    text_encoder: float = 1.0
+    unet: float = 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkArgs:
     """The arguments of a network module; None means not given.
@@ -118,6 +138,9 @@ class NetworkArgs:
     mid_lr_weight: float | None = None
     up_lr_weight: tuple[float, ...] | None = None
     block_lr_zero_threshold: float = 0.0
+    loraplus_lr_ratio: float | None = None
+    loraplus_unet_lr_ratio: float | None = None
+    loraplus_text_encoder_lr_ratio: float | None = None
     flags: frozenset[str] = frozenset()
     own: Mapping[str, Any] = field(default_factory=dict)
     layout: BlockLayout = SD_BLOCKS
@@ -134,6 +157,12 @@ class NetworkArgs:
             return None
         sides = self.down_lr_weight, self.mid_lr_weight, self.up_lr_weight
         return block_factors(*sides, self.block_lr_zero_threshold, self.layout)
+
+    @property
+    def plus_ratios(self) -> PlusRatios:
+        """Ratios of LoRA+; those of the parts win over that of all."""
+        ratios = (self.loraplus_text_encoder_lr_ratio, self.loraplus_unet_lr_ratio)
+        return PlusRatios(*(given or self.loraplus_lr_ratio or 1.0 for given in ratios))
 
     def sizes_given(self) -> list[str]:
         """Names of the given arguments that decide ranks and alphas."""
@@ -161,6 +190,9 @@ def _lora_readers(layout: BlockLayout) -> dict[str, Reader]:
         "mid_lr_weight": number,
         "up_lr_weight": side,
         "block_lr_zero_threshold": number,
+        "loraplus_lr_ratio": ratio,
+        "loraplus_unet_lr_ratio": ratio,
+        "loraplus_text_encoder_lr_ratio": ratio,
     }
 
 

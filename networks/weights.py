@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from networks.targets import text_encoder_name, text_encoder_prefixes, unet_name
 
 logger = logging.getLogger(__name__)
 
-_OWN_KEY = re.compile(r"^(?:lora|oft)_(?P<module>(?:unet|te\d?)_[^.]+)\.(?P<tensor>.+)$")
+_OWN_KEY = re.compile(r"^(?P<prefix>lora|oft)_(?P<module>(?:unet|te\d?)_[^.]+)\.(?P<tensor>.+)$")
 _DOWN = re.compile(r"\.(?:lora_A(?:\.(?!weight$)[^.]+)?|lora\.down|lora_linear_layer\.down|lora_down)\.weight$")
 _UP = re.compile(r"\.(?:lora_B(?:\.(?!weight$)[^.]+)?|lora\.up|lora_linear_layer\.up|lora_up)\.weight$")
 _PROCESSOR = re.compile(r"\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<end>down|up)\.weight$")
@@ -46,12 +46,14 @@ class NamedLayer(Protocol):
 class WeightTable:
     """The tensors of a network file by module name and tensor name. ``source`` is what errors call it.
 
-    Module names begin with ``lora_`` here, whatever the prefix is that their type has in files.
+    Module names begin with ``lora_`` here, whatever the prefix is that their type has in files; ``prefixes`` are those
+    of the file, where it has the names of this program.
     """
 
     modules: Mapping[str, Mapping[str, Tensor]]
     source: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+    prefixes: Mapping[str, str] = field(default_factory=dict)
 
     def flat(self) -> dict[str, Tensor]:
         """One dictionary with the keys of a network's state dict."""
@@ -64,7 +66,8 @@ class WeightTable:
         if twice:
             raise UserError(f"{self.source} has one layer under two names: {twice[0]} and {names[twice[0]]}")
         renamed = {names.get(module, module): tensors for module, tensors in self.modules.items()}
-        return WeightTable(renamed, self.source, self.metadata)
+        prefixes = {names.get(module, module): prefix for module, prefix in self.prefixes.items()}
+        return replace(self, modules=renamed, prefixes=prefixes)
 
 
 def read_weights(path: str | Path) -> WeightTable:
@@ -84,17 +87,19 @@ def to_weight_table(
     """Group tensors by module. See `read_weights`."""
     modules: dict[str, dict[str, Tensor]] = {}
     foreign: dict[str, Tensor] = {}
+    prefixes: dict[str, str] = {}
     for key, tensor in tensors.items():
         match = _OWN_KEY.match(key)
         if match is None:
             foreign[key] = tensor
         else:
             modules.setdefault(f"lora_{match['module']}", {})[match["tensor"]] = tensor
+            prefixes[f"lora_{match['module']}"] = match["prefix"]
     for module, translated in _translate(foreign, metadata or {}, source).items():
         modules.setdefault(module, {}).update(translated)
     if not modules:
         raise UserError(f"{source} holds no network weights (keys such as lora_unet_....lora_down.weight)")
-    return WeightTable(modules, source, metadata or {})
+    return WeightTable(modules, source, metadata or {}, prefixes)
 
 
 # ---- names of Diffusers and PEFT

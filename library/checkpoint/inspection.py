@@ -48,6 +48,8 @@ class NetworkCheck:
     unmeasured: int
     sha256: str | None = None
     sha256_said: str | None = None
+    title: str = "norm of the weight change"
+    """What the numbers of the blocks are."""
 
     @property
     def norm(self) -> float:
@@ -82,7 +84,7 @@ class NetworkCheck:
         text = [f"{self.file}: {self.modules} layers{f' ({ranks})' if ranks else ''}{finite}"]
         if self.blocks:
             changes = ", ".join(f"{change.block} {change.norm:.3g}" for change in self.blocks)
-            text.append(f"norm of the weight change by block: {changes}")
+            text.append(f"{self.title} by block: {changes}")
         if self.unmeasured:
             text.append(f"{self.unmeasured} layers are of a kind whose weight change is not measured")
         if self.sha256:

@@ -8,12 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 CHECKPOINT_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
-TITLES = {"lora": "LoRA", "textual-inversion": "TextualInversion", "": "Checkpoint"}
+TITLES = {
+    "lora": "LoRA",
+    "textual-inversion": "TextualInversion",
+    "control-net-lllite": "ControlNetLLLite",
+    "": "Checkpoint",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Modelspec:
-    """What is known of a file. ``kind`` is the suffix of the architecture: lora, textual-inversion, or empty.
+    """What is known of a file. ``kind`` is the suffix of the architecture: a key of ``TITLES``.
 
     ``resolution`` is (width, height) in pixels. Fields that are None are left out of the file.
     """

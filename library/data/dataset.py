@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,6 +20,7 @@ from library.data.images import (
     UnreadableImage,
     center_crop_left_top,
     face_box,
+    fit_alike,
     fit_pixels,
     read_image,
     to_model_range,
@@ -49,12 +50,16 @@ class BadImage(UserError):
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """One sample's image side. ``data``: uint8 HWC pixels or latents CHW."""
+    """One sample's image side. ``data``: uint8 HWC pixels or latents CHW. ``conditioning_HWC``: uint8 pixels of the
+    picture beside it.
+    """
 
     data: torch.Tensor
     original_size: Size
+    resized: Size
     crop_left_top: tuple[int, int]
     flipped: bool
+    conditioning_HWC: torch.Tensor | None = None
 
 
 class TrainImages:
@@ -97,7 +102,9 @@ class TrainImages:
         if store is None or not self._gives_latents[dataset]:
             return False
         pairs = zip(resolved.records, resolved.fits, strict=True)
-        return all(store.in_memory(target_of(record, fit)) for record, fit in pairs)
+        return all(
+            record.conditioning_path is None and store.in_memory(target_of(record, fit)) for record, fit in pairs
+        )
 
     def path_of(self, key: str) -> str:
         """The file of an image by its key; the key itself if there is none such. For messages: it searches."""
@@ -163,14 +170,29 @@ class TrainImages:
         subset = resolved.subset_of(record)
         seed = self.sample_seed(record, epoch, sample.repeat)
         if self._gives_latents[dataset]:
-            return self._latents(record, fit, subset, seed)
+            picture = self._latents(record, fit, subset, seed)
+        else:
+            picture = self._pixels(record, fit, subset, seed)
+        if record.conditioning_path is None:
+            return picture
+        guide_HWC = read_image(record.conditioning_path)
+        fitted_HWC = fit_alike(guide_HWC, picture.resized, picture.crop_left_top, fit.bucket, picture.flipped)
+        return replace(picture, conditioning_HWC=torch.from_numpy(fitted_HWC))
+
+    def _pixels(self, record: ImageRecord, fit: Fit, subset: SubsetSpec, seed: int) -> _Picture:
         image_HWC = read_image(record.path)
         if (image_HWC.shape[1], image_HWC.shape[0]) != record.size:
             raise UnreadableImage(record.path, "its size changed while the program ran")
         rules = subset.augmentation
         face = face_box(record.path) if rules.face_crop_aug_range is not None else None
         fitted = fit_pixels(image_HWC, fit, rules, seed, face)
-        return _Picture(torch.from_numpy(fitted.pixels_HWC), fitted.original_size, fitted.crop_left_top, fitted.flipped)
+        return _Picture(
+            torch.from_numpy(fitted.pixels_HWC),
+            fitted.original_size,
+            fitted.resized,
+            fitted.crop_left_top,
+            fitted.flipped,
+        )
 
     def _latents(self, record: ImageRecord, fit: Fit, subset: SubsetSpec, seed: int) -> _Picture:
         assert self._store is not None
@@ -178,7 +200,8 @@ class TrainImages:
         left, top = center_crop_left_top(fit)
         if flipped:
             left = fit.resized[0] - fit.bucket[0] - left
-        return _Picture(self._store.load(target_of(record, fit), flipped), record.size, (left, top), flipped)
+        latents_CHW = self._store.load(target_of(record, fit), flipped)
+        return _Picture(latents_CHW, record.size, fit.resized, (left, top), flipped)
 
     def _assemble(
         self, dataset: int, loaded: Sequence[tuple[Sample, _Picture]], weights: Sequence[float], clock: CaptionClock
@@ -197,6 +220,7 @@ class TrainImages:
             for record, seed in zip(records, seeds, strict=True)
         ]
         data = torch.stack([picture.data for picture in pictures])
+        guides = [picture.conditioning_HWC for picture in pictures if picture.conditioning_HWC is not None]
         latents = self._gives_latents[dataset]
         width, height = resolved.fits[loaded[0][0].record].bucket
         return Batch(
@@ -214,5 +238,6 @@ class TrainImages:
             flipped=tuple(picture.flipped for picture in pictures),
             images_BCHW=None if latents else to_model_range(data),
             latents_BCHW=data if latents else None,
+            conditioning_images_BCHW=to_model_range(torch.stack(guides)) if guides else None,
             network_multiplier=resolved.spec.network_multiplier,
         )

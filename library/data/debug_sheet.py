@@ -68,7 +68,9 @@ def write_debug_sheets(
 
 def _shown(batch: Batch) -> list[_Shown]:
     assert batch.images_BCHW is not None
-    pixels_BHWC = ((batch.images_BCHW + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    pixels_BHWC = _pixels(batch.images_BCHW)
+    if batch.conditioning_images_BCHW is not None:  # beside the image
+        pixels_BHWC = np.concatenate([pixels_BHWC, _pixels(batch.conditioning_images_BCHW)], axis=2)
     repeats = Counter(batch.keys)
     shown: list[_Shown] = []
     for index, key in enumerate(batch.keys):
@@ -79,6 +81,10 @@ def _shown(batch: Batch) -> list[_Shown]:
         facts += [f"{repeats[key]} times in this batch"] if repeats[key] > 1 else []
         shown.append(_Shown(pixels_BHWC[index], ", ".join(facts), batch.captions[index], key))
     return shown
+
+
+def _pixels(images_BCHW: torch.Tensor) -> np.ndarray:
+    return ((images_BCHW + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def _draw(shown: Sequence[_Shown]) -> Image.Image:

@@ -128,6 +128,8 @@ def _subset_table(dataset: ResolvedDataset, index: int) -> dict[str, Any]:
     }
     if dataset.spec.kind is DatasetKind.DREAMBOOTH:
         return {**table, "class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
+    if subset.conditioning_data_dir is not None:
+        return {**table, "conditioning_data_dir": os.path.basename(os.path.normpath(subset.conditioning_data_dir))}
     return {**table, "metadata_file": own_name(subset)}
 
 

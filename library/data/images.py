@@ -56,11 +56,12 @@ class FaceBox:
 class FittedPixels:
     """A picture that fills its bucket, and what was really done to it.
 
-    ``crop_left_top`` is the corner of the cut in the resized picture, counted in the mirrored picture if ``flipped``.
+    ``crop_left_top`` is the corner of the cut in the picture ``resized``, counted in its mirror image if ``flipped``.
     """
 
     pixels_HWC: Pixels
     original_size: Size
+    resized: Size
     crop_left_top: tuple[int, int]
     flipped: bool = False
 
@@ -221,7 +222,18 @@ def fit_pixels(
     flipped = augmentation.flip_aug and stream(sample_seed, "flip").random() < 0.5
     if flipped:
         pixels, left = pixels[:, ::-1], cut.resized[0] - width - left
-    return FittedPixels(np.ascontiguousarray(pixels), original, (left, top), flipped)
+    return FittedPixels(np.ascontiguousarray(pixels), original, cut.resized, (left, top), flipped)
+
+
+def fit_alike(image_HWC: Pixels, resized: Size, crop_left_top: tuple[int, int], bucket: Size, flipped: bool) -> Pixels:
+    """Do to a picture what was done to the image beside it (see `FittedPixels`), whatever its own size; no colours
+    change.
+    """
+    pixels = resize(image_HWC, resized)
+    if flipped:
+        pixels = pixels[:, ::-1]
+    left, top = crop_left_top
+    return np.ascontiguousarray(pixels[top : top + bucket[1], left : left + bucket[0]])
 
 
 def to_model_range(pixels_BHWC: torch.Tensor) -> torch.Tensor:

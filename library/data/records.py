@@ -20,6 +20,7 @@ class DatasetKind(Enum):
 
     DREAMBOOTH = "dreambooth"  # a folder of images with caption files
     FINETUNE = "finetune"  # a metadata JSON
+    CONTROL = "controlnet"  # a folder of images with caption files, and a folder with a conditioning picture for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +90,14 @@ class BucketRules:
 
 @dataclass(frozen=True, slots=True)
 class SubsetSpec:
-    """One folder or metadata file with its rules. ``caption_extension`` None: .caption, then .txt is looked for."""
+    """One folder or metadata file with its rules. ``caption_extension`` None: .caption, then .txt is looked for.
+
+    ``conditioning_data_dir``: the folder of the conditioning pictures.
+    """
 
     image_dir: str | None = None
     metadata_file: str | None = None
+    conditioning_data_dir: str | None = None
     num_repeats: int = 1
     is_reg: bool = False
     class_tokens: str | None = None
@@ -124,7 +129,8 @@ class ImageRecord:
 
     ``size`` is the true size in pixels after EXIF orientation. ``caption`` is the stored text, before any rule.
     ``caption_path`` is the file that it was read from, None if it is the folder's class tokens.
-    ``train_resolution`` and ``npz_path`` come from a metadata JSON (latents prepared ahead).
+    ``train_resolution`` and ``npz_path`` come from a metadata JSON (latents prepared ahead). ``conditioning_path`` is
+    the picture that the image is to be drawn after, for ControlNets.
     """
 
     key: str
@@ -138,6 +144,7 @@ class ImageRecord:
     train_resolution: Size | None = None
     npz_path: str | None = None
     caption_path: str | None = None
+    conditioning_path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +222,9 @@ class Batch:
     Exactly one of ``images_BCHW`` (RGB, -1..1, float32) and ``latents_BCHW`` (as the VAE gives them, not scaled) is
     set. ``seeds`` holds one seed per sample, a function of (run seed, epoch, image key, repeat): noise, timestep and
     posterior draws come from it, so no arrangement of batches changes them.
+
+    ``conditioning_images_BCHW`` (RGB, -1..1, float32, of the training size) only in data sets for ControlNets:
+    resized, cropped and mirrored as the images were. A net that wants another range converts.
     """
 
     keys: tuple[str, ...]
@@ -227,4 +237,5 @@ class Batch:
     flipped: tuple[bool, ...]
     images_BCHW: Tensor | None = None
     latents_BCHW: Tensor | None = None
+    conditioning_images_BCHW: Tensor | None = None
     network_multiplier: float = 1.0

@@ -28,7 +28,9 @@ class BucketCount:
 
 @dataclass(frozen=True, slots=True)
 class SubsetReport:
-    """One subset: images found, visits of each per epoch, images without a caption file and with an empty one."""
+    """One subset: images found, visits of each per epoch, images without a caption file and with an empty one, folder
+    of the conditioning pictures.
+    """
 
     name: str
     images: int
@@ -37,6 +39,7 @@ class SubsetReport:
     class_tokens: str | None
     without_caption_file: int
     empty_captions: int
+    conditioning_dir: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +68,7 @@ class DatasetReport:
         lines = [f"resolution {size}, batch size {self.batch_size}, {self.batches} batches per epoch"]
         for subset in self.subsets:
             kind = " (regularisation)" if subset.is_reg else ""
-            lines.append(
-                f"  {subset.name}{kind}: {subset.images} images x {subset.repeats} repeats{_caption_note(subset)}"
-            )
+            lines.append(f"  {subset.name}{kind}: {subset.images} images x {subset.repeats} repeats{_note(subset)}")
         for bucket in self.buckets:
             width, height = bucket.size
             lines.append(f"  bucket {width}x{height}: {bucket.images} images, {bucket.visits} visits")
@@ -128,6 +129,7 @@ def _describe_subset(dataset: ResolvedDataset, index: int) -> SubsetReport:
         class_tokens=subset.class_tokens,
         without_caption_file=sum(not record.has_caption for record in records),
         empty_captions=sum(record.has_caption and not record.caption for record in records),
+        conditioning_dir=subset.conditioning_data_dir,
     )
 
 
@@ -156,8 +158,8 @@ def _truncated(dataset: ResolvedDataset, count_tokens: TokenCounter, max_tokens:
     return tuple((path, count) for path, count in counts if count > max_tokens)
 
 
-def _caption_note(subset: SubsetReport) -> str:
-    notes: list[str] = []
+def _note(subset: SubsetReport) -> str:
+    notes = [f"after pictures of {subset.conditioning_dir}"] if subset.conditioning_dir is not None else []
     if subset.without_caption_file and subset.class_tokens is not None:
         notes.append(f"{subset.without_caption_file} take {subset.class_tokens!r} as caption")
     elif subset.without_caption_file:

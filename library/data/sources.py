@@ -15,6 +15,7 @@ from library.data.buckets import bucket_sizes, fit, fit_to
 from library.data.bulk import many_objects
 from library.data.index import CAPTION_EXTENSIONS, FolderContent, read_folder
 from library.data.metadata_json import Entry, FileFinder, FoundFiles, read_metadata
+from library.data.pairs import pair
 from library.data.records import (
     DatasetKind,
     DatasetSpec,
@@ -93,6 +94,8 @@ class _Search:
                 found = self._finetune_subset(subset, f"{index}.{number}", number)
             else:
                 found = self._folder_subset(subset, f"{index}.{number}", number)
+            if subset.conditioning_data_dir is not None:
+                self._pair(subset, subset.conditioning_data_dir, found)
             _warn_about_captions(subset, found)
             records += found.records
             problems += found.problems
@@ -140,6 +143,33 @@ class _Search:
         self._refuse_captionless(subset, found, content, extensions)
         _warn_about_equal_stems(content)
         return found
+
+    def _pair(self, subset: SubsetSpec, folder: str, found: _Found) -> None:
+        """Give each image its conditioning picture; those that have none are unusable images."""
+        content = self._content(folder, ())
+        if isinstance(content, OSError):
+            self.errors.append(f"{folder}: the folder cannot be read ({content.strerror or content})")
+            return
+        if found.records and os.path.realpath(content.folder) == os.path.realpath(
+            os.path.dirname(found.records[0].path)
+        ):
+            self.errors.append(f"{folder}: conditioning_data_dir is the folder of the images themselves")
+            return
+        pairing = pair({os.path.basename(record.path): record.size for record in found.records}, content)
+        kept: list[ImageRecord] = []
+        for record in found.records:
+            name = os.path.basename(record.path)
+            if name in pairing.problems:
+                self._bad(found, [ImageProblem(record.path, pairing.problems[name])], self.on_bad_image)
+            else:
+                kept.append(replace(record, conditioning_path=pairing.paths[name]))
+        found.records = kept
+        for what, names in (
+            ("belong to no image", pairing.unused),
+            ("are stretched to their images", pairing.stretched),
+        ):
+            if names:
+                logger.warning("%s: %d pictures of %s %s: %s", subset.name, len(names), folder, what, _some(names))
 
     def _finetune_subset(self, subset: SubsetSpec, key: str, number: int) -> _Found:
         found = _Found()
@@ -205,9 +235,10 @@ class _Search:
         if subset.class_tokens is not None and not others:
             return  # the way to train without captions; others are captions that the options leave unread
         hint = f" (there are {' and '.join(others)}: set caption_extension)" if others else ""
+        ways = "captions" if subset.conditioning_data_dir is not None else "captions or class_tokens"
         self.errors.append(
             f"{subset.name}: no image has a caption file ({' or '.join(extensions)}){hint};"
-            f"{'' if subset.class_tokens else ' add captions or class_tokens, or'} allow it with --allow_captionless"
+            f"{'' if subset.class_tokens else f' add {ways}, or'} allow it with --allow_captionless"
         )
 
     def _content(self, folder: str, extensions: tuple[str, ...]) -> FolderContent | OSError:

@@ -16,8 +16,8 @@ from typing import Any
 
 from library.data.index import IMAGE_EXTENSIONS
 from library.data.records import Augmentation, BucketRules, CaptionRules, DatasetKind, DatasetSpec, SubsetSpec
-from library.data.spec_checks import Finding, check_document, check_sizes, kind_of
-from library.data.spec_keys import KEYS
+from library.data.spec_checks import ONLY_CONTROL, Finding, check_document, check_sizes, kind_of
+from library.data.spec_keys import CONDITIONING_KEY, KEYS
 from library.data.spec_lines import describe_place, line_of
 from library.log import UserError
 from library.options.data import DataOptions
@@ -28,15 +28,20 @@ logger = logging.getLogger(__name__)
 _KINDS = frozenset({DatasetKind.DREAMBOOTH, DatasetKind.FINETUNE})
 
 
-def load_dataset_specs(options: DataOptions, kinds: frozenset[DatasetKind] = _KINDS) -> tuple[DatasetSpec, ...]:
+def load_dataset_specs(
+    options: DataOptions, kinds: frozenset[DatasetKind] = _KINDS, conditioning_data_dir: str | None = None
+) -> tuple[DatasetSpec, ...]:
     """The data sets that the options describe: by --dataset_config, by --in_json, or by the folders of
-    --train_data_dir.
+    --train_data_dir (for ControlNets that folder itself, with ``conditioning_data_dir`` beside it).
 
     ``kinds`` are those that the script can train on. Raises UserError with all problems, one a line, with file and
     line.
     """
     if options.dataset_config is not None:
         source = _read_file(Path(options.dataset_config))
+    elif kinds == ONLY_CONTROL:
+        pair = {"image_dir": options.train_data_dir, CONDITIONING_KEY: conditioning_data_dir}
+        source = _Source("--train_data_dir", {"datasets": [{"subsets": [_without_none(pair)]}]})
     elif options.in_json:
         subset = {"metadata_file": options.in_json, "image_dir": options.train_data_dir}
         source = _Source("--in_json", {"datasets": [{"subsets": [_without_none(subset)]}]})
@@ -44,8 +49,8 @@ def load_dataset_specs(options: DataOptions, kinds: frozenset[DatasetKind] = _KI
         source = _Source("--train_data_dir", {"datasets": [{"subsets": _folder_subsets(options)}]})
     else:
         raise UserError("no training images: give --dataset_config, --train_data_dir or --in_json")
-    source.report(check_document(source.document))
-    specs = _build(source.document, options)
+    source.report(check_document(source.document, kinds))
+    specs = _build(source.document, options, kinds)
     findings = [finding for index, spec in enumerate(specs) for finding in check_sizes(spec, ("datasets", index))]
     findings += [
         Finding(("datasets", index), f"{spec.kind.value} data sets are not for this script")
@@ -158,23 +163,23 @@ def _numbered_folders(root: str) -> tuple[list[tuple[str, int, str]], list[str]]
     return found, others
 
 
-def _build(document: Mapping[str, Any], options: DataOptions) -> list[DatasetSpec]:
+def _build(document: Mapping[str, Any], options: DataOptions, kinds: frozenset[DatasetKind]) -> list[DatasetSpec]:
     general = document.get("general", {})
     specs: list[DatasetSpec] = []
     for dataset in document["datasets"]:
-        kind = kind_of(dataset)
+        kind = kind_of(dataset, kinds)
         assert kind is not None  # check_document has refused mixed kinds
-        take = _Chain((dataset, general), options)
+        take = _Chain((dataset, general), options, kind)
         rules = None
         if take("resolution") is not None:
             rules = BucketRules(**{field.name: take(field.name) for field in fields(BucketRules)})
-        subsets = tuple(_build_subset(subset, dataset, general, options) for subset in dataset["subsets"])
+        chains = [_Chain((subset, dataset, general), options, kind) for subset in dataset["subsets"]]
         specs.append(
             DatasetSpec(
                 kind=kind,
                 batch_size=take("batch_size"),
                 buckets=rules,
-                subsets=subsets,
+                subsets=tuple(_build_subset(chain) for chain in chains),
                 network_multiplier=take("network_multiplier"),
                 prior_loss_weight=options.prior_loss_weight,
             )
@@ -182,10 +187,7 @@ def _build(document: Mapping[str, Any], options: DataOptions) -> list[DatasetSpe
     return specs
 
 
-def _build_subset(
-    subset: Mapping[str, Any], dataset: Mapping[str, Any], general: Mapping[str, Any], options: DataOptions
-) -> SubsetSpec:
-    take = _Chain((subset, dataset, general), options)
+def _build_subset(take: _Chain) -> SubsetSpec:
     texts = {"keep_tokens_separator", "secondary_separator", "caption_prefix", "caption_suffix"}
     captions = {field.name: take(field.name) for field in fields(CaptionRules)}
     captions.update({name: captions[name] or "" for name in texts})
@@ -193,6 +195,7 @@ def _build_subset(
     return SubsetSpec(
         image_dir=take("image_dir"),
         metadata_file=take("metadata_file"),
+        conditioning_data_dir=take(CONDITIONING_KEY),
         num_repeats=take("num_repeats"),
         is_reg=take("is_reg"),
         class_tokens=take("class_tokens"),
@@ -204,13 +207,19 @@ def _build_subset(
 
 @dataclass(frozen=True)
 class _Chain:
-    """Finds a key's value: in the tables in turn, then in the options, then its default."""
+    """Finds a key's value: in the tables in turn, then in the options, then its default.
+
+    What has no meaning for the kind of data set, and may stand in [general] for others, has its default.
+    """
 
     tables: tuple[Mapping[str, Any], ...]
     options: DataOptions
+    kind: DatasetKind
 
     def __call__(self, name: str) -> Any:
         key = KEYS[name]
+        if self.kind not in key.kinds:
+            return key.default
         for table in self.tables:
             if table.get(name) is not None:
                 return key.read(table[name])

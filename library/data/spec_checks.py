@@ -15,7 +15,13 @@ from library.data.spec_keys import CONDITIONING_KEY, FOREIGN_KEYS, KEYS, LEVELS,
 from library.data.spec_lines import Where
 
 _TOP_LEVEL = ("general", "datasets")
-_REQUIRED = {DatasetKind.DREAMBOOTH: "image_dir", DatasetKind.FINETUNE: "metadata_file"}
+_REQUIRED = {
+    DatasetKind.DREAMBOOTH: ("image_dir",),
+    DatasetKind.FINETUNE: ("metadata_file",),
+    DatasetKind.CONTROL: ("image_dir", CONDITIONING_KEY),
+}
+_TELLTALES = (CONDITIONING_KEY, "metadata_file")  # keys by which the kinds are told apart
+ONLY_CONTROL = frozenset({DatasetKind.CONTROL})
 _VARYING = ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate")
 _LEVEL_NAMES: dict[Level, str] = {"general": "[general]", "dataset": "[[datasets]]", "subset": "[[datasets.subsets]]"}
 
@@ -29,8 +35,8 @@ class Finding:
     is_warning: bool = False
 
 
-def check_document(document: Any) -> list[Finding]:
-    """All that is wrong with the content of a data set file, in its order."""
+def check_document(document: Any, kinds: frozenset[DatasetKind]) -> list[Finding]:
+    """All that is wrong with the content of a data set file for a script that trains on ``kinds``, in its order."""
     if not isinstance(document, dict):
         return [Finding((), "must be a table with the key datasets")]
     findings = [_unknown((name,), _TOP_LEVEL) for name in document if name not in _TOP_LEVEL]
@@ -40,19 +46,27 @@ def check_document(document: Any) -> list[Finding]:
     if not isinstance(datasets, list) or not datasets:
         return [*findings, Finding(("datasets",), "must be a list of at least one table: [[datasets]]")]
     for index, dataset in enumerate(datasets):
-        findings += _check_dataset(dataset, ("datasets", index))
+        findings += _check_dataset(dataset, ("datasets", index), kinds)
     return findings
 
 
-def kind_of(dataset: dict[str, Any]) -> DatasetKind | None:
-    """The kind that the subsets' keys tell; None if they tell different ones."""
-    answers = {"metadata_file" in subset for subset in dataset["subsets"]}
-    if len(answers) > 1:
-        return None
-    return DatasetKind.FINETUNE if answers.pop() else DatasetKind.DREAMBOOTH
+def kind_of(dataset: dict[str, Any], kinds: frozenset[DatasetKind]) -> DatasetKind | None:
+    """The kind that the subsets' keys tell; None if they tell different ones. Where only ControlNets are trained a
+    subset that lacks the key of the kind is a mistake, not of another kind.
+    """
+    if kinds == ONLY_CONTROL:
+        return DatasetKind.CONTROL
+    answers = {_kind_of_subset(subset) for subset in dataset["subsets"]}
+    return None if len(answers) > 1 else answers.pop()
 
 
-def _check_dataset(dataset: Any, where: Where) -> Iterator[Finding]:
+def _kind_of_subset(subset: dict[str, Any]) -> DatasetKind:
+    if CONDITIONING_KEY in subset:
+        return DatasetKind.CONTROL
+    return DatasetKind.FINETUNE if "metadata_file" in subset else DatasetKind.DREAMBOOTH
+
+
+def _check_dataset(dataset: Any, where: Where, kinds: frozenset[DatasetKind]) -> Iterator[Finding]:
     if not isinstance(dataset, dict):
         yield Finding(where, "must be a table")
         return
@@ -60,16 +74,23 @@ def _check_dataset(dataset: Any, where: Where) -> Iterator[Finding]:
     if not isinstance(subsets, list) or not subsets or not all(isinstance(subset, dict) for subset in subsets):
         yield Finding(place, "must be a list of at least one table: [[datasets.subsets]]")
         return
-    kind = kind_of(dataset)
+    strangers = [index for index, subset in enumerate(subsets) if CONDITIONING_KEY in subset]
+    if strangers and DatasetKind.CONTROL not in kinds:
+        for index in strangers:
+            yield Finding((*place, index, CONDITIONING_KEY), "ControlNet data sets are not for this script")
+        return
+    kind = kind_of(dataset, kinds)
     if kind is None:
-        yield Finding(place, "some have metadata_file and some have not; put the two kinds into separate [[datasets]]")
+        name = next(key for key in _TELLTALES if len({key in subset for subset in subsets}) > 1)
+        yield Finding(place, f"some have {name} and some have not; put the two kinds into separate [[datasets]]")
         return
     yield from _check_table(
         {name: value for name, value in dataset.items() if name != "subsets"}, where, "dataset", kind
     )
     for index, subset in enumerate(subsets):
-        if CONDITIONING_KEY not in subset and subset.get(_REQUIRED[kind]) is None:
-            yield Finding((*place, index), f"{_REQUIRED[kind]} is missing")
+        for name in _REQUIRED[kind]:
+            if subset.get(name) is None:
+                yield Finding((*place, index), f"{name} is missing")
         yield from _check_table(subset, (*place, index), "subset", kind)
 
 
@@ -93,8 +114,6 @@ def _check_table(table: Any, where: Where, level: Level, kind: DatasetKind | Non
 
 def _misplaced(where: Where, raw: Any, kind: DatasetKind | None) -> Finding | None:
     name = str(where[-1])
-    if name == CONDITIONING_KEY:
-        return Finding(where, "ControlNet data sets are not for this script")
     if name in FOREIGN_KEYS:
         return Finding(where, f"is {_shown(raw)}, which has no meaning here and is passed over", is_warning=True)
     if name not in KEYS:

@@ -23,10 +23,12 @@ _ANY_KIND = frozenset(DatasetKind)
 _DREAMBOOTH = frozenset({DatasetKind.DREAMBOOTH})
 _FINETUNE = frozenset({DatasetKind.FINETUNE})
 _ONLY_SUBSET: frozenset[Level] = frozenset({"subset"})
-_ONLY_DREAMBOOTH_OPTIONS = frozenset({"caption_extension"})
+_CONTROL = frozenset({DatasetKind.CONTROL})
+_FOLDERS = _DREAMBOOTH | _CONTROL
+_ONLY_FOLDER_OPTIONS = frozenset({"caption_extension"})
 
 CONDITIONING_KEY = "conditioning_data_dir"
-"""The key of ControlNet subsets; known so that it can be refused in one clear line."""
+"""The key that makes a subset one for ControlNets."""
 
 FOREIGN_KEYS = frozenset(
     {"alpha_mask", "cache_info", "custom_attributes", "multiline_caption", "resize_interpolation", "validation_seed",
@@ -80,7 +82,7 @@ def _all_keys() -> dict[str, Key]:
         for name, spec in dataset_specs([DataOptions], level).items():
             earlier = keys[name].levels if name in keys else frozenset[Level]()
             levels = earlier | frozenset[Level]({level})
-            kinds = _DREAMBOOTH if name in _ONLY_DREAMBOOTH_OPTIONS else _ANY_KIND
+            kinds = _FOLDERS if name in _ONLY_FOLDER_OPTIONS else _ANY_KIND
             read = _repeats if name == "num_repeats" else _reader(spec)
             keys[name] = Key(read, levels, kinds, spec.name, meaning=spec.told.help)
     shared: frozenset[Level] = frozenset(LEVELS)
@@ -92,6 +94,9 @@ def _all_keys() -> dict[str, Key]:
     keys["is_reg"] = Key(switch, _ONLY_SUBSET, _DREAMBOOTH, default=False, meaning="these are regularisation images")
     keys["image_dir"] = Key(_non_empty, _ONLY_SUBSET, meaning="folder that holds the images themselves")
     keys["metadata_file"] = Key(_non_empty, _ONLY_SUBSET, _FINETUNE, meaning="metadata JSON that lists the images")
+    keys[CONDITIONING_KEY] = Key(
+        _non_empty, _ONLY_SUBSET, _CONTROL, meaning="folder with a conditioning picture of the name of each image"
+    )
     return keys
 
 

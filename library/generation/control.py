@@ -30,7 +30,7 @@ from library.models.load import Target
 from library.models.memory import set_attention
 from library.options.generation import ControlOptions, GenModelOptions, HighresOptions
 from library.options.settings import Settings
-from library.plugin import ControlAdapter, load_lllite
+from library.plugin import ControlAdapter, lllite_networks
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ def attach_control(engine: Engine, settings: Settings) -> None:
     nets, small = options.control_net_models or (), options.control_net_lllite_models or ()
     target = Target(engine.settings.dtype, engine.settings.device)
     if small:
-        adapters = [load_lllite(_existing(name, "--control_net_lllite_models"), engine.parts.unet) for name in small]
+        files = [_existing(name, "--control_net_lllite_models") for name in small]
+        adapters = [lllite_networks().load_lllite(file, engine.parts.unet) for file in files]
         for adapter in adapters:
             cast(nn.Module, adapter).to(target.device, target.dtype)
             adapter.attach()

@@ -1,8 +1,8 @@
 """Prompt files: what to draw, one picture a prompt. Plain text, TOML or JSON; problems name the file and the line.
 
 A line of a text file is the prompt, then options: ``a cat --n blurry --w 512 --h 768 --d 1 --s 28 --l 7.5 --ss ddim``
-(negative prompt, width, height, seed, steps, guidance scale, sampler). Only what begins with a blank and two dashes
-followed by a letter is an option.
+(negative prompt, width, height, seed, steps, guidance scale, sampler; ``--cn edges.png`` is a picture to draw after).
+Only what begins with a blank and two dashes followed by a letter is an option.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 class PromptSpec:
     """One picture to draw; fields are the keys of TOML and JSON files. None: the family's or the program's default.
 
-    ``width`` and ``height`` in pixels; ``seed`` None draws a fresh one; ``scale`` is the guidance scale.
+    ``width`` and ``height`` in pixels; ``seed`` None draws a fresh one; ``scale`` is the guidance scale;
+    ``controlnet_image`` is a file for the net that is trained.
     """
 
     prompt: str = ""
@@ -38,6 +39,7 @@ class PromptSpec:
     sample_steps: int = 30
     scale: float = 7.5
     sample_sampler: str | None = None
+    controlnet_image: str | None = None
 
 
 def _text(value: Any) -> str:
@@ -79,6 +81,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "sample_steps": _whole(1, MAX_STEPS),
     "scale": _number,
     "sample_sampler": _sampler,
+    "controlnet_image": _text,
 }
 _LETTERS = {
     "n": "negative_prompt",
@@ -88,6 +91,7 @@ _LETTERS = {
     "s": "sample_steps",
     "l": "scale",
     "ss": "sample_sampler",
+    "cn": "controlnet_image",
 }
 
 

@@ -1,5 +1,6 @@
 """Options: one group for each concern. Other rooms import the groups from here and take those that they need."""
 
+from library.options.control import ConditioningOptions, LLLiteOptions
 from library.options.data import CacheOptions, CacheToolOptions, DataOptions, TextCacheOptions
 from library.options.full import FullOptions, SdxlFullOptions
 from library.options.model import ModelOptions, PrecisionOptions
@@ -20,11 +21,13 @@ from library.options.training import LoopOptions, LossOptions, NoiseOptions, Opt
 __all__ = [
     "CacheOptions",
     "CacheToolOptions",
+    "ConditioningOptions",
     "ConfigOptions",
     "ConsoleOptions",
     "DataOptions",
     "FullOptions",
     "HubOptions",
+    "LLLiteOptions",
     "LogOptions",
     "LoopOptions",
     "LossOptions",

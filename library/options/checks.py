@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from library.options.control import ConditioningOptions
 from library.options.data import CacheToolOptions
 from library.options.settings import Settings
 
@@ -72,6 +73,8 @@ IMPLIES: tuple[tuple[str, str, Any], ...] = (
     ("diffusers_xformers", "xformers", True),
     ("sdxl", "bucket_reso_steps", SDXL_BUCKET_STEP),
 )
+
+_FOLDERS = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
 
 MAX_NAME_BYTES = 200  # file systems take 255; step numbers and suffixes are added
 
@@ -188,6 +191,19 @@ def _for_sdxl(settings: Settings) -> Iterator[str]:
         yield f"--bucket_reso_steps {steps}: must be a multiple of {SDXL_BUCKET_STEP} for SDXL"
 
 
+def _pairs(settings: Settings) -> Iterator[str]:
+    """What scripts for ControlNets need, and data that have no pairs."""
+    if ConditioningOptions not in settings or CacheToolOptions in settings:
+        return
+    if settings.value_of("dataset_config") or settings.value_of("dataset_class"):
+        return
+    for name in ("reg_data_dir", "in_json"):
+        if settings.value_of(name):
+            yield f"--{name} has no conditioning pictures: give --train_data_dir and --conditioning_data_dir instead"
+    if settings.value_of("train_data_dir") and not settings.value_of("conditioning_data_dir"):
+        yield "--conditioning_data_dir is missing: the folder with a conditioning picture for each image"
+
+
 def _full_training(settings: Settings) -> Iterator[str]:
     """What cannot be when the model itself learns."""
     if settings.value_of("fp8_base") and _is_full(settings):
@@ -242,7 +258,7 @@ def _zero_terminal_snr(settings: Settings) -> str | None:
 def _ignored_folders(settings: Settings) -> str | None:
     if not settings.value_of("dataset_config"):
         return None
-    ignored = [f"--{name}" for name in ("train_data_dir", "reg_data_dir", "in_json") if settings.value_of(name)]
+    ignored = [f"--{name}" for name in _FOLDERS if settings.value_of(name)]
     return f"{', '.join(ignored)} ignored: --dataset_config says where the images are" if ignored else None
 
 
@@ -296,7 +312,7 @@ def problems(settings: Settings) -> list[str]:
         f"--{one} and --{other} exclude each other" for one, other in EXCLUDES if value_of(one) and value_of(other)
     ]
     found += [*_full_precision(settings), *_cached_augmentation(settings)]
-    found += [*_for_sdxl(settings), *_full_training(settings)]
+    found += [*_for_sdxl(settings), *_full_training(settings), *_pairs(settings)]
     return found + [line for rule in REFUSALS if (line := rule(settings))]
 
 

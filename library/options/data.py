@@ -70,7 +70,7 @@ class DataOptions(CaptionOptions):
 
     train_data_dir: str | None = option(
         None,
-        help="parent folder of the N_class image folders; with in_json the folder of the images",
+        help="parent folder of the N_class image folders; with in_json or pairs of pictures the folder of the images",
         metavar="DIR",
     )
     reg_data_dir: str | None = option(

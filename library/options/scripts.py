@@ -3,10 +3,12 @@
 from library.options import (
     CacheOptions,
     CacheToolOptions,
+    ConditioningOptions,
     ConfigOptions,
     ConsoleOptions,
     DataOptions,
     HubOptions,
+    LLLiteOptions,
     LogOptions,
     LoopOptions,
     LossOptions,
@@ -53,6 +55,7 @@ from library.options.network_tools import (
 from library.options.settings import ScriptOptions
 
 IMAGES = ("train_data_dir", "in_json", "dataset_config", "dataset_class")
+PAIRS = ("train_data_dir", "dataset_config", "dataset_class")
 
 TRAINING_GROUPS = (
     ConfigOptions,
@@ -107,13 +110,31 @@ SDXL_TRAIN = ScriptOptions(
     family="sdxl",
 )
 
+SDXL_TRAIN_LLLITE = ScriptOptions(
+    name="sdxl_train_control_net_lllite.py",
+    groups=with_text_cache(
+        (
+            *TRAINING_GROUPS[:2],
+            LLLiteOptions,
+            DataOptions,
+            ConditioningOptions,
+            *TRAINING_GROUPS[3:],
+            NetworkFileOptions,
+        )
+    ),
+    defaults=SDXL_DEFAULTS,
+    required=("pretrained_model_name_or_path", "output_dir", PAIRS),
+    summary="Train a ControlNet-LLLite on SDXL: a small net that draws after edges, lines or other pictures.",
+    family="sdxl",
+)
+
 # The caching tools take the command line and the file of any training; how models are saved is not their business.
 _CACHE_GROUPS = tuple(group for group in SDXL_TRAIN_NETWORK.groups if group is not NetworkFileOptions)
-_NOT_FOR_CACHES = frozenset(specs_by_name((SdxlFullOptions, ModelFileOptions)))
+_NOT_FOR_CACHES = frozenset(specs_by_name((SdxlFullOptions, ModelFileOptions))) | {"cond_emb_dim"}
 
 CACHE_LATENTS = ScriptOptions(
     name="tools/cache_latents.py",
-    groups=(*_CACHE_GROUPS, CacheToolOptions),
+    groups=(*_CACHE_GROUPS, ConditioningOptions, CacheToolOptions),
     passes_over=_NOT_FOR_CACHES,
     defaults={"cache_latents": True, "cache_latents_to_disk": True},
     required=("pretrained_model_name_or_path", IMAGES),
@@ -122,7 +143,7 @@ CACHE_LATENTS = ScriptOptions(
 
 CACHE_TEXT = ScriptOptions(
     name="tools/cache_text_encoder_outputs.py",
-    groups=(*_CACHE_GROUPS, CacheToolOptions),
+    groups=(*_CACHE_GROUPS, ConditioningOptions, CacheToolOptions),
     passes_over=_NOT_FOR_CACHES,
     defaults={**SDXL_DEFAULTS, "cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True},
     required=("pretrained_model_name_or_path", IMAGES),
@@ -254,6 +275,7 @@ SCRIPTS = (
     TRAIN_NETWORK,
     SDXL_TRAIN_NETWORK,
     SDXL_TRAIN,
+    SDXL_TRAIN_LLLITE,
     CACHE_LATENTS,
     CACHE_TEXT,
     GEN_IMG,

@@ -24,13 +24,13 @@ from library.data.images import UnreadableImage, fit_pixels, read_image, to_mode
 from library.data.loader import prefetch
 from library.data.records import ImageProblem, ResolvedDataset
 from library.data.sources import resolve
-from library.data.spec import load_dataset_specs
 from library.data.spec_checks import uncacheable_subsets
 from library.device import check_precision, choose_device, empty_cache, vae_dtype
 from library.log import UserError, progress
 from library.options import CacheOptions, CacheToolOptions, DataOptions, ModelOptions, PrecisionOptions
 from library.options.settings import Settings
 from library.rng import torch_stream
+from library.training.specs import dataset_specs
 
 logger = logging.getLogger(__name__)
 _NEVER_FINITE = "its latents are not finite, not even in float32; check the VAE file"
@@ -379,7 +379,7 @@ def cache_ahead(settings: Settings) -> CachingReport:
     from library.training.preflight import check_bucket_steps
 
     cache, data = settings[CacheOptions], settings[DataOptions]
-    datasets = resolve(load_dataset_specs(data), data.on_bad_image, data.on_bad_caption, allow_captionless=True)
+    datasets = resolve(dataset_specs(settings), data.on_bad_image, data.on_bad_caption, allow_captionless=True)
     obstacles = uncacheable_subsets([dataset.spec for dataset in datasets])
     if obstacles:
         raise UserError.of(obstacles)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -50,12 +51,12 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         network_alpha network_dropout network_args dim_from_weights network_train_unet_only
         network_train_text_encoder_only unet_lr text_encoder_lr scale_weight_norms base_weights_multiplier
         cache_text_encoder_outputs_variants
-        train_text_encoder learning_rate_te1 learning_rate_te2 block_lr fused_backward_pass
+        train_text_encoder learning_rate_te1 learning_rate_te2 block_lr fused_backward_pass cond_emb_dim
     """,
     length="max_train_steps max_train_epochs",
     data="""
         caption_extension caption_extention train_data_dir reg_data_dir in_json dataset_config dataset_class
-        dataset_repeats on_bad_image on_bad_caption allow_captionless
+        dataset_repeats on_bad_image on_bad_caption allow_captionless conditioning_data_dir
     """,
     model="pretrained_model_name_or_path vae network_weights base_weights",
     cadence="""
@@ -128,6 +129,9 @@ def data_facts(datasets: Iterable[ResolvedDataset]) -> dict[str, Any]:
         facts[prefix + "image list"] = _digest((r.key, r.repeats, r.is_reg, r.subset) for r in records)
         facts[prefix + "image sizes and buckets"] = _digest((r.key, r.size, fits[r.key]) for r in records)
         facts[prefix + "captions"] = _digest((r.key, r.caption) for r in records)
+        paired = [(r.key, os.path.basename(r.conditioning_path)) for r in records if r.conditioning_path is not None]
+        if paired:
+            facts[prefix + "conditioning pictures"] = _digest(paired)
         facts[prefix + "rules"] = _digest(_rules(dataset))
     return facts
 
@@ -137,7 +141,9 @@ def _rules(dataset: ResolvedDataset) -> Iterable[Any]:
     spec = dataclasses.replace(dataset.spec, subsets=())
     yield spec
     for subset in dataset.spec.subsets:
-        yield dataclasses.replace(subset, image_dir=None, metadata_file=None, caption_extension="")
+        yield dataclasses.replace(
+            subset, image_dir=None, metadata_file=None, conditioning_data_dir=None, caption_extension=""
+        )
 
 
 def _digest(items: Iterable[Any]) -> str:

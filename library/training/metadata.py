@@ -50,6 +50,7 @@ _OPTIONS = [
     "network_dim",
     "network_alpha",
     "network_dropout",
+    "cond_emb_dim",
     "mixed_precision",
     "full_fp16",
     "v2",

@@ -184,7 +184,8 @@ def _check_adaptive(request: _Request) -> None:
     if len(distinct) > 1:
         raise UserError(
             f"--optimizer_type {request.name} takes one learning rate for all parts, but there are {distinct}; give"
-            " --learning_rate, --unet_lr and --text_encoder_lr the same value (about 1.0), or 0 to freeze a part"
+            " --learning_rate, --unet_lr and --text_encoder_lr the same value (about 1.0), or 0 to freeze a part,"
+            " and leave out factors of rates such as loraplus_* and *_lr_weight"
         )
     if distinct and distinct[0] <= 0.1:
         logger.warning(
@@ -208,7 +209,8 @@ def _check_adafactor(request: _Request) -> None:
         return
     if any("lr" in group for group in request.groups):
         logger.warning(
-            "Adafactor with relative_step makes its own rate: --unet_lr and --text_encoder_lr have no effect"
+            "Adafactor with relative_step makes its own rate: --unet_lr, --text_encoder_lr and factors of rates such as"
+            " loraplus_* and *_lr_weight have no effect"
         )
     elif request.learning_rate:
         logger.warning("Adafactor with relative_step makes its own rate: --learning_rate has no effect")

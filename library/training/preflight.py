@@ -16,6 +16,7 @@ from library.data.records import ResolvedDataset
 from library.families.base import ModelFamily
 from library.log import UserError
 from library.options import (
+    ConditioningOptions,
     LogOptions,
     LoopOptions,
     NetworkOptions,
@@ -25,6 +26,8 @@ from library.options import (
     ScheduleOptions,
 )
 from library.options.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 def check_places(settings: Settings) -> None:
@@ -67,14 +70,8 @@ def _file_problems(settings: Settings) -> list[str]:
 
 
 def _weight_files(settings: Settings) -> list[tuple[str, str]]:
-    if NetworkOptions not in settings:
-        return []
-    network = settings[NetworkOptions]
-    named = [
-        ("network_weights", network.network_weights or ""),
-        *(("base_weights", f) for f in network.base_weights or ()),
-    ]
-    return [(option, file) for option, file in named if file]
+    weights, merged = settings.value_of("network_weights"), settings.value_of("base_weights") or ()
+    return [*([("network_weights", weights)] if weights else []), *(("base_weights", file) for file in merged)]
 
 
 def _check_network(settings: Settings) -> None:
@@ -82,9 +79,8 @@ def _check_network(settings: Settings) -> None:
     from library.checkpoint.io import is_safetensors, read_header
     from library.plugin import load_network_module
 
-    if NetworkOptions not in settings:
-        return
-    load_network_module(str(settings[NetworkOptions].network_module))
+    if NetworkOptions in settings:
+        load_network_module(str(settings[NetworkOptions].network_module))
     for option, file in _weight_files(settings):
         try:
             if os.path.isfile(file) and is_safetensors(file):
@@ -97,8 +93,22 @@ def _check_prompts(settings: Settings) -> None:
     from library.generation.prompts import load_prompts
 
     name = settings[SampleOptions].sample_prompts
-    if name and os.path.isfile(name):
-        load_prompts(name)
+    if not name or not os.path.isfile(name):
+        return
+    prompts = load_prompts(name)
+    guided = [prompt.controlnet_image for prompt in prompts if prompt.controlnet_image is not None]
+    if ConditioningOptions not in settings:
+        if guided:
+            logger.warning("--sample_prompts %s: --cn has no effect: no ControlNet is trained here", name)
+        return
+    missing = [file for file in guided if not os.path.isfile(file)]
+    if missing:
+        raise UserError.of([f"--sample_prompts {name}: --cn {file}: there is no such file" for file in missing])
+    if len(guided) < len(prompts):
+        count = len(prompts) - len(guided)
+        logger.warning(
+            "--sample_prompts %s: %d prompts have no picture (--cn) and are drawn without the net", name, count
+        )
 
 
 def _check_optimizer(settings: Settings) -> None:

@@ -247,6 +247,7 @@ def make_previewer(
         output_name=save.output_name,
         trained=(models.trainable.module,),
         in_use=in_use,
+        net=models.trainable.preview_extension(),
         rank=machine.rank,
         processes=machine.processes,
         trackers=trackers.open(machine.accelerator),

@@ -20,6 +20,8 @@ from torch import nn
 
 from library.checkpoint.io import atomic_path
 from library.families.base import ModelFamily, ModelParts
+from library.generation.denoise import Extension
+from library.generation.guided import generate_guided
 from library.generation.pipeline import GenerationSettings, generate
 from library.generation.prompts import PromptSpec, load_prompts
 from library.log import UserError
@@ -62,9 +64,11 @@ class Previewer:
         trackers: Sequence[Any] = (),
         barrier: Callable[[], None] | None = None,
         in_use: Callable[[], AbstractContextManager[object]] = nullcontext,
+        net: Extension | None = None,
     ) -> None:
         """``trained`` are further modules to put in eval mode (the network); ``trackers`` are accelerate's, if any.
-        ``in_use`` puts the weights in place that would be saved, for as long as pictures are drawn.
+        ``in_use`` puts the weights in place that would be saved, for as long as pictures are drawn. ``net`` takes part
+        in drawing prompts that name a picture to draw after.
 
         The prompt file is read here, so that its mistakes show before training, and again at each preview, so that it
         may be edited meanwhile. Raises UserError.
@@ -80,6 +84,7 @@ class Previewer:
         self._trackers = trackers
         self._barrier = barrier
         self._in_use = in_use
+        self._net = net
         wanted = options.sample_at_first or options.sample_every_n_steps or options.sample_every_n_epochs
         if wanted and not options.sample_prompts:
             raise UserError("--sample_prompts: previews are asked for, so name a file of prompts")
@@ -120,13 +125,17 @@ class Previewer:
 
     def _draw(self, index: int, prompt: PromptSpec, moment: str) -> None:
         try:
-            picture = generate(self._family, self._parts, prompt, self._settings)
-            self._write(picture, self._file_name(index, prompt, moment))
+            self._write(self._picture(prompt), self._file_name(index, prompt, moment))
         except (KeyboardInterrupt, SystemExit):
             raise
         except Exception as error:  # whatever goes wrong in a preview must not end the training
             logger.warning("preview %d (%s) failed: %s: %s", index, moment, type(error).__name__, error)
             logger.debug("preview %d", index, exc_info=True)
+
+    def _picture(self, prompt: PromptSpec) -> Image:
+        if prompt.controlnet_image is not None and self._net is not None:
+            return generate_guided(self._family, self._parts, prompt, self._settings, self._net)
+        return generate(self._family, self._parts, prompt, self._settings)
 
     def _file_name(self, index: int, prompt: PromptSpec, moment: str) -> str:
         stamp = time.strftime("%Y%m%d%H%M%S", time.localtime())

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from library.data.records import CaptionClock, ResolvedDataset
 from library.data.sources import resolve
-from library.data.spec import load_dataset_specs
 from library.data.spec_checks import uncacheable_captions, uncacheable_subsets
 from library.interrupt import stop_on_signals
 from library.log import UserError
@@ -20,6 +19,7 @@ from library.options.settings import Settings
 from library.training.loop import train
 from library.training.preflight import check_places
 from library.training.script import Script
+from library.training.specs import dataset_specs
 
 if TYPE_CHECKING:
     from library.training.setup import Run
@@ -45,7 +45,7 @@ def load_datasets(settings: Settings) -> tuple[ResolvedDataset, ...]:
     options = settings[DataOptions]
     if options.dataset_class:
         return ()
-    specs = load_dataset_specs(options)
+    specs = dataset_specs(settings)
     obstacles: list[str] = []
     if settings[CacheOptions].cache_latents:
         obstacles += uncacheable_subsets(specs)

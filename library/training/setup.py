@@ -23,7 +23,6 @@ from library.options import (
     HubOptions,
     LoopOptions,
     ModelOptions,
-    NetworkOptions,
     NoiseOptions,
     OptimizerOptions,
     SaveOptions,
@@ -199,8 +198,7 @@ def make_output(
     """What writes, after the run was found to be the one that is resumed."""
     model = model_facts(models.family, models.parts)
     datasets = models.images.datasets
-    network = settings[NetworkOptions] if NetworkOptions in settings else NetworkOptions()
-    files = [network.network_weights, *(network.base_weights or [])]
+    files = [settings.value_of("network_weights"), *(settings.value_of("base_weights") or [])]
     loaded = [file_hashes(file).sha256 for file in files if file]
     identity = identify(settings, seed, datasets, model, loaded, machine.processes, resumed)
     return Output(settings, machine, models.trainable, identity, model, datasets, clock, reporter, optimizer, uploader)

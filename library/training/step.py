@@ -102,8 +102,10 @@ class TrainStep(nn.Module):
         geometry = Geometry(batch.original_sizes_hw_B2, batch.crop_top_lefts_B2, batch.target_sizes_hw_B2)
         with self._trainable.precision(self._device, self._dtype):
             condition = self._text(batch.captions)
+            noisy_BCHW = noisy_BCHW.to(self._dtype)
+            residuals = self._trainable.residuals(batch, noisy_BCHW, timesteps_B, condition, geometry)
             noise_pred_BCHW = self._family.predict(
-                self._unet[0], noisy_BCHW.to(self._dtype), timesteps_B, condition, geometry
+                self._unet[0], noisy_BCHW, timesteps_B, condition, geometry, **residuals
             )
         weights_B = batch.loss_weights_B.to(self._device)
         losses_B = self._objective.weighted_losses(

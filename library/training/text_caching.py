@@ -19,7 +19,6 @@ from torch import nn
 from library.data.cache import describe_notes
 from library.data.records import ResolvedDataset
 from library.data.sources import resolve
-from library.data.spec import load_dataset_specs
 from library.data.spec_checks import uncacheable_captions
 from library.data.text_cache import TextLayout, TextOutputs, TextStore, TextTarget, targets_of
 from library.device import check_precision, choose_device, weight_dtype
@@ -30,6 +29,7 @@ from library.options import DataOptions, ModelOptions, NetworkOptions, Precision
 from library.options.settings import Settings
 from library.text.tokens import CHUNK_TOKENS
 from library.training.caching import WorkShare, weights_fingerprint
+from library.training.specs import dataset_specs
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ def cache_text_ahead(settings: Settings) -> TextCachingReport:
 
     data, model, precision = settings[DataOptions], settings[ModelOptions], settings[PrecisionOptions]
     options = replace(text_cache_options(settings), cache_text_encoder_outputs_to_disk=True)
-    specs = load_dataset_specs(data)
+    specs = dataset_specs(settings)
     obstacles = uncacheable_captions(specs, options.cache_text_encoder_outputs_variants or 0)
     if obstacles:
         raise UserError.of(obstacles)

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.families.base import ModelFamily, ModelParts
+from library.data.records import Batch
+from library.families.base import Geometry, ModelFamily, ModelParts, TextCondition
+from library.generation.denoise import Extension
 from library.options.settings import Settings
 
 
@@ -95,6 +97,18 @@ class Trainable(ABC):
     def after_update(self) -> dict[str, float]:
         """After each optimizer step; returns scalars to log."""
         return {}
+
+    def residuals(
+        self, batch: Batch, noisy_BCHW: Tensor, timesteps_B: Tensor, condition: TextCondition, geometry: Geometry
+    ) -> dict[str, Any]:
+        """What the U-Net is given for a batch beside its inputs: keyword arguments of `ModelFamily.predict`. Called
+        before it, within `precision`, with gradients recorded.
+        """
+        return {}
+
+    def preview_extension(self) -> Extension | None:
+        """What takes part in drawing previews of prompts that name a picture to draw after, if anything does."""
+        return None
 
     @abstractmethod
     def enable_gradient_checkpointing(self) -> None:

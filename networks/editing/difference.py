@@ -133,4 +133,4 @@ class Comparison:
 
 def square_of(delta: Tensor) -> float:
     """Squared Frobenius norm, added up in float64."""
-    return float(delta.double().square().sum()) if delta.numel() else 0.0
+    return float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2

@@ -9,7 +9,14 @@ import pytest
 
 from library.options.parser import read_command_line
 from library.options.script import parse
-from library.options.scripts import CACHE_LATENTS, CACHE_TEXT, SDXL_TRAIN, SDXL_TRAIN_NETWORK, TRAIN_NETWORK
+from library.options.scripts import (
+    CACHE_LATENTS,
+    CACHE_TEXT,
+    SDXL_TRAIN,
+    SDXL_TRAIN_LLLITE,
+    SDXL_TRAIN_NETWORK,
+    TRAIN_NETWORK,
+)
 from library.options.settings import ScriptOptions
 
 DATA = Path(__file__).parent / "data"
@@ -17,6 +24,7 @@ SCRIPTS = {
     "train_network": TRAIN_NETWORK,
     "sdxl_train_network": SDXL_TRAIN_NETWORK,
     "sdxl_train": SDXL_TRAIN,
+    "sdxl_train_control_net_lllite": SDXL_TRAIN_LLLITE,
 }
 ROWS = {
     name: list(csv.DictReader((DATA / f"{name}_flags.tsv").open(encoding="utf-8"), delimiter="\t")) for name in SCRIPTS
@@ -54,6 +62,14 @@ NEW_IN = {
         "prior_loss_weight",
         "training_comment",
     },
+    # reg_data_dir is there to be refused: pairs have no regularisation images
+    "sdxl_train_control_net_lllite": {
+        "cache_text_encoder_outputs_variants",
+        "no_metadata",
+        "prior_loss_weight",
+        "reg_data_dir",
+        "training_comment",
+    },
 }
 ANY_SCRIPT = ScriptOptions("train_network.py", TRAIN_NETWORK.groups)
 SPECS = {
@@ -87,6 +103,7 @@ EXAMPLES = {
     "max_bucket_reso": "768",
     "bucket_reso_steps": "32",
     "network_dropout": "0.1",
+    "cond_emb_dim": "32",
     "block_lr": ",".join(["1e-4"] * 23),
 }
 
@@ -135,9 +152,9 @@ def test_misspelt_caption_option_of_old_command_lines():
 
 def test_the_cache_tool_takes_every_option_of_the_training():
     for tool in (CACHE_LATENTS, CACHE_TEXT):
-        for training in (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, SDXL_TRAIN):
+        for training in (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, SDXL_TRAIN, SDXL_TRAIN_LLLITE):
             assert set(training.specs()) <= set(tool.specs()) | tool.passes_over
-        assert set(tool.specs()) <= set(SDXL_TRAIN_NETWORK.specs()) | {"skip_existing", "sdxl"}
+        assert set(tool.specs()) <= set(SDXL_TRAIN_NETWORK.specs()) | {"skip_existing", "sdxl", "conditioning_data_dir"}
 
 
 @pytest.mark.parametrize("tool", [CACHE_LATENTS, CACHE_TEXT])

@@ -188,6 +188,7 @@ def test_gradients_reach_all_tensors_with_checkpointing_too(unet: Any) -> None:
 
     def gradients(checkpointing: bool) -> list[Tensor]:
         made = network(unet).requires_grad_(True).train()
+        made.recomputes = checkpointing
         unet.enable_gradient_checkpointing() if checkpointing else unet.disable_gradient_checkpointing()
         made.attach()
         made.set_condition(pictures())

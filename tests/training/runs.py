@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from library.options.scripts import SDXL_TRAIN_NETWORK, TRAIN_NETWORK
+from library.options.scripts import SDXL_TRAIN_LLLITE, SDXL_TRAIN_NETWORK, TRAIN_NETWORK
 from library.training import loop
 from library.training.app import run
 from library.training.script import Script
@@ -24,6 +24,7 @@ from library.training.script import Script
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Script(TRAIN_NETWORK, kind="library.training.kinds.adapter:AdapterTraining", tracker_name="network_train")
 SDXL_SCRIPT = Script(SDXL_TRAIN_NETWORK, kind=SCRIPT.kind, tracker_name=SCRIPT.tracker_name)
+LLLITE_SCRIPT = Script(SDXL_TRAIN_LLLITE, kind="library.training.kinds.control:LLLiteTraining", tracker_name="lllite")
 # Adam turns gradients of rounding size into whole steps of either sign, so equal mathematics is compared under SGD.
 SGD = ("--optimizer_type", "SGD", "--learning_rate", "0.1", "--max_grad_norm", "0")
 
@@ -39,6 +40,19 @@ def write_photos(folder: Path, sizes: list[tuple[int, int]], seed: int = 0) -> P
         image.save(place / f"photo{index}.png")
         (place / f"photo{index}.caption").write_text(f"a sks thing, number {index}, on a table")
     return folder
+
+
+def write_pairs(folder: Path, sizes: list[tuple[int, int]], seed: int = 0) -> tuple[Path, Path]:
+    """Captioned images in ``folder/images`` and in ``folder/edges`` the outlines of their colours; returns both."""
+    images, edges = folder / "images", folder / "edges"
+    (write_photos(folder, sizes, seed) / "1_sks thing").rename(images)
+    edges.mkdir()
+    for path in images.glob("*.png"):
+        with Image.open(path) as image:
+            grey = np.asarray(image.convert("L")).astype(int)
+        steps = np.abs(np.diff(grey, axis=0, append=grey[-1:])) + np.abs(np.diff(grey, axis=1, append=grey[:, -1:]))
+        Image.fromarray(np.where(steps > np.median(steps), 255, 0).astype(np.uint8)).save(edges / path.name)
+    return images, edges
 
 
 def command(model: Path, data: Path, out: Path, *more: str, script: Script = SCRIPT) -> list[str]:
@@ -87,7 +101,7 @@ def difference(a: Path, b: Path) -> float:
     """Largest difference of two files' tensors, relative to the largest change."""
     left, right = tensors(a), tensors(b)
     assert left.keys() == right.keys()
-    ups = [key for key in left if "lora_up" in key]
+    ups = [key for key in left if "lora_up" in key or ".up." in key]
     size = max(float(left[key].abs().max()) for key in ups)
     assert size > 1e-4  # something was learned
     error = max(float((left[key] - right[key]).abs().max()) for key in left) / size

@@ -86,6 +86,7 @@ EXAMPLES: dict[str, Any] = {
     "resolution": [512, 640], "caption_separator": ";", "keep_tokens_separator": "|||", "secondary_separator": ";;;",
     "caption_prefix": "p", "caption_suffix": "s", "face_crop_aug_range": [1, 3], "caption_extension": ".txt",
     "class_tokens": "cat", "image_dir": "x", "metadata_file": "m.json", "bucket_reso_steps": 64,
+    "conditioning_data_dir": "c",
     "min_bucket_reso": 256, "max_bucket_reso": 1024,
 }  # fmt: skip
 
@@ -98,11 +99,16 @@ def test_every_key_is_accepted_where_it_belongs(level: Any, kind: DatasetKind, t
     flags = {"enable_bucket", "bucket_no_upscale", "is_reg"}
     values = {n: EXAMPLES.get(n, n in flags or n.endswith("_aug") or n in ("shuffle_caption", "random_crop",
               "enable_wildcard") or 1) for n in names}  # fmt: skip
-    required = {"metadata_file": "m.json"} if kind is DatasetKind.FINETUNE else {"image_dir": "x"}
+    required = {
+        DatasetKind.DREAMBOOTH: {"image_dir": "x"},
+        DatasetKind.FINETUNE: {"metadata_file": "m.json"},
+        DatasetKind.CONTROL: {"image_dir": "x", "conditioning_data_dir": "c"},
+    }[kind]
     subset = {**required, **(values if level == "subset" else {})}
     dataset = {"resolution": 512, **(values if level == "dataset" else {}), "subsets": [subset]}
     document = {"general": values if level == "general" else {}, "datasets": [dataset]}
-    (spec,) = load(tmp_path, json.dumps(document), "d.json")
+    (tmp_path / "d.json").write_text(json.dumps(document), encoding="utf-8")
+    (spec,) = load_dataset_specs(DataOptions(dataset_config=tmp_path / "d.json"), frozenset(DatasetKind))
     assert spec.kind is kind
     assert spec.subsets[0].captions.caption_separator == ";"
     assert spec.subsets[0].augmentation.face_crop_aug_range == (1.0, 3.0)

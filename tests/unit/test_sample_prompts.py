@@ -24,6 +24,14 @@ def test_all_options_of_a_line() -> None:
     )
 
 
+def test_a_picture_to_draw_after(tmp_path: Path) -> None:
+    assert parse_prompt_line("a cat --cn my edges/1.png --d 3") == PromptSpec(
+        "a cat", seed=3, controlnet_image="my edges/1.png"
+    )
+    (prompt,) = load_prompts(write(tmp_path, "p.json", '[{"prompt": "a", "controlnet_image": "e.png"}]'))
+    assert prompt.controlnet_image == "e.png"
+
+
 def test_defaults_and_case() -> None:
     assert parse_prompt_line("a cat") == PromptSpec("a cat", "", None, None, None, 30, 7.5, None)
     assert parse_prompt_line("a cat --W 64 --SS ddim").width == 64

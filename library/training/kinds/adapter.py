@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,9 @@ class AdapterTraining(Trainable):
             self.module.save_weights(str(temporary), dtype, metadata)  # type: ignore[operator]
 
     def check(self, path: Path) -> list[str]:
-        return check_network_file(path, optional_method(self._module, "inspect_weights")).lines()
+        found = check_network_file(path, optional_method(self._module, "inspect_weights"))
+        title = optional_method(self._module, "change_title")
+        return (replace(found, title=title()) if title else found).lines()
 
     def recorded_options(self) -> dict[str, Any]:
         if not self._options.network_weights:

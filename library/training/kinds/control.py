@@ -1,0 +1,94 @@
+"""Training of nets that let a frozen model draw after pictures. Nothing of the model itself learns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from library.checkpoint.io import atomic_path
+from library.data.records import Batch
+from library.families.base import Geometry, ModelFamily, ModelParts, TextCondition
+from library.generation.control import LLLiteNets, Use
+from library.generation.denoise import Extension
+from library.log import UserError
+from library.models.memory import store_in_fp8
+from library.options import LLLiteOptions, NetworkFileOptions, OptimizerOptions, PrecisionOptions
+from library.options.settings import Settings
+from library.plugin import lllite_networks
+from library.training.selfcheck import check_network_file
+from library.training.trainable import Artifact, Trainable
+
+
+class ControlTraining(Trainable):
+    """What all such nets have in common: everything of the net learns at one rate, text never does."""
+
+    may_train_text = False
+    may_skip_parameters = False
+
+    def __init__(self, settings: Settings, parts: ModelParts, modelspec_kind: str) -> None:
+        self._rate = settings[OptimizerOptions].learning_rate
+        if self._rate == 0:
+            raise UserError("nothing to train: --learning_rate is 0")
+        precision = settings[PrecisionOptions]
+        if precision.fp8_base:
+            for part in (*parts.text_encoders, parts.unet):
+                store_in_fp8(part)
+        self.casts_itself = precision.full_bf16 or precision.full_fp16  # all weights are of the type computed with
+        suffix = settings[NetworkFileOptions].save_model_as or "safetensors"
+        self.artifact = Artifact(f".{suffix}", modelspec_kind)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.module.parameters()), "lr": self._rate, "lr_name": "control"}]
+
+    def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str], counters: Mapping[str, int]) -> None:
+        with atomic_path(path) as temporary:
+            self.module.save_weights(temporary, dtype, metadata)  # type: ignore[operator]
+
+
+class LLLiteTraining(ControlTraining):
+    """ControlNet-LLLite, for SDXL: a small net at each layer that takes part in attention."""
+
+    def __init__(self, settings: Settings, family: ModelFamily, parts: ModelParts) -> None:
+        super().__init__(settings, parts, modelspec_kind="control-net-lllite")
+        options = settings[LLLiteOptions]
+        self._networks = lllite_networks()
+        self._net = self._networks.create_lllite(
+            parts.unet, options.cond_emb_dim, options.network_dim, options.network_dropout, options.network_weights
+        )
+        self._net.attach()
+        self.module = cast(nn.Module, self._net)
+
+    def on_micro_batch(self, network_multiplier: float) -> None:
+        self._net.multiplier = network_multiplier
+        self._net.set_condition(None)  # that of the batch before, whose graph it would keep
+
+    def enable_gradient_checkpointing(self) -> None:
+        self._net.recomputes = True
+
+    def residuals(
+        self, batch: Batch, noisy_BCHW: Tensor, timesteps_B: Tensor, condition: TextCondition, geometry: Geometry
+    ) -> dict[str, Any]:
+        """Nothing is added to the U-Net's own blocks: the net sits at its layers and gets the pictures."""
+        self._net.set_condition(conditioning_images(batch))
+        return {}
+
+    def preview_extension(self) -> Extension:
+        return LLLiteNets([self._net], [Use()])
+
+    def check(self, path: Path) -> list[str]:
+        found = check_network_file(path, self._networks.inspect_weights)
+        return [f"{found.file}: ControlNet-LLLite at {found.modules} layers", *found.problems]
+
+    def recorded_options(self) -> dict[str, Any]:
+        return {"cond_emb_dim": self._net.size.cond_width, "network_dim": self._net.size.inner_width}
+
+
+def conditioning_images(batch: Batch) -> Tensor:
+    """The conditioning pictures (B, 3, pixels, pixels) in -1..1 that a net has to learn from. Raises UserError."""
+    if batch.conditioning_images_BCHW is None:
+        raise UserError("--dataset_class: its batches must have conditioning_images_BCHW: a ControlNet is trained here")
+    return batch.conditioning_images_BCHW

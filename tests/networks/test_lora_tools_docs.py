@@ -1,0 +1,65 @@
+"""Every command of the guide to the tools runs, on small files of the names that it uses."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from networks.lora import create_network
+from networks.weights import write_weights
+from tests.house.source_map import ROOT
+from tests.house.test_docs import commands_of
+from tests.networks_fixtures import randomise
+from tests.toy import toy_modules, write_toy_checkpoint
+
+TOOLS = (
+    "networks/resize_lora.py",
+    "networks/extract_lora_from_models.py",
+    "networks/extract_lora_from_dylora.py",
+    "networks/check_lora_weights.py",
+    "networks/lora_interrogator.py",
+    "tools/show_metadata.py",
+)
+COMMANDS = [
+    words
+    for command in commands_of(ROOT / "docs" / "lora_tools.md")
+    if (words := shlex.split(command, comments=True))[1] in TOOLS
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a reader has at hand: a model and a tuned one, a LoRA, a DyLoRA."""
+    place = tmp_path_factory.mktemp("files")
+    modules = toy_modules("sd1")
+    write_toy_checkpoint(place / "original.safetensors")
+    torch.manual_seed(0)
+    network = create_network(1.0, 4, 4.0, None, modules["text_encoder"], modules["unet"])
+    network.apply_to(modules["text_encoder"], modules["unet"])
+    randomise(network)
+    for name in ("lora", "dylora"):
+        write_weights(place / f"{name}.safetensors", network.state_dict(), None, {"ss_training_comment": "x"})
+    network.detach()
+    write_toy_checkpoint(place / "tuned.safetensors", seed=1)
+    return place
+
+
+def test_the_guide_has_commands_for_every_tool() -> None:
+    assert {words[1] for words in COMMANDS} == set(TOOLS)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[1:5]))
+def test_command_runs(
+    words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    module = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
+    assert module.main(words[2:]) == 0, capsys.readouterr().err
+    if "--save_to" in words:
+        target = Path(words[words.index("--save_to") + 1])
+        assert list(Path().glob(f"{target.stem}*{target.suffix}"))

@@ -1,0 +1,102 @@
+"""The guide to training a ControlNet-LLLite works as it is written; the caching tools serve such a training."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from library.data.records import DatasetKind
+from library.data.spec import load_dataset_specs
+from library.options import DataOptions
+from library.options.script import parse
+from library.options.scripts import CACHE_LATENTS, CACHE_TEXT
+from library.training.app import run
+from library.training.caching import cache_ahead
+from library.training.text_caching import cache_text_ahead
+from tests.training.runs import LLLITE_SCRIPT, ROOT, train, write_pairs
+from tools.canny import main as canny
+
+GUIDE = (ROOT / "docs" / "control.md").read_text("utf-8")
+SECTION = GUIDE.partition("## Training a ControlNet-LLLite\n")[2].partition("\n## ")[0]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in as the guide says, with its images; the edges are still to be made."""
+    images, edges = write_pairs(tmp_path / "data", [(64, 64), (80, 64)])
+    for path in edges.iterdir():
+        path.unlink()
+    for path in images.glob("*.caption"):
+        path.rename(path.with_suffix(".txt"))
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_commands_of_the_guide(place, model_sdxl, capsys):
+    """With a toy model and small pictures in place of those that the example names."""
+    commands = [line for _, body in BLOCKS for line in body.splitlines() if line.startswith(("python ", "accelerate "))]
+    small = (
+        f"--pretrained_model_name_or_path {model_sdxl} --resolution 64 --min_bucket_reso 32 --max_bucket_reso 96"
+        " --mixed_precision no --optimizer_type AdamW --max_train_steps 2 --max_train_epochs 1"
+        " --cond_emb_dim 8 --network_dim 6 --max_data_loader_n_workers 0"
+    )
+    for command in commands:
+        words = shlex.split(command)
+        if "tools/canny.py" in words:
+            assert canny(words[2:]) == 0
+            continue
+        assert words[:3] == ["accelerate", "launch", LLLITE_SCRIPT.options.name]
+        assert run(LLLITE_SCRIPT, [*words[3:], *small.split()]) == 0
+    assert "after pictures of data/edges" in capsys.readouterr().out
+    assert sorted(path.name for path in (place / "data" / "edges").iterdir()) == ["photo0.png", "photo1.png"]
+    assert (place / "output" / "my_lllite" / "my_lllite.safetensors").is_file()
+
+
+def test_the_data_set_of_the_guide(tmp_path):
+    (text,) = [body for language, body in BLOCKS if language == "toml"]
+    (tmp_path / "data.toml").write_text(text)
+    options = DataOptions(dataset_config=tmp_path / "data.toml")
+    (spec,) = load_dataset_specs(options, frozenset({DatasetKind.CONTROL}))
+    assert spec.subsets[0].conditioning_data_dir == "data/edges"
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+def test_caches_made_ahead_are_used(by_file, place, model_sdxl, caplog, capsys):
+    """By a data set file as well as by the two folders on the command line."""
+    assert canny(["--input", "data/images", "--output", "data/edges"]) == 0
+    (place / "data.toml").write_text(
+        '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "data/images"\n'
+        'conditioning_data_dir = "data/edges"\n'
+    )
+    folders = "--train_data_dir data/images --conditioning_data_dir data/edges --resolution 64"
+    data = ("--dataset_config", "data.toml") if by_file else folders.split()
+    words = ["--pretrained_model_name_or_path", str(model_sdxl), *data, "--max_data_loader_n_workers", "0"]
+    assert cache_ahead(parse(CACHE_LATENTS, [*words, "--sdxl"])).encoded == 2
+    assert cache_text_ahead(parse(CACHE_TEXT, words)).encoded == 2
+    caching = (
+        "--cache_latents_to_disk --cache_text_encoder_outputs_to_disk --max_train_steps 1 --seed 1 --output_dir out"
+    )
+    with caplog.at_level(logging.INFO):
+        assert run(LLLITE_SCRIPT, [*words, *caching.split()]) == 0
+    assert "latents: 2 images, 2 reused, 0 encoded" in caplog.text
+
+
+def test_the_sheet_of_the_data_shows_both_pictures(place):
+    assert canny(["--input", "data/images", "--output", "data/edges"]) == 0
+    words = ("--conditioning_data_dir", "data/edges", "--debug_dataset")
+    assert train(Path("no model"), Path("data/images"), Path("out"), *words, script=LLLITE_SCRIPT) == 0
+    sheet = next((place / "out" / "debug_dataset").glob("*.png"))
+    with Image.open(sheet) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    with Image.open(place / "data" / "edges" / "photo0.png") as edges:
+        wanted = np.asarray(edges)
+    found = [pixels[8:72, left + 64 : left + 128] for left in (8, 208)]
+    assert any(np.array_equal(one, wanted) for one in found)
