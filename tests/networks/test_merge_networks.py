@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 from library.log import UserError
+from library.options.scripts import MERGE_LORA, SDXL_MERGE_LORA, SVD_MERGE_LORA
+from library.options.settings import ScriptOptions
 from networks import merge_lora, sdxl_merge_lora, svd_merge_lora
 from networks.editing.addends import Addend, family_of_network, read_addends
 from networks.editing.combine import CombinePlan, balanced, clamped, combine, rotation
@@ -21,6 +25,7 @@ from networks.editing.report import check_file
 from networks.kinds import adapter_of, adapter_types, read_network
 from networks.weights import write_weights
 from tests.generation_fixtures import family_of, toy_model, write_network
+from tests.house.source_map import ROOT
 from tests.merge_fixtures import VERSIONS, adapters_on, layers_of, write_adapters
 
 TYPES = {kind.__name__: kind for kind in adapter_types()}
@@ -304,3 +309,29 @@ def test_the_merged_network_draws_like_both(tmp_path: Path) -> None:
     for key, tensor in both.items():
         torch.testing.assert_close(one[key], tensor, atol=2e-6, rtol=1e-5)
     assert math.isfinite(sum(float(tensor.sum()) for tensor in one.values()))
+
+
+COMMON = {"save_precision": None, "precision": "float", "save_to": None, "models": None, "ratios": None}
+INTO_MODEL = {**COMMON, "no_metadata": False, "sd_model": None, "concat": False, "shuffle": False}
+OLD_OPTIONS = {
+    MERGE_LORA.name: {**INTO_MODEL, "v2": False},
+    SDXL_MERGE_LORA.name: INTO_MODEL,
+    SVD_MERGE_LORA.name: {**COMMON, "no_metadata": False, "new_rank": 4, "new_conv_rank": None, "device": None},
+}
+
+
+@pytest.mark.parametrize("row", [MERGE_LORA, SDXL_MERGE_LORA, SVD_MERGE_LORA], ids=lambda row: row.name)
+def test_options_of_old_command_lines_exist_with_their_defaults(row: ScriptOptions) -> None:
+    specs = row.specs()
+    for name, default in OLD_OPTIONS[row.name].items():
+        assert row.default_of(specs[name]) == default, name
+        assert specs[name].choices == (("float", "fp16", "bf16") if "precision" in name else ()), name
+
+
+def test_help_comes_without_torch() -> None:
+    code = "import sys; from networks import {0} as tool\ntry: tool.main(['--help'])\nexcept SystemExit: pass\n"
+    for tool in ("merge_lora", "sdxl_merge_lora", "svd_merge_lora", "convert_lora"):
+        told = code.format(tool) + "assert 'torch' not in sys.modules"
+        done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert "--save_to" in done.stdout
