@@ -31,6 +31,11 @@ ROWS = {
     "LoRA, 3x3 too": "networks.lora conv_dim=16",
     "LoRA-FA, 3x3 too": "networks.lora_fa conv_dim=16",
     "OFT, 16 blocks, attention": "networks.oft",
+    "LoRA in Tucker form, 3x3 too": "networks.lora conv_dim=16 use_tucker=True",
+    "DoRA": "networks.lora dora_wd=True",
+    "LoHa": "networks.loha",
+    "LoKr, factor 8": "networks.lokr factor=8",
+    "LoKr, factor 8, whole blocks": "networks.lokr factor=8 full_matrix=True",
     "OFT, 16 blocks, transformers": "networks.oft enable_all_linear=True",
 }
 

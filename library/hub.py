@@ -126,6 +126,20 @@ def _short(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
+def download_files(repo_id: str, names: Sequence[str], folder: Path, option: str, token: str | None = None) -> None:
+    """Fetch files of a repository into a folder, whatever is there. Raises UserError that names the option."""
+    from huggingface_hub import hf_hub_download
+
+    def fetch() -> Path:
+        api = _api(token)
+        for name in names:
+            logger.info("%s: fetching %s from the hub", repo_id, name)
+            hf_hub_download(repo_id, name, local_dir=folder, token=api.token, endpoint=api.endpoint)
+        return folder
+
+    _told(fetch, f"{option} {repo_id}: {', '.join(names)} could not be fetched from the hub")
+
+
 # ---- states
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from library.log import UserError
 from networks.network_args import Reader
+from networks.recompute import recomputed
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Dropouts:
     """Probabilities, each 0 or more and less than 1; they act only in training.
 
     ``neuron``: elements of the rank activations; ``rank``: whole ranks per batch row; ``module``: whole adapters per
-    step.
+    step. Types without rank activations drop elements and whole channels of what they add to the output.
     """
 
     neuron: float = 0.0
@@ -113,12 +114,14 @@ class Adapter(nn.Module, ABC):
         self._layer = (layer,)  # the tuple hides it from nn.Module
         self._is_conv = isinstance(layer, nn.Conv2d)
         self._outer_forward: Callable[..., Tensor] | None = None
+        self._restored_forward: Callable[..., Tensor] | None = None
         self._original: tuple[Tensor, Tensor | None] | None = None
         self._multiplier = multiplier
         self.register_buffer("alpha", torch.tensor(size.alpha or self.alpha_if_zero()))
         self.factor = 0.0
         self.refresh()
         self.register_load_state_dict_pre_hook(_fit_alpha)
+        self.register_load_state_dict_pre_hook(_fit_flattened)
         self.register_load_state_dict_post_hook(_take_alpha)
 
     # ---- what a type defines
@@ -169,13 +172,36 @@ class Adapter(nn.Module, ABC):
         """Frobenius norm of `delta_weight`, 0-dim."""
         return self.delta_weight().norm()
 
+    def change(self, x: Tensor) -> Tensor:
+        """What the difference adds to the layer's output for the input ``x`` at multiplier 1, after dropouts.
+
+        Here by way of `delta_weight`, which is computed again in the backward pass instead of being kept.
+        """
+        return self._thinned(recomputed(self._change_by_weight, x, tuple(self.parameters())))
+
     def combine(self, y: Tensor, x: Tensor) -> Tensor:
-        """The adapted output, from the layer's input ``x`` and its own output ``y``; here by way of `delta_weight`."""
+        """The adapted output, from the layer's input ``x`` and its own output ``y``; here by way of `change`."""
+        return y + self.change(x) * self._strength()
+
+    def _change_by_weight(self, x: Tensor) -> Tensor:
         changed = self._operate(x, self.delta_weight().to(x.dtype))
         bias = self.delta_bias()
-        if bias is not None:
-            changed = changed + bias.to(x.dtype).view(-1, *(1,) * (changed.dim() - 2 if self._is_conv else 0))
-        return y + changed * self._strength()
+        if bias is None:
+            return changed
+        return changed + bias.to(x.dtype).view(-1, *(1,) * (changed.dim() - 2 if self._is_conv else 0))
+
+    def _thinned(self, changed: Tensor) -> Tensor:
+        """A change of the output, (B, ..., O) or (B, O, H, W), after neuron dropout and dropout of whole channels."""
+        if not self.training or self.dropouts is NO_DROPOUT:
+            return changed
+        if self.dropouts.neuron:
+            changed = F.dropout(changed, self.dropouts.neuron)
+        if self.dropouts.rank:
+            rows, width = changed.shape[0], changed.shape[1 if self._is_conv else -1]
+            kept = torch.rand(rows, width, device=changed.device) > self.dropouts.rank
+            spread = (rows, width, 1, 1) if self._is_conv else (rows, *(1,) * (changed.dim() - 2), width)
+            changed = changed * kept.view(spread) / (1.0 - self.dropouts.rank)
+        return changed
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that learn; the others are constants of this training."""
@@ -214,7 +240,12 @@ class Adapter(nn.Module, ABC):
         dropouts: Dropouts = NO_DROPOUT,
     ) -> Adapter:
         """An adapter that these tensors of a file fit into; they are not loaded yet."""
-        return cls(name, layer, cls.size_of(tensors), multiplier, dropouts)
+        return cls(name, layer, cls.size_of(tensors), multiplier, dropouts, **cls.structure_of(tensors))
+
+    @classmethod
+    def structure_of(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The type's own constructor arguments that make an adapter for these tensors of a file."""
+        return {}
 
     # ---- strength
 
@@ -287,6 +318,11 @@ class Adapter(nn.Module, ABC):
         """True between `attach` and `detach`."""
         return self._outer_forward is not None
 
+    @property
+    def is_innermost(self) -> bool:
+        """True if nothing else stood between this adapter and the layer's own forward when it was attached."""
+        return self._restored_forward is None
+
     def _operate(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's operation with another weight and no bias."""
         layer = self.layer
@@ -336,11 +372,19 @@ class Adapter(nn.Module, ABC):
 
 def _fit_alpha(adapter: Adapter, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Files may lack alpha, hold 0 for "the rank", or a list of one number."""
-    if not any(f"{prefix}{name}" in state_dict for name in adapter.tensor_names):
+    if not any(f"{prefix}{name}" in state_dict for name in (*adapter.tensor_names, *adapter.optional_names)):
         return
     given = state_dict.get(f"{prefix}alpha")
     alpha = 0.0 if given is None else float(given)
     state_dict[f"{prefix}alpha"] = torch.tensor(alpha or adapter.alpha_if_zero())
+
+
+def _fit_flattened(adapter: Adapter, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Programs differ in whether (R, I, K, K) is written as (R, I·K·K), and a vector (O,) as (O, 1) or (O, 1, 1, 1)."""
+    for name, parameter in adapter.named_parameters(recurse=False):
+        given = state_dict.get(f"{prefix}{name}")
+        if given is not None and given.shape[:1] == parameter.shape[:1] and given.numel() == parameter.numel():
+            state_dict[f"{prefix}{name}"] = given.reshape(parameter.shape)
 
 
 def _take_alpha(adapter: Adapter, _: Any) -> None:

@@ -14,7 +14,7 @@ from networks.kinds import kind_of, require_whole, weight_norms
 from networks.network import AdapterNetwork, build_network
 from networks.network_args import NetworkArgs, PlusRatios, read_lora_args, truth
 from networks.strengths import ARGUMENTS, PartStrengths, read_strengths
-from networks.targets import Target, TextEncoders, block_layout, find_targets
+from networks.targets import Target, TextEncoders, block_layout, find_targets, outer_targets
 from networks.weights import WeightTable, read_weights, to_weight_table
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,9 @@ class NetworkFactory:
         kind, dropouts = self._chosen(args), self.dropouts(args, neuron_dropout)
         targets = self.targets(text_encoder, unet, args)
         self.require_sizes({target: size for target in targets if (size := size_of(target))}, args)
+        misplaced = [name for name in args.own if name not in kind.arguments]
+        if misplaced:
+            raise UserError(f"--network_args {misplaced[0]}: goes with {', '.join(self.variants)} only")
 
         def make(target: Target) -> Adapter | None:
             size = size_of(target)
@@ -95,7 +98,7 @@ class NetworkFactory:
         if args.sizes_given():
             logger.warning("--network_args %s: the file decides ranks and alphas", ", ".join(args.sizes_given()))
         table = _table(file, weights_sd)
-        targets = find_targets(text_encoder, unet, with_convolutions=True)
+        targets = [*find_targets(text_encoder, unet, with_convolutions=True), *outer_targets(unet)]
         table = table.named_for(targets)
         kinds = require_whole(table, (self.kind, *self.variants.values()))
         dropouts = NO_DROPOUT if for_inference else self.dropouts(args, neuron_dropout)

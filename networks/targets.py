@@ -128,9 +128,7 @@ def unet_targets(unet: nn.Module, with_convolutions: bool) -> list[Target]:
     and the embedding layers. Raises UserError if the blocks hold other layers than their structure promises.
     """
     modules = dict(unet.named_modules())
-    spec = structure_of(unet)
-    paths = () if spec is None else layer_paths(spec)
-    by_file = has_file_paths(unet)
+    paths, by_file = _paths_of(unet), has_file_paths(unet)
     expected = {
         path.file if by_file else path.memory: path
         for path in paths
@@ -151,8 +149,28 @@ def unet_targets(unet: nn.Module, with_convolutions: bool) -> list[Target]:
     ]
 
 
+def outer_targets(unet: nn.Module) -> list[Target]:
+    """Layers outside of the blocks: first and last convolution, embeddings of time and sizes.
+
+    New networks leave them alone; files of other programs have adapters for them. They belong to no block.
+    """
+    modules, by_file = dict(unet.named_modules()), has_file_paths(unet)
+    places = {path.file if by_file else path.memory: path for path in _paths_of(unet)}
+    found = {place: path for place, path in places.items() if _is_layer(modules.get(place))}
+    outside = {place: path for place, path in found.items() if not _IN_BLOCK.match(path.memory)}
+    if takes_sizes(unet):
+        return [_sdxl_target(place, path, modules[place]) for place, path in outside.items()]
+    return [Target(unet_name(place), place, modules[place], "unet") for place in outside]
+
+
+def _paths_of(unet: nn.Module) -> tuple[LayerPath, ...]:
+    spec = structure_of(unet)
+    return () if spec is None else layer_paths(spec)
+
+
 def _sdxl_target(place: str, path: LayerPath, layer: nn.Module) -> Target:
-    block, others = block_of(path.file, SDXL_BLOCKS), (unet_name(path.memory),)
+    others = (unet_name(path.memory),)
+    block = block_of(path.file, SDXL_BLOCKS) if _IN_BLOCK.match(path.memory) else None
     return Target(unet_name(path.file), place, layer, "unet", block=block, other_names=others)
 
 

@@ -25,6 +25,8 @@ _DOWN = re.compile(r"\.(?:lora_A(?:\.(?!weight$)[^.]+)?|lora\.down|lora_linear_l
 _UP = re.compile(r"\.(?:lora_B(?:\.(?!weight$)[^.]+)?|lora\.up|lora_linear_layer\.up|lora_up)\.weight$")
 _PROCESSOR = re.compile(r"\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<end>down|up)\.weight$")
 _ALPHA = re.compile(r"\.alpha$")
+_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?$")
+_STRUCTURED = re.compile(r"\.(?P<name>(?:hada|lokr)_(?:w[12](?:_[ab])?|t[12]))(?:\.[^.]+)?$")
 _COMPONENT = re.compile(r"^(?P<name>unet|text_encoder(?:_2)?)\.")
 
 
@@ -78,7 +80,7 @@ def read_weights(path: str | Path) -> WeightTable:
     with open_model_file(path) as file:
         tensors = {key: file.tensor(key) for key in file.infos}
         metadata = file.metadata
-    return to_weight_table(tensors, str(path), metadata)
+    return to_weight_table(tensors, str(path), {**_config_beside(Path(path)), **metadata})
 
 
 def to_weight_table(
@@ -104,6 +106,10 @@ def to_weight_table(
 
 # ---- names of Diffusers and PEFT
 
+_RANKED = ("lora_down.weight", "hada_w1_b", "lokr_w2_b")
+"""Tensors whose first side is the rank."""
+_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
 
 def _translate(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> dict[str, dict[str, Tensor]]:
     """Modules of keys such as ``unet.down_blocks.0.attentions.0.proj_in.lora_A.weight``."""
@@ -119,11 +125,14 @@ def _translate(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], sourc
         name = component["name"] if component else "unet"
         inner = path[component.end() :] if component else path
         module = modules.setdefault(_own_name(name, inner, several), {})
-        module[tensor_name] = tensor
-        if tensor_name == "lora_down.weight":
+        # PEFT has the magnitudes of a convolution as (1, O, 1, 1), which would be taken for those of inputs
+        module[tensor_name] = tensor.flatten() if tensor_name == "dora_scale" else tensor
+        if tensor_name in _RANKED:
             alpha = _configured_alpha(config, name, inner, rank=tensor.shape[0])
             if alpha is not None:
                 module.setdefault("alpha", torch.tensor(alpha))
+        elif tensor_name == "lokr_w1":
+            module[tensor_name] = tensor * _scale_of_whole_blocks(config, name, inner, tensors, key)
     return modules
 
 
@@ -137,7 +146,11 @@ def _split(key: str) -> tuple[str, str] | None:
     if old is not None:
         layer = "to_out.0" if old["layer"] == "to_out" else old["layer"]
         return f"{key[: old.start()]}.{layer}", f"lora_{old['end']}.weight"
-    for pattern, name in ((_DOWN, "lora_down.weight"), (_UP, "lora_up.weight"), (_ALPHA, "alpha")):
+    structured = _STRUCTURED.search(key)
+    if structured is not None:
+        return key[: structured.start()], structured["name"]
+    ends = {_DOWN: "lora_down.weight", _UP: "lora_up.weight", _ALPHA: "alpha", _MAGNITUDE: "dora_scale"}
+    for pattern, name in ends.items():
         match = pattern.search(key)
         if match is not None:
             return key[: match.start()], name
@@ -163,15 +176,45 @@ def _adapter_config(metadata: Mapping[str, str]) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
+def _config_beside(path: Path) -> dict[str, str]:
+    """The configuration that PEFT itself saves beside a file, in the form that `_adapter_config` reads."""
+    config = path.with_name("adapter_config.json")
+    if path.name not in _PEFT_FILES or not config.is_file():
+        return {}
+    try:
+        loaded = json.loads(config.read_text("utf-8"))
+    except ValueError:
+        return {}
+    named = {f"unet.{key}": value for key, value in loaded.items()} if isinstance(loaded, dict) else {}
+    return {"lora_adapter_metadata": json.dumps(named)}
+
+
 def _configured_alpha(config: Mapping[str, Any], component: str, path: str, rank: int) -> float | None:
     """Alpha of a layer in PEFT's configuration; None if it says nothing (then alpha is the rank)."""
-    patterns = config.get(f"{component}.alpha_pattern") or {}
-    alpha = next((value for name, value in patterns.items() if path == name or path.endswith(f".{name}")), None)
-    alpha = config.get(f"{component}.lora_alpha") if alpha is None else alpha
+    alpha = _of_layer(config, component, path, "alpha_pattern", ("lora_alpha", "alpha"))
     if alpha is None:
         return None
     # rank-stabilised LoRA scales by alpha/sqrt(rank)
     return float(alpha) * (rank**0.5 if config.get(f"{component}.use_rslora") else 1.0)
+
+
+def _scale_of_whole_blocks(
+    config: Mapping[str, Any], component: str, path: str, tensors: Mapping[str, Tensor], key: str
+) -> float:
+    """What the first of two whole LoKr blocks is multiplied with: PEFT scales them by alpha/rank, LyCORIS does not."""
+    alpha = _of_layer(config, component, path, "alpha_pattern", ("alpha",))
+    rank = _of_layer(config, component, path, "rank_pattern", ("r",))
+    if key.replace("lokr_w1", "lokr_w2") not in tensors or alpha is None or not rank:
+        return 1.0
+    return float(alpha) / float(rank)
+
+
+def _of_layer(config: Mapping[str, Any], component: str, path: str, pattern: str, plain: tuple[str, ...]) -> Any:
+    """A value of PEFT's configuration for one layer: that of the first name that fits, else the plain one."""
+    patterns = config.get(f"{component}.{pattern}") or {}
+    named = next((value for name, value in patterns.items() if path == name or path.endswith(f".{name}")), None)
+    values = [named, *(config.get(f"{component}.{name}") for name in plain)]
+    return next((value for value in values if value is not None), None)
 
 
 # ---- writing

@@ -39,6 +39,8 @@ def _cell(text: str) -> str:
 
 def _type(spec: OptionSpec) -> str:
     name = KIND_NAMES[spec.kind.__name__]
+    if spec.told.positional:
+        return f"{name}, with or without `--{spec.name}`"
     return f"list of {name}s" if spec.is_list else name
 
 

@@ -27,6 +27,9 @@ from library.data.images import RESIZE_VERSION, UnreadableImage, center_crop_lef
 from library.data.records import Fit, ImageRecord, Size
 
 _FORMAT = 1
+_SAME_VAE = "vae_in_other_types"
+# Latents that a metadata file names have the scale and cut that its author chose; the bucket says enough.
+_PREPARED_FREELY = frozenset({"resized", "crop"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +90,24 @@ class LatentStore:
     """Latents by `LatentTarget`, in memory or in archives beside the images.
 
     ``family`` names the latent space ("sd", "sdxl"), ``vae`` is a hash of the VAE's weights: both are in the
-    fingerprint. ``memory_dtype`` is the type of latents kept in memory.
+    fingerprint. ``memory_dtype`` is the type of latents kept in memory. ``same_vae``: hashes of the same weights in
+    other number types, with which the archives serve too. ``takes_over``: the primary name is written in any case,
+    also over latents of another purpose.
     """
 
     def __init__(
-        self, family: str, vae: str, *, to_disk: bool = False, memory_dtype: torch.dtype = torch.float32
+        self,
+        family: str,
+        vae: str,
+        *,
+        to_disk: bool = False,
+        memory_dtype: torch.dtype = torch.float32,
+        same_vae: Sequence[str] = (),
+        takes_over: bool = False,
     ) -> None:
         self.to_disk = to_disk
+        self._same_vae = list(same_vae)
+        self._takes_over = takes_over
         self.notes = StoreNotes()
         self._maker = {"family": family, "vae": vae, "resize": RESIZE_VERSION}
         self._memory_dtype = memory_dtype
@@ -208,7 +222,8 @@ class LatentStore:
         }
 
     def _fingerprint(self, target: LatentTarget, state: FileState) -> dict[str, Any]:
-        return {**self._purpose(target), "image_bytes": state.size_bytes, "image_mtime_ns": state.mtime_ns}
+        others = {_SAME_VAE: self._same_vae} if self._same_vae else {}
+        return {**self._purpose(target), "image_bytes": state.size_bytes, "image_mtime_ns": state.mtime_ns, **others}
 
     def _paths(self, target: LatentTarget) -> tuple[Path, Path]:
         """The primary archive beside the image, and the one used when that name is taken."""
@@ -244,16 +259,18 @@ class LatentStore:
         if facts is None:
             return False
         if not os.path.exists(target.path) or target.path == str(path):
-            return facts.fits(target.fit.bucket, flipped) or self._is_own(facts, target, flipped)
-        return self._is_valid(path, facts, target, flipped)
+            return facts.fits(target.fit.bucket, flipped) or self._is_own(facts, target, flipped, _PREPARED_FREELY)
+        return self._is_valid(path, facts, target, flipped, _PREPARED_FREELY)
 
-    def _is_valid(self, path: Path, facts: ArchiveFacts, target: LatentTarget, flipped: bool) -> bool:
+    def _is_valid(
+        self, path: Path, facts: ArchiveFacts, target: LatentTarget, flipped: bool, free: frozenset[str] = frozenset()
+    ) -> bool:
         try:
             state = FileState.of(target.path)
         except UnreadableImage:
             return False
         if facts.fingerprint is not None:
-            return facts.is_complete(flipped) and facts.fingerprint == self._fingerprint(target, state)
+            return facts.is_complete(flipped) and _agree(facts.fingerprint, self._fingerprint(target, state), free)
         if not facts.fits(target.fit.bucket, flipped):
             return False
         if facts.original_size != target.size or FileState.of(str(path)).mtime_ns < state.mtime_ns:
@@ -261,15 +278,20 @@ class LatentStore:
         self.notes.foreign.append(str(path))
         return True
 
-    def _is_own(self, facts: ArchiveFacts, target: LatentTarget, flipped: bool) -> bool:
+    def _is_own(
+        self, facts: ArchiveFacts, target: LatentTarget, flipped: bool, free: frozenset[str] = frozenset()
+    ) -> bool:
         """True if the archive was made by us for this purpose, whatever the image's state was."""
         if facts.fingerprint is None or not facts.is_complete(flipped):
             return False
-        return all(facts.fingerprint.get(name) == value for name, value in self._purpose(target).items())
+        purpose = self._purpose(target)
+        state = {name: value for name, value in facts.fingerprint.items() if name not in purpose}
+        return _agree(facts.fingerprint, {**purpose, **state}, free)
 
     def _choose_path(self, target: LatentTarget, claimed: set[Path]) -> Path:
         primary, alternative = self._paths(target)
-        return primary if primary not in claimed and self._may_overwrite(primary, target) else alternative
+        free = primary not in claimed and (self._may_overwrite(primary, target) or self._takes_over)
+        return primary if free else alternative
 
     def _may_overwrite(self, path: Path, target: LatentTarget) -> bool:
         def is_outdated(facts: ArchiveFacts) -> bool:
@@ -278,6 +300,14 @@ class LatentStore:
             return facts.fits(target.fit.bucket, flipped=False) and facts.original_size in (target.size, None)
 
         return cache_files.may_overwrite(path, is_outdated, self.notes.stale)
+
+
+def _agree(found: dict[str, Any], wanted: dict[str, Any], free: frozenset[str]) -> bool:
+    """True if two fingerprints tell the same, but for the names in ``free`` and the VAE's number type."""
+    same_vae = wanted["vae"] in (found.get("vae"), *found.get(_SAME_VAE, ()))
+    passed_over = {"vae", _SAME_VAE, *free}
+    names = (found.keys() | wanted.keys()) - passed_over
+    return same_vae and all(name in found and name in wanted and found[name] == wanted[name] for name in names)
 
 
 def describe_notes(notes: StoreNotes, what: str = "latent", maker: str = "another VAE") -> list[str]:

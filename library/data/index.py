@@ -91,6 +91,14 @@ def read_folder(folder: str, caption_extensions: Iterable[str]) -> FolderContent
     )
 
 
+def image_names(folder: str) -> list[str]:
+    """The names of a folder's images, in natural order, by the rule of `read_folder`; no file is opened.
+
+    Raises OSError if the folder cannot be read.
+    """
+    return sorted(_scan(folder, ()).images, key=natural_key)
+
+
 def natural_key(name: str) -> tuple[list[str | int], str]:
     """A sorting key that takes runs of digits as numbers and ignores case."""
     parts = _DIGITS.split(name.casefold())

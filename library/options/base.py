@@ -165,7 +165,7 @@ def _spec(field: dataclasses.Field[Any], annotation: Any) -> OptionSpec:
     choices = get_args(item) if get_origin(item) is Literal else ()
     if choices:
         item = type(choices[0])
-    elif get_origin(item) is tuple:
+    while get_origin(item) is tuple:
         item = get_args(item)[0]
     return OptionSpec(field.name, item, choices, is_list, is_optional, field.default, told)
 

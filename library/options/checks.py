@@ -340,5 +340,9 @@ def missing(settings: Settings) -> list[str]:
         if settings.value_of("debug_dataset") and NOT_FOR_DEBUG_DATASET.intersection(names):
             continue
         if not any(_on(settings.value_of(name)) for name in names):
-            found.append(f"{' or '.join(f'--{name}' for name in names)} is missing")
+            found.append(f"{' or '.join(_as_typed(settings, name) for name in names)} is missing")
     return found
+
+
+def _as_typed(settings: Settings, name: str) -> str:
+    return name if settings.script.specs()[name].told.positional else f"--{name}"

@@ -40,6 +40,17 @@ def _help(spec: OptionSpec, default: Any) -> str:
     return text.replace("%", "%%")
 
 
+def _usage(script: ScriptOptions) -> str:
+    specs = script.specs()
+    words = [
+        f"[{name}]" if spec.is_optional and name not in script.required else name
+        for name, spec in specs.items()
+        if spec.told.positional
+    ]
+    config = ["[--config_file FILE]"] if "config_file" in specs else []
+    return " ".join(["%(prog)s", *config, *words, "[options]"])
+
+
 def build_parser(script: ScriptOptions) -> argparse.ArgumentParser:
     """The parser of a script. Its namespace holds only what was given, as text."""
     parser = _Parser(
@@ -48,7 +59,7 @@ def build_parser(script: ScriptOptions) -> argparse.ArgumentParser:
         epilog=EPILOG,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        usage="%(prog)s [--config_file FILE] [options]",
+        usage=_usage(script),
     )
     for group in script.groups:
         section = parser.add_argument_group(group.title)

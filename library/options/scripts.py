@@ -52,6 +52,7 @@ from library.options.network_tools import (
     SecondVersionOptions,
     SvdMergeOptions,
 )
+from library.options.preparation_scripts import PREPARATION_SCRIPTS, check_dataset_row
 from library.options.settings import ScriptOptions
 
 IMAGES = ("train_data_dir", "in_json", "dataset_config", "dataset_class")
@@ -270,6 +271,7 @@ CONVERT_MODEL = ScriptOptions(
     required=("model_to_load", "model_to_save"),
     summary="Convert a model between a checkpoint file and a Diffusers folder (SD 1.x, SD 2.x, SDXL).",
 )
+CHECK_DATASET = check_dataset_row(frozenset(specs_by_name((*_CACHE_GROUPS, SdxlFullOptions, ModelFileOptions))))
 
 SCRIPTS = (
     TRAIN_NETWORK,
@@ -293,4 +295,6 @@ SCRIPTS = (
     EXTRACT_LORA_FROM_MODELS,
     MERGE_MODELS,
     CONVERT_MODEL,
+    *PREPARATION_SCRIPTS,
+    CHECK_DATASET,
 )

@@ -226,3 +226,35 @@ def not_empty(raw: Any) -> str:
     if not text(raw):
         raise ValueError("must not be empty")
     return raw
+
+
+def pixel_sizes(raw: Any) -> tuple[tuple[int, int], ...]:
+    """``"512x512,256x384"`` as (width, height) pairs in pixels; pairs of numbers are taken as they are."""
+    items = raw.split(",") if isinstance(raw, str) else list(raw)
+    sizes: list[tuple[int, int]] = []
+    for item in items:
+        sides = item.strip().lower().split("x") if isinstance(item, str) else list(item)
+        try:
+            width, height = (whole_number(side) for side in sides)
+        except ValueError:
+            width = height = 0
+        if min(width, height) < 1:
+            raise ValueError("must be sizes in pixels (512x512,256x256)")
+        sizes.append((width, height))
+    return tuple(sizes)
+
+
+def whole_size(raw: Any) -> tuple[int, int]:
+    """``"512,768"`` as (width, height) in pixels."""
+    size = _numbers(raw, whole_number)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError("must be width,height in pixels (512,768)")
+    return (size[0], size[1])
+
+
+def ratio_pair(raw: Any) -> tuple[float, float]:
+    """``"4.0,5.0"``: two positive factors."""
+    pair = _numbers(raw, number)
+    if len(pair) != 2 or min(pair) <= 0:
+        raise ValueError("must be two positive numbers (4.0,5.0)")
+    return (pair[0], pair[1])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -90,8 +90,13 @@ def _warn_of_face_crops(datasets: Sequence[ResolvedDataset]) -> None:
 
 def weights_fingerprint(module: nn.Module) -> str:
     """Hash of a module's weights as they are in memory (names, shapes, types and bytes): 16 hexadecimal digits."""
+    return state_fingerprint(module.state_dict())
+
+
+def state_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """`weights_fingerprint` of a module with these weights."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

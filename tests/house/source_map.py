@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CODE_FOLDERS = ("library", "networks", "tools", "benchmarks")
+CODE_FOLDERS = ("library", "networks", "tools", "benchmarks", "finetune")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ LAYERS = {
     "library.data": 1,
     "library.families": 2,
     "library.generation": 3,
+    "library.preparation": 3,
     "library.training": 4,
 }
 SCRIPT_LAYER = 5
@@ -49,6 +50,7 @@ DISTRIBUTIONS = {
 }
 # Installed by the user if wanted; imported only inside functions. torch is chosen by the user, see README.md.
 OPTIONAL = {"torch", "xformers", "bitsandbytes", "wandb", "intel_extension_for_pytorch", "deepspeed", "triton"}
+OPTIONAL |= {"onnxruntime", "anime_face_detector"}
 OPTIONAL |= {"pillow_jxl", "pillow_avif", "pillow_heif"}
 OPTIONAL |= {"dadaptation", "lion_pytorch", "prodigyopt", "schedulefree", "lycoris"}
 
@@ -64,7 +66,7 @@ def layer_of(module: str) -> int | None:
 
 
 def is_own(target: str) -> bool:
-    return target.split(".")[0] in ("library", "networks", "tools", "benchmarks")
+    return target.split(".")[0] in ("library", "networks", "tools", "benchmarks", "finetune")
 
 
 def own_modules() -> set[str]:

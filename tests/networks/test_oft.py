@@ -274,8 +274,6 @@ def test_a_network_of_lycoris_is_read(tmp_path: Path) -> None:
     network.apply_to(view, unet, True, True)
     randomise(network)
     for name, parameter in network.named_parameters():
-        if "time_embedding" in name:  # a layer that gets no adapter here
-            parameter.data.zero_()
         if name.endswith("rescale"):
             parameter.data.add_(1.0)
     theirs = run_unet(unet), run_clip(encoder)
@@ -288,10 +286,10 @@ def test_a_network_of_lycoris_is_read(tmp_path: Path) -> None:
     ours.load_state_dict(weights)
     for got, expected, base in zip((run_unet(models[1]), run_clip(models[0])), theirs, before, strict=True):
         assert (expected - base).abs().max() > 0.02
-        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     again = str(tmp_path / "again.safetensors")
     ours.save_weights(again, None, None)
-    assert load_file(again).keys() == {key for key in load_file(file) if "time_embedding" not in key}
+    assert load_file(again).keys() == load_file(file).keys()
 
 
 def test_related_kinds_are_not_mixed_up(tmp_path: Path) -> None:

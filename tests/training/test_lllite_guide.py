@@ -40,7 +40,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_commands_of_the_guide(place, model_sdxl, capsys):
+def test_the_commands_of_the_guide(place: Path, model_sdxl: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a toy model and small pictures in place of those that the example names."""
     commands = [line for _, body in BLOCKS for line in body.splitlines() if line.startswith(("python ", "accelerate "))]
     small = (
@@ -60,7 +60,7 @@ def test_the_commands_of_the_guide(place, model_sdxl, capsys):
     assert (place / "output" / "my_lllite" / "my_lllite.safetensors").is_file()
 
 
-def test_the_data_set_of_the_guide(tmp_path):
+def test_the_data_set_of_the_guide(tmp_path: Path) -> None:
     (text,) = [body for language, body in BLOCKS if language == "toml"]
     (tmp_path / "data.toml").write_text(text)
     options = DataOptions(dataset_config=tmp_path / "data.toml")
@@ -69,7 +69,9 @@ def test_the_data_set_of_the_guide(tmp_path):
 
 
 @pytest.mark.parametrize("by_file", [True, False])
-def test_caches_made_ahead_are_used(by_file, place, model_sdxl, caplog, capsys):
+def test_caches_made_ahead_are_used(
+    by_file: bool, place: Path, model_sdxl: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     """By a data set file as well as by the two folders on the command line."""
     assert canny(["--input", "data/images", "--output", "data/edges"]) == 0
     (place / "data.toml").write_text(
@@ -89,7 +91,7 @@ def test_caches_made_ahead_are_used(by_file, place, model_sdxl, caplog, capsys):
     assert "latents: 2 images, 2 reused, 0 encoded" in caplog.text
 
 
-def test_the_sheet_of_the_data_shows_both_pictures(place):
+def test_the_sheet_of_the_data_shows_both_pictures(place: Path) -> None:
     assert canny(["--input", "data/images", "--output", "data/edges"]) == 0
     words = ("--conditioning_data_dir", "data/edges", "--debug_dataset")
     assert train(Path("no model"), Path("data/images"), Path("out"), *words, script=LLLITE_SCRIPT) == 0

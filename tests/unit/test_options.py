@@ -338,6 +338,32 @@ print("heavy", sorted(heavy & set(sys.modules)))
 """
 
 
+ASK_TOOLS = """
+import glob, importlib.util, sys
+for file in sorted(glob.glob("tools/*.py") + glob.glob("finetune/*.py")):
+    text = open(file).read()
+    if "preparation_scripts" in text or "CHECK_DATASET" in text:
+        spec = importlib.util.spec_from_file_location("tool", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        try:
+            module.main(["--help"])
+        except SystemExit as end:
+            print("status", file, end.code)
+heavy = {"torch", "diffusers", "transformers", "accelerate", "numpy", "rich", "cv2", "PIL", "onnxruntime"}
+print("heavy", sorted(heavy & set(sys.modules)))
+"""
+
+
+def test_help_of_the_preparation_tools_imports_nothing_heavy():
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_TOOLS], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.count(".py 0\n") == 11
+    assert "train_data_dir in_json out_json model_name_or_path" in " ".join(done.stdout.split())
+    assert done.stdout.endswith("heavy []\n")
+
+
 def test_help_imports_nothing_heavy():
     done = subprocess.run(
         [sys.executable, "-c", ASK_FOR_HELP], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from library.checkpoint.inspection import check_network_file
 from library.checkpoint.io import atomic_path
 from library.data.records import Batch
 from library.families.base import Geometry, ModelFamily, ModelParts, TextCondition
@@ -19,7 +20,6 @@ from library.models.memory import store_in_fp8
 from library.options import LLLiteOptions, NetworkFileOptions, OptimizerOptions, PrecisionOptions
 from library.options.settings import Settings
 from library.plugin import lllite_networks
-from library.training.selfcheck import check_network_file
 from library.training.trainable import Artifact, Trainable
 
 

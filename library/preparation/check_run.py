@@ -1,0 +1,84 @@
+"""Checking a data set: found as training finds it, decoded once, reported, and what is bad moved aside."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from library.checkpoint.io import atomic_write_text
+from library.data.index import image_names
+from library.data.loader import prefetch
+from library.data.records import Augmentation, BucketRules, CaptionRules, DatasetKind, DatasetSpec, SubsetSpec
+from library.data.report import TokenCounter, describe
+from library.data.sources import resolve
+from library.data.spec import load_dataset_specs
+from library.log import UserError, progress
+from library.options import DataOptions
+from library.options.preparation import CheckOptions
+from library.options.settings import Settings
+from library.preparation.check import CheckReport, Limits, check, unique_images
+from library.preparation.check_page import report_lines, report_page
+from library.preparation.looks import look_at
+from library.preparation.quarantine import RECORD_NAME, carry_out, plan_moves
+from library.text.tokens import count_tokens
+
+logger = logging.getLogger(__name__)
+_USUAL_RESOLUTION = (512, 512)
+
+
+def check_dataset(settings: Settings, counter: TokenCounter = count_tokens) -> CheckReport:
+    """Report on the data set of the options, and move aside what they say. Raises UserError."""
+    options, data = settings[CheckOptions], settings[DataOptions]
+    if options.dry_run and options.quarantine is None:
+        raise UserError("--dry_run needs --quarantine, whose moves it shows; without it nothing is moved in any case")
+    datasets = resolve(_specs(options, data), "skip", "skip", allow_captionless=True)
+    images = unique_images(datasets)
+    looks = list(progress(prefetch(images, look_at, data.max_data_loader_n_workers), "images", total=len(images)))
+    reports = describe(datasets, counter, options.max_token_length)
+    limits = Limits(options.min_side, int(options.max_megabytes * 1e6), options.duplicate_distance)
+    report = check(datasets, reports, looks, limits)
+    for line in report_lines(report):
+        logger.info("%s", line)
+    if options.html:
+        atomic_write_text(Path(options.html).expanduser(), report_page(report, options.thumbnails))
+        logger.info("page written to %s", options.html)
+    if options.quarantine is not None:
+        _quarantine(report, options, options.quarantine.expanduser())
+    return report
+
+
+def _quarantine(report: CheckReport, options: CheckOptions, folder: Path) -> None:
+    moves = plan_moves(report, options.quarantine_kinds, folder)
+    for move in moves:
+        logger.info("%s -> %s: %s", move.source, move.target, move.reason)
+    if options.dry_run:
+        logger.info("%d files would be moved", len(moves))
+        return
+    count = carry_out(moves, folder)
+    logger.info("%d files moved%s", count, f"; {folder / RECORD_NAME} says where they were" if count else "")
+
+
+def _specs(options: CheckOptions, data: DataOptions) -> tuple[DatasetSpec, ...]:
+    """The data sets; without a resolution in the options or the file that of SD 1.x with buckets is taken."""
+    if data.resolution is None:
+        has_file = data.dataset_config is not None
+        data = replace(data, resolution=_USUAL_RESOLUTION, enable_bucket=data.enable_bucket or not has_file)
+    if options.folder is None:
+        return load_dataset_specs(data)
+    folder = os.path.expanduser(options.folder)
+    if not os.path.isdir(folder):
+        raise UserError(f"folder {options.folder}: there is no such folder")
+    if not image_names(folder):
+        return load_dataset_specs(replace(data, train_data_dir=options.folder, dataset_config=None, in_json=None))
+    names = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
+    rules = BucketRules(data.resolution or _USUAL_RESOLUTION, **{name: getattr(data, name) for name in names})
+    extension = f".{data.caption_extension.lstrip('.')}" if data.caption_extension else None
+    subset = SubsetSpec(
+        image_dir=options.folder,
+        caption_extension=extension,
+        captions=CaptionRules(caption_separator=data.caption_separator),
+        augmentation=Augmentation(),
+    )
+    return (DatasetSpec(DatasetKind.DREAMBOOTH, data.train_batch_size, rules, (subset,)),)

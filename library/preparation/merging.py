@@ -1,0 +1,42 @@
+"""The text files beside images, gathered into a metadata file."""
+
+from __future__ import annotations
+
+import logging
+
+from library.log import UserError, progress
+from library.options.preparation import MergeOptions
+from library.preparation.files import find_images, image_key, read_text, with_extension
+from library.preparation.metadata import MetadataFile
+from library.preparation.outcome import Outcome
+
+logger = logging.getLogger(__name__)
+
+
+def merge_texts(options: MergeOptions, field: str) -> Outcome:
+    """Set ``field`` ("caption", "tags") of each image to the whole text beside it. Raises UserError.
+
+    Images without a text are named and passed over. In memory nothing but the entries is held.
+    """
+    if options.recursive and not options.full_path:
+        raise UserError("--recursive needs --full_path: equal names of different folders would be one image")
+    images = find_images(str(options.train_data_dir), options.recursive)
+    metadata = MetadataFile.open(str(options.out_json), options.in_json)
+    outcome, seen = Outcome(), dict[str, str]()
+    for image in progress(images, f"merging {field}"):
+        try:
+            text = read_text(with_extension(image, options.caption_extension))
+        except ValueError as error:
+            outcome.fail(str(image), str(error))
+            continue
+        key = image_key(image, options.full_path)
+        if key in seen:
+            logger.warning("%s and %s have the same key %r: one entry serves both", seen[key], image.name, key)
+        seen[key] = image.name
+        metadata.set(key, field, text)
+        outcome.done += 1
+        if options.debug:
+            logger.info("%s: %s", image, text)
+    if outcome.done:
+        metadata.save()
+    return outcome
