@@ -12,6 +12,87 @@ ToolPrecision = Literal["float", "fp16", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class MergeFilesOptions(OptionGroup):
+    """What all merging tools have: what is merged, how strong, where to."""
+
+    title: ClassVar[str] = "Merge networks"
+
+    save_precision: ToolPrecision | None = option(None, help="type of saved tensors; that of precision when absent")
+    precision: ToolPrecision = option(
+        "float", help="type of saved tensors where save_precision is absent; computed in float32 always"
+    )
+    save_to: str | None = option(None, help="file (a model: also Diffusers folder) to write", metavar="FILE")
+    models: list[str] | None = option(None, help="network files to merge", metavar="FILE")
+    ratios: list[float] | None = option(None, help="weight of each of models; 1 when absent")
+    block_weights: list[str] | None = option(
+        None,
+        help="more factors for each of models: text_encoder_mul=N;unet_mul=N;block_mul=N,N,... or the blocks' alone",
+        metavar="ARGS",
+    )
+    no_metadata: bool = option(False, help="leave out the modelspec entries; what programs need to read the file stays")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(OptionGroup):
+    """Merging networks into a model, or with each other."""
+
+    title: ClassVar[str] = "Merge into a model, or networks with each other"
+
+    sd_model: str | None = option(
+        None,
+        help="model to merge into, a file or a Diffusers folder; when absent the networks are merged with each other",
+        metavar="MODEL",
+    )
+    new_rank: int | None = option(
+        None, ge=1, help="reduce merged networks to this rank; when absent the sum of the ranks, which is exact"
+    )
+    concat: bool = option(False, help="accepted; merged networks are stacked, which is exact, in any case")
+    shuffle: bool = option(False, help="mix the ranks by a random rotation; the result stays the same")
+    seed: int | None = option(None, ge=0, help="seed of shuffle; drawn anew when absent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondVersionOptions(OptionGroup):
+    """What the files say by themselves."""
+
+    title: ClassVar[str] = "Kind of model"
+
+    v2: bool = option(False, help="the model is of the SD 2.x family; told by the files, checked only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SvdMergeOptions(OptionGroup):
+    """Merging networks to a rank of choice."""
+
+    title: ClassVar[str] = "Merge networks to a new rank"
+
+    new_rank: int = option(4, ge=1, help="rank of the merged network")
+    new_conv_rank: int | None = option(
+        None, ge=1, help="the same for convolutions with a kernel larger than 1x1; new_rank when absent"
+    )
+    clamp_quantile: float = option(
+        1.0, gt=0, le=1, help="cut values beyond this quantile of their sizes; 1 cuts nothing"
+    )
+    device: str | None = option(None, help="where to compute, for example cuda; the CPU when absent", metavar="DEVICE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(OptionGroup):
+    """Names of network files."""
+
+    title: ClassVar[str] = "Convert a network"
+
+    model: str | None = option(None, help="network file to convert", metavar="FILE")
+    save_to: str | None = option(None, help="file to write", metavar="FILE")
+    to: Literal["kohya", "kohya_diffusers", "diffusers"] = option(
+        "kohya",
+        help="kohya: names of this program (SDXL: Stability blocks); kohya_diffusers: the same with Diffusers blocks;"
+        " diffusers: names of Diffusers and PEFT",
+    )
+    save_precision: ToolPrecision | None = option(None, help="type of saved tensors; as they are when absent")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MetadataToolOptions(OptionGroup):
     """Showing and editing the metadata of safetensors files."""
 

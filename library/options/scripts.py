@@ -42,11 +42,16 @@ from library.options.generation import (
 from library.options.model_tools import ConvertModelOptions, MergeModelsOptions
 from library.options.network_tools import (
     CheckOptions,
+    ConvertOptions,
     DyloraSplitOptions,
     ExtractOptions,
     InterrogatorOptions,
+    MergeFilesOptions,
+    MergeOptions,
     MetadataToolOptions,
     ResizeOptions,
+    SecondVersionOptions,
+    SvdMergeOptions,
 )
 from library.options.preparation_scripts import PREPARATION_SCRIPTS, check_dataset_row
 from library.options.settings import ScriptOptions
@@ -209,6 +214,35 @@ LATENT_UPSCALER = ScriptOptions(
     summary="Enlarge picture files to twice their size with the latent upscaler of highres fix.",
 )
 
+MERGE_LORA = ScriptOptions(
+    name="networks/merge_lora.py",
+    groups=(SecondVersionOptions, MergeFilesOptions, MergeOptions, ConsoleOptions),
+    required=("save_to", "models"),
+    summary="Merge networks into a model, or networks with each other.",
+)
+
+SDXL_MERGE_LORA = ScriptOptions(
+    name="networks/sdxl_merge_lora.py",
+    groups=(MergeFilesOptions, MergeOptions, ConsoleOptions),
+    required=MERGE_LORA.required,
+    summary="Merge networks into an SDXL model, or networks for SDXL with each other.",
+    family="sdxl",
+)
+
+SVD_MERGE_LORA = ScriptOptions(
+    name="networks/svd_merge_lora.py",
+    groups=(MergeFilesOptions, SvdMergeOptions, ConsoleOptions),
+    required=MERGE_LORA.required,
+    summary="Merge networks with each other into one of a chosen rank.",
+)
+
+CONVERT_LORA = ScriptOptions(
+    name="networks/convert_lora.py",
+    groups=(ConvertOptions, ConsoleOptions),
+    required=("model", "save_to"),
+    summary="Convert a network file between the names of this program, of Diffusers and PEFT, and of SDXL's blocks.",
+)
+
 SHOW_METADATA = ScriptOptions(
     name="tools/show_metadata.py",
     groups=(MetadataToolOptions, ConsoleOptions),
@@ -279,6 +313,10 @@ SCRIPTS = (
     GEN_IMG,
     SDXL_GEN_IMG,
     LATENT_UPSCALER,
+    MERGE_LORA,
+    SDXL_MERGE_LORA,
+    SVD_MERGE_LORA,
+    CONVERT_LORA,
     SHOW_METADATA,
     RESIZE_LORA,
     EXTRACT_LORA_FROM_DYLORA,

@@ -9,14 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from networks import convert_lora
 from networks.lora import create_network
 from networks.weights import write_weights
+from tests.generation_fixtures import write_network
 from tests.house.source_map import ROOT
 from tests.house.test_docs import commands_of
 from tests.networks_fixtures import randomise
 from tests.toy import toy_modules, write_toy_checkpoint
 
 TOOLS = (
+    "networks/merge_lora.py",
+    "networks/sdxl_merge_lora.py",
+    "networks/svd_merge_lora.py",
+    "networks/convert_lora.py",
     "networks/resize_lora.py",
     "networks/extract_lora_from_models.py",
     "networks/extract_lora_from_dylora.py",
@@ -33,7 +39,7 @@ COMMANDS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a reader has at hand: a model and a tuned one, a LoRA, a DyLoRA."""
+    """What a reader has at hand: a model and a tuned one, LoRA files, a DyLoRA, and of SDXL a model and a LoRA."""
     place = tmp_path_factory.mktemp("files")
     modules = toy_modules("sd1")
     write_toy_checkpoint(place / "original.safetensors")
@@ -45,6 +51,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_weights(place / f"{name}.safetensors", network.state_dict(), None, {"ss_training_comment": "x"})
     network.detach()
     write_toy_checkpoint(place / "tuned.safetensors", seed=1)
+    write_network(place / "second.safetensors", seed=2)
+    write_toy_checkpoint(place / "sdxl.safetensors", "sdxl")
+    write_network(place / "sdxl_lora.safetensors", "sdxl")
+    names = ["--model", str(place / "lora.safetensors"), "--save_to", str(place / "peft.safetensors")]
+    assert convert_lora.main([*names, "--to", "diffusers"]) == 0
     return place
 
 
