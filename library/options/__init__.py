@@ -1,7 +1,7 @@
 """Options: one group for each concern. Other rooms import the groups from here and take those that they need."""
 
 from library.options.data import CacheOptions, CacheToolOptions, DataOptions, TextCacheOptions
-from library.options.full import FullOptions, SdxlFullOptions
+from library.options.full import DreamBoothOptions, FineTuneOptions, FullOptions, SdxlFullOptions
 from library.options.model import ModelOptions, PrecisionOptions
 from library.options.network import NetworkOptions
 from library.options.saving import (
@@ -23,6 +23,8 @@ __all__ = [
     "ConfigOptions",
     "ConsoleOptions",
     "DataOptions",
+    "DreamBoothOptions",
+    "FineTuneOptions",
     "FullOptions",
     "HubOptions",
     "LogOptions",

@@ -216,6 +216,12 @@ def _fused_clipping(settings: Settings) -> str | None:
     return None
 
 
+def _text_rate(settings: Settings) -> str | None:
+    if settings.value_of("learning_rate_te") and settings.value_of("train_text_encoder") is False:
+        return "--learning_rate_te has no effect without --train_text_encoder"
+    return None
+
+
 def _v_parameterization(settings: Settings) -> str | None:
     if _is_sdxl(settings):
         unusual = settings.value_of("v_parameterization")
@@ -283,6 +289,7 @@ DOUBTS: tuple[Rule, ...] = (
     _steps_and_epochs,
     _samples_twice,
     _fused_clipping,
+    _text_rate,
 )
 
 

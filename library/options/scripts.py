@@ -6,6 +6,8 @@ from library.options import (
     ConfigOptions,
     ConsoleOptions,
     DataOptions,
+    DreamBoothOptions,
+    FineTuneOptions,
     HubOptions,
     LogOptions,
     LoopOptions,
@@ -66,6 +68,28 @@ TRAIN_NETWORK = ScriptOptions(
     summary="Train a LoRA or another network on Stable Diffusion 1.x or 2.x.",
 )
 
+MODEL_REQUIRED = ("pretrained_model_name_or_path", "output_dir", IMAGES)
+
+
+def full_groups(own: type[OptionGroup]) -> tuple[type[OptionGroup], ...]:
+    """The groups of a script that trains the model itself; ``own`` is the group of its parts and rates."""
+    return (*TRAINING_GROUPS[:2], own, *TRAINING_GROUPS[2:], ModelFileOptions)
+
+
+TRAIN_DB = ScriptOptions(
+    name="train_db.py",
+    groups=full_groups(DreamBoothOptions),
+    required=MODEL_REQUIRED,
+    summary="Train Stable Diffusion 1.x or 2.x itself on folders of images (DreamBooth).",
+)
+
+FINE_TUNE = ScriptOptions(
+    name="fine_tune.py",
+    groups=full_groups(FineTuneOptions),
+    required=MODEL_REQUIRED,
+    summary="Train Stable Diffusion 1.x or 2.x itself on captioned images.",
+)
+
 SDXL_DEFAULTS = {"bucket_reso_steps": 32, "sample_sampler": "euler_a"}
 
 
@@ -86,16 +110,20 @@ SDXL_TRAIN_NETWORK = ScriptOptions(
 
 SDXL_TRAIN = ScriptOptions(
     name="sdxl_train.py",
-    groups=with_text_cache((*TRAINING_GROUPS[:2], SdxlFullOptions, *TRAINING_GROUPS[2:], ModelFileOptions)),
+    groups=with_text_cache(full_groups(SdxlFullOptions)),
     defaults=SDXL_DEFAULTS,
-    required=("pretrained_model_name_or_path", "output_dir", IMAGES),
+    required=MODEL_REQUIRED,
     summary="Train the U-Net and the text encoders of SDXL themselves.",
     family="sdxl",
 )
 
 # The caching tools take the command line and the file of any training; how models are saved is not their business.
 _CACHE_GROUPS = tuple(group for group in SDXL_TRAIN_NETWORK.groups if group is not NetworkFileOptions)
-_NOT_FOR_CACHES = frozenset(specs_by_name((SdxlFullOptions, ModelFileOptions)))
+_NOT_FOR_CACHES = frozenset(
+    name
+    for group in (DreamBoothOptions, FineTuneOptions, SdxlFullOptions, ModelFileOptions)
+    for name in specs_by_name((group,))
+)
 
 CACHE_LATENTS = ScriptOptions(
     name="tools/cache_latents.py",
@@ -154,6 +182,8 @@ LATENT_UPSCALER = ScriptOptions(
 SCRIPTS = (
     TRAIN_NETWORK,
     SDXL_TRAIN_NETWORK,
+    TRAIN_DB,
+    FINE_TUNE,
     SDXL_TRAIN,
     CACHE_LATENTS,
     CACHE_TEXT,

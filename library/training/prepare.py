@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -187,12 +187,14 @@ def make_text_source(settings: Settings, models: Models, machine: Machine) -> Ca
         return CachedTextSource(models.text_store, device=machine.device, dtype=machine.weight_dtype)
     subsets = [subset for dataset in models.images.datasets for subset in dataset.spec.subsets]
     repeats = bool(subsets) and not any(subset.captions.is_random for subset in subsets)
+    how = text_settings(settings[ModelOptions], models.family)
+    pads = not settings.value_of("no_token_padding")
     return TextSource(
         models.family,
         models.parts,
-        text_settings(settings[ModelOptions], models.family),
+        how if pads else replace(how, shrink=True, pad=False),
         learns=models.text_learns,
-        captions_repeat=repeats,
+        captions_repeat=repeats and pads,  # without padding a caption's length depends on its batch
         device=machine.device,
         dtype=machine.weight_dtype,
     )

@@ -9,7 +9,15 @@ import pytest
 
 from library.options.parser import read_command_line
 from library.options.script import parse
-from library.options.scripts import CACHE_LATENTS, CACHE_TEXT, SDXL_TRAIN, SDXL_TRAIN_NETWORK, TRAIN_NETWORK
+from library.options.scripts import (
+    CACHE_LATENTS,
+    CACHE_TEXT,
+    FINE_TUNE,
+    SDXL_TRAIN,
+    SDXL_TRAIN_NETWORK,
+    TRAIN_DB,
+    TRAIN_NETWORK,
+)
 from library.options.settings import ScriptOptions
 
 DATA = Path(__file__).parent / "data"
@@ -17,6 +25,8 @@ SCRIPTS = {
     "train_network": TRAIN_NETWORK,
     "sdxl_train_network": SDXL_TRAIN_NETWORK,
     "sdxl_train": SDXL_TRAIN,
+    "train_db": TRAIN_DB,
+    "fine_tune": FINE_TUNE,
 }
 ROWS = {
     name: list(csv.DictReader((DATA / f"{name}_flags.tsv").open(encoding="utf-8"), delimiter="\t")) for name in SCRIPTS
@@ -52,6 +62,22 @@ NEW_IN = {
         "fused_backward_pass",
         "no_metadata",
         "prior_loss_weight",
+        "training_comment",
+    },
+    "train_db": {
+        "dataset_repeats",
+        "diffusers_xformers",
+        "fused_backward_pass",
+        "in_json",
+        "no_metadata",
+        "training_comment",
+    },
+    "fine_tune": {
+        "fused_backward_pass",
+        "no_half_vae",
+        "no_metadata",
+        "prior_loss_weight",
+        "reg_data_dir",
         "training_comment",
     },
 }
@@ -135,7 +161,7 @@ def test_misspelt_caption_option_of_old_command_lines():
 
 def test_the_cache_tool_takes_every_option_of_the_training():
     for tool in (CACHE_LATENTS, CACHE_TEXT):
-        for training in (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, SDXL_TRAIN):
+        for training in (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, SDXL_TRAIN, TRAIN_DB, FINE_TUNE):
             assert set(training.specs()) <= set(tool.specs()) | tool.passes_over
         assert set(tool.specs()) <= set(SDXL_TRAIN_NETWORK.specs()) | {"skip_existing", "sdxl"}
 
