@@ -54,6 +54,8 @@ NO_EFFECT_WITHOUT = (
     ("huggingface_path_in_repo", ("huggingface_repo_id",)),
     ("log_prefix", ("logging_dir", "log_with")),
     ("log_tracker_config", ("logging_dir", "log_with")),
+    ("noise_offset_random_strength", ("noise_offset",)),
+    ("ip_noise_gamma_random_strength", ("ip_noise_gamma",)),
     ("clip_vision_strength", ("image_path", "from_image")),
     ("highres_fix_save_1st", ("highres_fix_scale",)),
     ("highres_fix_latents_upscaling", ("highres_fix_scale",)),
@@ -216,6 +218,14 @@ def _fused_clipping(settings: Settings) -> str | None:
     return None
 
 
+def _huber_options(settings: Settings) -> str | None:
+    usual = {spec.name: spec.default for spec in settings.script.specs().values() if spec.name.startswith("huber_")}
+    given = [f"--{name}" for name, default in usual.items() if settings.value_of(name) != default]
+    if given and settings.value_of("loss_type") in ("l1", "l2"):
+        return f"{', '.join(given)}: no effect without --loss_type huber or smooth_l1"
+    return None
+
+
 def _text_rate(settings: Settings) -> str | None:
     if settings.value_of("learning_rate_te") and settings.value_of("train_text_encoder") is False:
         return "--learning_rate_te has no effect without --train_text_encoder"
@@ -290,6 +300,7 @@ DOUBTS: tuple[Rule, ...] = (
     _samples_twice,
     _fused_clipping,
     _text_rate,
+    _huber_options,
 )
 
 

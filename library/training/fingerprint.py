@@ -51,7 +51,8 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         network_train_text_encoder_only unet_lr text_encoder_lr scale_weight_norms base_weights_multiplier
         cache_text_encoder_outputs_variants
         train_text_encoder learning_rate_te learning_rate_te1 learning_rate_te2 block_lr fused_backward_pass
-        stop_text_encoder_training no_token_padding
+        stop_text_encoder_training no_token_padding loss_type huber_schedule huber_c huber_scale
+        noise_offset_random_strength ip_noise_gamma_random_strength
     """,
     length="max_train_steps max_train_epochs",
     data="""
