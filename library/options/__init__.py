@@ -15,7 +15,14 @@ from library.options.saving import (
     SampleOptions,
     SaveOptions,
 )
-from library.options.training import LoopOptions, LossOptions, NoiseOptions, OptimizerOptions, ScheduleOptions
+from library.options.training import (
+    EmaOptions,
+    LoopOptions,
+    LossOptions,
+    NoiseOptions,
+    OptimizerOptions,
+    ScheduleOptions,
+)
 
 __all__ = [
     "CacheOptions",
@@ -24,6 +31,7 @@ __all__ = [
     "ConsoleOptions",
     "DataOptions",
     "DreamBoothOptions",
+    "EmaOptions",
     "FineTuneOptions",
     "FullOptions",
     "HubOptions",

@@ -25,6 +25,7 @@ NEEDS = (
     ("resume_from_huggingface", "resume"),
     ("save_state_to_huggingface", "huggingface_repo_id"),
     ("allow_mismatch", "resume"),
+    ("sample_with_ema", "ema_decay"),
     ("cache_text_encoder_outputs_variants", "cache_text_encoder_outputs"),
 )
 
@@ -56,6 +57,7 @@ NO_EFFECT_WITHOUT = (
     ("log_tracker_config", ("logging_dir", "log_with")),
     ("noise_offset_random_strength", ("noise_offset",)),
     ("ip_noise_gamma_random_strength", ("ip_noise_gamma",)),
+    ("ema_device", ("ema_decay",)),
     ("clip_vision_strength", ("image_path", "from_image")),
     ("highres_fix_save_1st", ("highres_fix_scale",)),
     ("highres_fix_latents_upscaling", ("highres_fix_scale",)),

@@ -95,6 +95,25 @@ class NoiseOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmaOptions(OptionGroup):
+    """An average of the trained weights, saved beside them."""
+
+    title: ClassVar[str] = "Average of the weights (EMA)"
+
+    ema_decay: float | None = option(
+        None,
+        ge=0,
+        lt=1,
+        help="keep an exponential moving average of the trained weights, in float32 (4 bytes for each number that"
+        " learns), and save it beside each model, with -ema in its name; 0.999 to 0.9999 is usual, 0 is off",
+    )
+    ema_device: Literal["cpu"] | None = option(
+        None, help="where the average is kept: cpu saves the device's memory and costs a copy of the weights each step"
+    )
+    sample_with_ema: bool = option(False, help="draw previews with the average; needs ema_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossOptions(OptionGroup):
     """Kind and weighting of the loss."""
 

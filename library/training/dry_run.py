@@ -16,6 +16,7 @@ from library.families.base import ModelParts
 from library.log import UserError
 from library.options import (
     CacheOptions,
+    EmaOptions,
     LoopOptions,
     ModelOptions,
     OptimizerOptions,
@@ -98,8 +99,9 @@ def _file_lines(settings: Settings, clock: Clock) -> list[str]:
     drawn_steps = due_counts(clock.max_train_steps, None if by_epoch else sample.sample_every_n_steps)
     state = "with a state each" if plan.with_state else "without states"
     last_state = " and a state" if plan.state_at_end else ""
+    average = "; beside each model the average of the weights" if settings[EmaOptions].ema_decay else ""
     return [
-        f"models after epochs: {_counts(epochs)}; after steps: {_counts(steps)} ({state})",
+        f"models after epochs: {_counts(epochs)}; after steps: {_counts(steps)} ({state}){average}",
         f"at the end: the final model{last_state}",
         f"previews {'before the first step; ' if sample.sample_at_first else ''}"
         f"after epochs: {_counts(drawn_epochs)}; after steps: {_counts(drawn_steps)}",
@@ -116,7 +118,11 @@ def _disk_lines(
     models = _kept(plan.epoch_saves(clock.num_epochs), plan.keep_epochs)
     models += _kept(plan.step_saves(clock.max_train_steps), plan.keep_steps, plan.every_n_steps) + 1
     states = (models - 1 if plan.with_state else 0) + plan.state_at_end
-    needed = {"models": models * trainable.saved_numbers() * width, "states": states * learnt * 4 * _MOMENTS}
+    averages = 1 if settings[EmaOptions].ema_decay else 0
+    needed = {
+        "models": models * (1 + averages) * trainable.saved_numbers() * width,
+        "states": states * learnt * 4 * (_MOMENTS + averages),
+    }
     if settings[CacheOptions].cache_latents_to_disk:
         needed["latents"] = int(sum(_latent_bytes(dataset) for dataset in datasets))
     text = text_cache_options(settings)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,7 +36,6 @@ from library.rng import seed_of
 from library.training.caching import WorkShare, bind_prepared_latents, cache_latents, weights_fingerprint
 from library.training.latent_source import LatentSource
 from library.training.machine import Machine
-from library.training.optimizers import OptimizerMode
 from library.training.preflight import check_bucket_steps
 from library.training.preview import Previewer
 from library.training.script import Script
@@ -222,14 +221,14 @@ def make_previewer(
     machine: Machine,
     schedule: NoiseSchedule,
     trackers: Trackers,
-    mode: OptimizerMode,
+    weights: Callable[[], AbstractContextManager[object]],
 ) -> Previewer:
-    """Previews with the weights that would be saved, at full strength."""
+    """Previews at full strength, with the weights that ``weights`` puts in place."""
 
     @contextmanager
     def in_use() -> Generator[None]:
         models.trainable.on_micro_batch(1.0)
-        with mode.evaluating():
+        with weights():
             yield
 
     sample, save = settings[SampleOptions], settings[SaveOptions]

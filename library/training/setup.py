@@ -20,6 +20,7 @@ from library.interrupt import StopRequest
 from library.log import Progress, progress
 from library.options import (
     DataOptions,
+    EmaOptions,
     HubOptions,
     LoopOptions,
     ModelOptions,
@@ -38,6 +39,7 @@ from library.training.arrange import (
     count_steps,
     make_clock,
 )
+from library.training.average import WeightAverage, make_average
 from library.training.clock import Clock
 from library.training.fingerprint import fingerprint
 from library.training.fused import FusedUpdate
@@ -91,11 +93,16 @@ def build_run(script: Script, settings: Settings, datasets: Sequence[ResolvedDat
     update = make_update(settings, models, machine, make_step(settings, models, machine, schedule), optimizer, facts)
     bar = progress(clock.max_train_steps, "steps")
     reporter = Reporter(bar, len(arrangement.plan(1)), lambda: learning_rates(optimizer), trackers.log)
-    output = make_output(settings, models, machine, clock, reporter, facts, seed, resumed, uploader)
+    mode = OptimizerMode(optimizer)
+    average = make_average(
+        settings[EmaOptions], models.trainable.trained_parameters(), optimizer_averages=mode.averages
+    )
+    output = make_output(settings, models, machine, clock, reporter, facts, seed, resumed, uploader, average)
     if state_folder and resumed:
         output.restore(state_folder, resumed)
     trackers.start(settings, machine.accelerator)
-    previewer = make_previewer(settings, models, machine, schedule, trackers, OptimizerMode(optimizer))
+    in_use = average.in_use if average and settings[EmaOptions].sample_with_ema else mode.evaluating
+    previewer = make_previewer(settings, models, machine, schedule, trackers, in_use)
     job = Job(
         clock=clock,
         step=update.step,
@@ -104,7 +111,7 @@ def build_run(script: Script, settings: Settings, datasets: Sequence[ResolvedDat
         guard=FiniteGuard(settings[LoopOptions].on_nan, machine.accelerator.scaler is not None, models.images.path_of),
         plan=arrangement.plan,
         batches=arrangement.batches,
-        effects=(reporter, previewer, output.saver),
+        effects=(*((average,) if average else ()), reporter, previewer, output.saver),
         stop=stop,
         seed=seed,
         rank=machine.rank,
@@ -195,6 +202,7 @@ def make_output(
     seed: int,
     resumed: RunState | None,
     uploader: Uploader | None,
+    average: WeightAverage | None,
 ) -> Output:
     """What writes, after the run was found to be the one that is resumed."""
     model = model_facts(models.family, models.parts)
@@ -203,4 +211,6 @@ def make_output(
     files = [network.network_weights, *(network.base_weights or [])]
     loaded = [file_hashes(file).sha256 for file in files if file]
     identity = identify(settings, seed, datasets, model, loaded, machine.processes, resumed)
-    return Output(settings, machine, models.trainable, identity, model, datasets, clock, reporter, optimizer, uploader)
+    return Output(
+        settings, machine, models.trainable, identity, model, datasets, clock, reporter, optimizer, uploader, average
+    )

@@ -62,11 +62,17 @@ class RunState:
 
 
 class HasState(Protocol):
-    """A schedule or a gradient scaler."""
+    """A schedule, a gradient scaler, or an average of the weights."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+class HasAverage(Protocol):
+    """An average of the weights, which can also begin anew."""
+
+    def load_state_dict(self, state: dict[str, Any] | None, /) -> None: ...
 
 
 # ---- public
@@ -79,6 +85,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     schedule: HasState,
     scaler: HasState | None = None,
+    average: HasState | None = None,
 ) -> None:
     """Write a state folder; an existing one of the same name is replaced only when the new one is whole.
 
@@ -90,6 +97,7 @@ def save_state(
         "optimizer": {"class": _class_name(optimizer), **_pack_optimizer(writer, optimizer)},
         "schedule": writer.encode(schedule.state_dict(), "schedule", lenient=True),
         "scaler": writer.encode(scaler.state_dict() if scaler else None, "scaler"),
+        "average": writer.encode(average.state_dict() if average else None, "average"),
     }
     with atomic_folder(folder) as temporary:
         save_safetensors(temporary / TRAINABLE_FILE, dict(trainable), {})
@@ -145,10 +153,12 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     schedule: HasState,
     scaler: HasState | None = None,
+    average: HasAverage | None = None,
     *,
     keep_hyperparameters: bool = False,
 ) -> None:
-    """Put a state back: into the tensors of ``trainable`` in place, the optimizer, the schedule and the scaler.
+    """Put a state back: into the tensors of ``trainable`` in place, the optimizer, the schedule, the scaler and the
+    average (which is given None if the state has none).
 
     ``keep_hyperparameters``: this run's learning rates, weight decay and betas stay in force instead of the state's
     (for a run that is resumed with changed options on purpose). Raises UserError if the state does not fit; the
@@ -166,6 +176,8 @@ def load_state(
             saved_scaler = reader.decode(tree["scaler"])
             if scaler is not None and saved_scaler is not None:
                 scaler.load_state_dict(saved_scaler)
+            if average is not None:
+                average.load_state_dict(reader.decode(tree.get("average")))
     except (KeyError, TypeError, ValueError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"--resume {path}: the state is damaged ({reason}); use an earlier state") from error

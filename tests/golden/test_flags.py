@@ -43,6 +43,8 @@ NEW_OPTIONS = {
     "allow_mismatch",
     "deterministic",
     "dry_run",
+    "ema_decay",
+    "ema_device",
     "huber_c",
     "huber_scale",
     "huber_schedule",
@@ -52,6 +54,7 @@ NEW_OPTIONS = {
     "on_bad_caption",
     "on_bad_image",
     "on_nan",
+    "sample_with_ema",
     "save_state_on_train_end",
 }
 # The first two are the reference's, the third is new.
