@@ -22,6 +22,7 @@ from library.options.training import (
     NoiseOptions,
     OptimizerOptions,
     ScheduleOptions,
+    ValidationOptions,
 )
 
 __all__ = [
@@ -51,4 +52,5 @@ __all__ = [
     "ScheduleOptions",
     "SdxlFullOptions",
     "TextCacheOptions",
+    "ValidationOptions",
 ]

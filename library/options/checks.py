@@ -38,6 +38,7 @@ EXCLUDES = (
     ("use_8bit_adam", "optimizer_type"),
     ("use_lion_optimizer", "optimizer_type"),
     ("cache_text_encoder_outputs", "dataset_class"),
+    ("validation_split", "dataset_class"),
     ("cache_text_encoder_outputs", "train_text_encoder"),
 )
 
@@ -57,6 +58,9 @@ NO_EFFECT_WITHOUT = (
     ("log_tracker_config", ("logging_dir", "log_with")),
     ("noise_offset_random_strength", ("noise_offset",)),
     ("ip_noise_gamma_random_strength", ("ip_noise_gamma",)),
+    ("validate_every_n_steps", ("validation_split",)),
+    ("validate_every_n_epochs", ("validation_split",)),
+    ("validation_seed", ("validation_split",)),
     ("ema_device", ("ema_decay",)),
     ("clip_vision_strength", ("image_path", "from_image")),
     ("highres_fix_save_1st", ("highres_fix_scale",)),

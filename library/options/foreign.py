@@ -27,9 +27,6 @@ HARMLESS = frozenset(
         "offload_param_nvme_path",
         "skip_cache_check",
         "use_safetensors",
-        "validate_every_n_epochs",
-        "validate_every_n_steps",
-        "validation_seed",
         "wandb_run_id",
         "zero3_init_flag",
         "zero3_save_16bit_model",
@@ -64,7 +61,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "skip_until_initial_step": (),
     "stop_text_encoder_training": (),
     "train_text_encoder": (),
-    "validation_split": (),
 }
 
 _OFF = frozenset({"false", "0", "0.0", "", "none", "[]"})

@@ -26,6 +26,7 @@ from library.options import (
     ScheduleOptions,
     SdxlFullOptions,
     TextCacheOptions,
+    ValidationOptions,
 )
 from library.options.base import OptionGroup, specs_by_name
 from library.options.generation import (
@@ -53,6 +54,7 @@ TRAINING_GROUPS = (
     ScheduleOptions,
     NoiseOptions,
     LossOptions,
+    ValidationOptions,
     EmaOptions,
     PrecisionOptions,
     SaveOptions,

@@ -95,6 +95,24 @@ class NoiseOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationOptions(OptionGroup):
+    """The loss on images that are not trained on."""
+
+    title: ClassVar[str] = "Validation"
+
+    validation_split: float = option(
+        0.0, ge=0, lt=1, help="share of each subset's images that are never trained on and give the validation loss"
+    )
+    validation_seed: int = option(
+        0, ge=0, lt=2**32, help="seed of the choice of these images and of their noise; does not depend on seed"
+    )
+    validate_every_n_steps: int | None = option(None, ge=1, help="validate after every N-th optimizer step")
+    validate_every_n_epochs: int | None = option(
+        None, ge=1, help="validate after every N-th epoch; after each one when no interval is given"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmaOptions(OptionGroup):
     """An average of the trained weights, saved beside them."""
 

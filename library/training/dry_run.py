@@ -43,8 +43,10 @@ _MOMENTS = 3  # weight and two moments of an Adam-like optimizer, each in float3
 _LATENT_BYTES_PER_PIXEL = 4 * 4 / 64  # four float32 channels for each 8x8 pixels
 
 
-def print_plan(script: Script, settings: Settings, datasets: Sequence[ResolvedDataset]) -> int:
-    """Print the plan to standard output; returns the exit status."""
+def print_plan(
+    script: Script, settings: Settings, datasets: Sequence[ResolvedDataset], held_out: Sequence[ResolvedDataset]
+) -> int:
+    """Print the plan to standard output; returns the exit status. ``held_out`` are the images of the validation."""
     check_places(settings)
     if not datasets:
         raise UserError("--dry_run plans runs on images; a --dataset_class only knows its batches")
@@ -54,7 +56,7 @@ def print_plan(script: Script, settings: Settings, datasets: Sequence[ResolvedDa
     parts = family.outline(settings[ModelOptions])  # what would learn, on models without weights
     trainable = make_trainable(script, settings, family, parts)
     sections = {
-        "Data": _data_lines(settings, datasets),
+        "Data": [*_data_lines(settings, datasets), *_held_out_lines(held_out)],
         "Steps": _step_lines(settings, datasets, clock),
         "Learning rates": _rate_lines(settings, trainable, clock),
         "Files": _file_lines(settings, clock),
@@ -69,6 +71,11 @@ def _data_lines(settings: Settings, datasets: Sequence[ResolvedDataset]) -> list
     limit = settings[ModelOptions].max_token_length or 75
     reports = describe(datasets, count_tokens, limit, process_count())
     return [line for report in reports for line in report.lines()]
+
+
+def _held_out_lines(held_out: Sequence[ResolvedDataset]) -> list[str]:
+    count = sum(len(dataset.records) for dataset in held_out)
+    return [f"{count} images held out for validation"] if count else []
 
 
 def _step_lines(settings: Settings, datasets: Sequence[ResolvedDataset], clock: Clock) -> list[str]:

@@ -53,6 +53,7 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         train_text_encoder learning_rate_te learning_rate_te1 learning_rate_te2 block_lr fused_backward_pass
         stop_text_encoder_training no_token_padding loss_type huber_schedule huber_c huber_scale
         noise_offset_random_strength ip_noise_gamma_random_strength ema_decay
+        validation_split validation_seed
     """,
     length="max_train_steps max_train_epochs",
     data="""
@@ -64,6 +65,7 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_epochs_state
         save_last_n_steps save_last_n_steps_state save_state save_state_on_train_end sample_at_first
         sample_every_n_steps sample_every_n_epochs sample_with_ema
+        validate_every_n_steps validate_every_n_epochs
     """,
     path="""
         tokenizer_cache_dir output_dir output_name resume logging_dir log_tracker_config console_log_file

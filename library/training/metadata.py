@@ -88,6 +88,8 @@ _OPTIONS = [
     "no_token_padding",
     "loss_type",
     "ema_decay",
+    "validation_split",
+    "validation_seed",
     "huber_schedule",
     "huber_c",
     "huber_scale",

@@ -181,6 +181,7 @@ class Output:
             loss_history=tuple(self._reporter.losses()),
             fingerprint=self._identity.fingerprint,
             saved=self.saver.saved.as_json(),
+            validation=tuple(self._reporter.validation),
         )
         save_state(
             folder,
@@ -209,7 +210,7 @@ class Output:
             keep_hyperparameters=self._settings[SaveOptions].allow_mismatch,
         )
         self._clock.seek({"epoch": resumed.epoch + 1, "step_in_epoch": resumed.steps_in_epoch, "step": resumed.step})
-        self._reporter.restore(list(resumed.loss_history), resumed.step)
+        self._reporter.restore(list(resumed.loss_history), list(resumed.validation), resumed.step)
         self.saver.saved = Saved.from_json(resumed.saved)
         logger.info("resumed %s at step %d of %d", folder, resumed.step, self._clock.max_train_steps)
 
@@ -223,6 +224,9 @@ class Output:
             if self._reporter.skipped_steps:
                 logger.warning("%d steps were skipped: loss or gradient was not finite", self._reporter.skipped_steps)
             logger.info("average loss %.4f over the last epoch's steps", self._reporter.average)
+            validation = self._reporter.validation_line()
+            if validation:
+                logger.info("%s", validation)
 
 
 def run_facts(

@@ -30,6 +30,7 @@ from library.options import (
     PrecisionOptions,
     SampleOptions,
     SaveOptions,
+    ValidationOptions,
 )
 from library.options.settings import Settings
 from library.rng import seed_of
@@ -38,6 +39,7 @@ from library.training.latent_source import LatentSource
 from library.training.machine import Machine
 from library.training.preflight import check_bucket_steps
 from library.training.preview import Previewer
+from library.training.report import Reporter
 from library.training.script import Script
 from library.training.step import TextSource as CaptionSource
 from library.training.step import TrainStep
@@ -45,26 +47,38 @@ from library.training.text_caching import CaptionEncoder, cache_captions, text_c
 from library.training.text_source import CachedTextSource, TextSource, text_learns
 from library.training.trackers import Trackers
 from library.training.trainable import Trainable
+from library.training.validation import Probe, Validator, fixed_objectives
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Models:
-    """Loaded models with what learns, and the data they meet (no image data with ``--dataset_class``)."""
+    """Loaded models with what learns, and the data they meet (no image data with ``--dataset_class``).
+
+    ``held_out`` are the images of the validation, of which there may be none.
+    """
 
     family: ModelFamily
     parts: ModelParts
     trainable: Trainable
     images: TrainImages
+    held_out: TrainImages
     text_learns: bool
     text_store: TextStore | None = None
 
 
 def load_models(
-    script: Script, settings: Settings, datasets: Sequence[ResolvedDataset], machine: Machine, seed: int
+    script: Script,
+    settings: Settings,
+    datasets: Sequence[ResolvedDataset],
+    held_out: Sequence[ResolvedDataset],
+    machine: Machine,
+    seed: int,
 ) -> Models:
     """Base model, cached latents, and what learns, on the device."""
+    count = len(datasets)
+    datasets = (*datasets, *held_out)
     options = settings[ModelOptions]
     family = family_for(options, script.family)
     check_bucket_steps(family, datasets)
@@ -78,12 +92,16 @@ def load_models(
     trainable, learns = attach(script, settings, family, parts, machine, seed)
     datasets, store = make_latents(settings, datasets, family, parts, machine)
     variants = text_cache_options(settings).cache_text_encoder_outputs_variants or 0
-    images = TrainImages(datasets, store, seed, settings[DataOptions].on_bad_image, variants)
-    if datasets and all(images.gives_latents(index) for index in range(len(datasets))):
+    on_bad = settings[DataOptions].on_bad_image
+    images = TrainImages(datasets[:count], store, seed, on_bad, variants)
+    own_seed = seed_of(settings[ValidationOptions].validation_seed, "validation")
+    validation = TrainImages(datasets[count:], store, own_seed, on_bad, variants)
+    gives_latents = (one.gives_latents(index) for one in (images, validation) for index in range(len(one.datasets)))
+    if datasets and all(gives_latents):
         torch.nn.Module.to(parts.vae, "cpu")
         machine.empty_cache()
     text_store = make_text_outputs(settings, datasets, family, parts, machine, learns)
-    return Models(family, parts, trainable, images, learns, text_store)
+    return Models(family, parts, trainable, images, validation, learns, text_store)
 
 
 def attach(
@@ -213,6 +231,24 @@ def make_step(settings: Settings, models: Models, machine: Machine, schedule: No
         device=machine.device,
         processes=machine.processes,
     )
+
+
+def make_validator(
+    settings: Settings,
+    models: Models,
+    machine: Machine,
+    step: TrainStep,
+    reporter: Reporter,
+    weights: Callable[[], AbstractContextManager[object]],
+) -> Validator | None:
+    """What measures the loss on held-out images; None if there are none."""
+    if not models.held_out.datasets:
+        return None
+    modules = (*models.parts.modules(), models.trainable.module)
+    objectives = fixed_objectives(settings[NoiseOptions], settings[LossOptions])
+    probe = Probe(step, models.trainable, objectives, modules, weights)
+    workers = settings[DataOptions].max_data_loader_n_workers
+    return Validator(settings[ValidationOptions], models.held_out, probe, machine, reporter, workers)
 
 
 def make_previewer(

@@ -45,7 +45,8 @@ class RunState:
 
     ``epoch`` is the number of finished epochs, ``steps_in_epoch`` the optimizer steps done since then.
     ``max_train_steps`` and ``num_epochs`` are the planned totals. ``started_at`` is a unix time, ``fingerprint`` comes
-    from fingerprint.py, ``saved`` lists the files that the run has written (plain JSON values).
+    from fingerprint.py, ``saved`` lists the files that the run has written (plain JSON values), ``validation``
+    the steps and losses of its validations (states of former versions have none).
     """
 
     step: int
@@ -59,6 +60,7 @@ class RunState:
     loss_history: tuple[float, ...]
     fingerprint: dict[str, Any]
     saved: dict[str, Any] = field(default_factory=dict[str, Any])
+    validation: tuple[tuple[int, float], ...] = ()
 
 
 class HasState(Protocol):
@@ -136,6 +138,7 @@ _COUNTERS = ("step", "epoch", "steps_in_epoch", "max_train_steps", "num_epochs",
 
 def _run_of(saved: dict[str, Any]) -> RunState:
     """The entries of state.json. Raises KeyError, TypeError or ValueError for what cannot have been written by us."""
+    saved = {"validation": [], **saved}
     values: dict[str, Any] = {field.name: saved[field.name] for field in fields(RunState)}
     for name in _COUNTERS:
         if type(values[name]) is not int or values[name] < 0:
@@ -144,6 +147,7 @@ def _run_of(saved: dict[str, Any]) -> RunState:
         if not isinstance(values[name], dict):
             raise TypeError(f"{name} is no table")
     values["loss_history"] = tuple(float(loss) for loss in values["loss_history"])
+    values["validation"] = tuple((int(step), float(loss)) for step, loss in values["validation"])
     return RunState(**values)
 
 

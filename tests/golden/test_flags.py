@@ -56,6 +56,10 @@ NEW_OPTIONS = {
     "on_nan",
     "sample_with_ema",
     "save_state_on_train_end",
+    "validate_every_n_epochs",
+    "validate_every_n_steps",
+    "validation_seed",
+    "validation_split",
 }
 # The first two are the reference's, the third is new.
 TEXT_CACHE = {
