@@ -56,16 +56,16 @@ logger = logging.getLogger(__name__)
 class Models:
     """Loaded models with what learns, and the data they meet (no image data with ``--dataset_class``).
 
-    ``held_out`` are the images of the validation, of which there may be none.
+    ``held_out`` are the images of the validation, if there is one.
     """
 
     family: ModelFamily
     parts: ModelParts
     trainable: Trainable
     images: TrainImages
-    held_out: TrainImages
     text_learns: bool
     text_store: TextStore | None = None
+    held_out: TrainImages | None = None
 
 
 def load_models(
@@ -101,7 +101,7 @@ def load_models(
         torch.nn.Module.to(parts.vae, "cpu")
         machine.empty_cache()
     text_store = make_text_outputs(settings, datasets, family, parts, machine, learns)
-    return Models(family, parts, trainable, images, validation, learns, text_store)
+    return Models(family, parts, trainable, images, learns, text_store, validation if held_out else None)
 
 
 def attach(
@@ -242,7 +242,7 @@ def make_validator(
     weights: Callable[[], AbstractContextManager[object]],
 ) -> Validator | None:
     """What measures the loss on held-out images; None if there are none."""
-    if not models.held_out.datasets:
+    if models.held_out is None:
         return None
     modules = (*models.parts.modules(), models.trainable.module)
     objectives = fixed_objectives(settings[NoiseOptions], settings[LossOptions])

@@ -75,7 +75,7 @@ CELLS = {
         ("--clip_skip", "2", "--weighted_captions", "--no_token_padding", "--train_batch_size", "2"),
         (UNET, TEXT_MODEL + "embeddings", TEXT_MODEL + "encoder.layers.0", TEXT_MODEL + "final_layer_norm"),
     ),
-    "ft sd1 bf16": (FT, "sd1", ("--mixed_precision", "bf16", "--loss_type", "huber"), (UNET,)),
+    "ft sd1 bf16": (FT, "sd1", ("--mixed_precision", "bf16", "--loss_type", "huber", "--fused_backward_pass"), (UNET,)),
     "ft sd2 text alone": (
         FT,
         "sd2",
