@@ -1,7 +1,7 @@
 """Effect: the loss on images that are never trained on (see held_out.py).
 
-The images, their noise and their timesteps are the same at each measurement and depend on ``--validation_seed`` alone,
-so the numbers of a run, and of runs with other settings of the optimizer, can be compared.
+The images, their noise and their timesteps are the same at each measurement and do not depend on the run's seed, so the
+numbers of a run, and of runs with other settings of the optimizer, can be compared.
 """
 
 from __future__ import annotations
