@@ -7,7 +7,7 @@ numbers of a run, and of runs with other settings of the optimizer, can be compa
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -119,10 +119,9 @@ class Validator:
         if self._reporter.validated_at == clock.step:
             return
         found = self.measure()
-        total, count = (sum(column) for column in zip(*found.values(), strict=True))
-        scalars = {"loss/validation": total / max(1, count)}
+        scalars = {"loss/validation": _mean(found.values())}
         if len(found) > 1:
-            scalars |= {f"loss/validation/{name}": loss / max(1, number) for name, (loss, number) in found.items()}
+            scalars |= {f"loss/validation/{name}": _mean([one]) for name, one in found.items()}
         self._reporter.add_validation(clock.step, scalars)
 
     @torch.no_grad()
@@ -143,6 +142,12 @@ class Validator:
         for name, loss, count in (row for rows in self._share.gather(own) for row in rows):
             found[name] = (found[name][0] + loss, found[name][1] + count)
         return found
+
+
+def _mean(sums: Iterable[tuple[float, int]]) -> float:
+    """Of sums and counts; not a number if no image could be used."""
+    total, count = (sum(column) for column in zip((0.0, 0), *sums, strict=True))
+    return total / count if count else float("nan")
 
 
 def _labels(datasets: Sequence[ResolvedDataset]) -> dict[str, str]:

@@ -23,6 +23,7 @@ def two_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_photos(folder / "b", [(64, 64)] * 2, seed=3)
     for name, place in (("1_cat", "a"), ("2_dog", "b")):
         (folder / place / "1_sks thing").rename(folder / name)
+        (folder / place).rmdir()
     return folder
 
 
