@@ -64,6 +64,27 @@ class Outcome:
         return sum(name.startswith(prefix) for name in self.modules)
 
 
+class StepReports:
+    """What the loop says of each optimizer step of the runs that follow."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.all: list[StepReport] = []
+        original = loop.train_step
+
+        def train_step(*arguments):
+            report = original(*arguments)
+            self.all.append(report)
+            return report
+
+        monkeypatch.setattr(loop, "train_step", train_step)
+
+    def check(self, steps: int) -> None:
+        """So many steps, none skipped, each with a finite loss above 0."""
+        assert len(self.all) == steps
+        assert not any(report.was_skipped for report in self.all)
+        assert all(math.isfinite(report.loss) and report.loss > 0 for report in self.all)
+
+
 class Runner:
     """Trains for a few steps and collects each step's report; every run must end well with finite numbers.
 
@@ -72,16 +93,8 @@ class Runner:
 
     def __init__(self, folder: Path, models: dict[str, Path], photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._folder, self._models, self._photos = folder, models, photos
-        self._reports: list[StepReport] = []
+        self._reports = StepReports(monkeypatch)
         self._count = 0
-        original = loop.train_step
-
-        def train_step(*arguments):
-            report = original(*arguments)
-            self._reports.append(report)
-            return report
-
-        monkeypatch.setattr(loop, "train_step", train_step)
 
     def __call__(
         self,
@@ -91,17 +104,15 @@ class Runner:
         steps: int = STEPS,
         suffix: str = "safetensors",
     ) -> Outcome:
-        self._reports = []
+        self._reports.all = []
         self._count += 1
         out = self._folder / f"run{self._count}"
         family = family or next(iter(self._models))
         given = (*(("--v2",) if family == "sd2" else ()), "--max_train_steps", str(steps), *more)
         script = SDXL_SCRIPT if family == "sdxl" else SCRIPT
         assert train(self._models[family], data or self._photos, out, *given, script=script) == 0
-        outcome = Outcome(out / f"toy.{suffix}", list(self._reports))
-        assert len(outcome.reports) == steps
-        assert not any(report.was_skipped for report in outcome.reports)
-        assert all(math.isfinite(loss) and loss > 0 for loss in outcome.losses)
+        outcome = Outcome(out / f"toy.{suffix}", list(self._reports.all))
+        self._reports.check(steps)
         if suffix == "safetensors":
             assert outcome.metadata.get("ss_steps", str(steps)) == str(steps)
             assert all(bool(tensor.isfinite().all()) for tensor in outcome.tensors.values())

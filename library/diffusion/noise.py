@@ -23,6 +23,8 @@ class NoiseSettings(Protocol):
     @property
     def noise_offset(self) -> float | None: ...
     @property
+    def noise_offset_random_strength(self) -> bool: ...
+    @property
     def adaptive_noise_scale(self) -> float | None: ...
     @property
     def multires_noise_iterations(self) -> int | None: ...
@@ -30,6 +32,8 @@ class NoiseSettings(Protocol):
     def multires_noise_discount(self) -> float: ...
     @property
     def ip_noise_gamma(self) -> float | None: ...
+    @property
+    def ip_noise_gamma_random_strength(self) -> bool: ...
     @property
     def min_timestep(self) -> int | None: ...
     @property
@@ -61,9 +65,18 @@ def sample_noise(latents_BCHW: Tensor, seeds: Sequence[int], settings: NoiseSett
     return torch.stack(samples).to(latents_BCHW.device)
 
 
-def input_perturbation(shape_CHW: tuple[int, ...], seeds: Sequence[int], device: torch.device) -> Tensor:
-    """Extra noise on the U-Net's input only. Ning et al. 2023, "Input Perturbation Reduces Exposure Bias"."""
-    return torch.stack([_normal(shape_CHW, seed, "ip_noise") for seed in seeds]).to(device)
+def input_perturbation(latents_BCHW: Tensor, seeds: Sequence[int], settings: NoiseSettings) -> Tensor:
+    """Extra noise on the U-Net's input only, ``ip_noise_gamma`` strong.
+
+    Ning et al. 2023, "Input Perturbation Reduces Exposure Bias in Diffusion Models" (arXiv:2301.11706).
+    """
+    samples: list[Tensor] = []
+    for seed in seeds:
+        gamma = settings.ip_noise_gamma or 0.0
+        if settings.ip_noise_gamma_random_strength:
+            gamma *= stream(seed, "ip_noise_strength").random()
+        samples.append(gamma * _normal(tuple(latents_BCHW.shape[1:]), seed, "ip_noise"))
+    return torch.stack(samples).to(latents_BCHW.device)
 
 
 def pyramid_noise(noise_CHW: Tensor, seed: int, iterations: int, discount: float) -> Tensor:
@@ -87,9 +100,14 @@ def pyramid_noise(noise_CHW: Tensor, seed: int, iterations: int, discount: float
 
 
 def _offset(noise_CHW: Tensor, seed: int, settings: NoiseSettings, mean_C: Tensor | None) -> Tensor:
-    """A constant per channel: max(0, noise_offset + adaptive_noise_scale x |channel mean|) times normal noise."""
+    """A constant per channel: max(0, noise_offset + adaptive_noise_scale x |channel mean|) times normal noise.
+
+    With random strength ``noise_offset`` is the upper end of a uniform draw, a new one for each sample.
+    """
     constant_C11 = _normal((noise_CHW.shape[0], 1, 1), seed, "noise_offset")
     strength = settings.noise_offset or 0.0
+    if settings.noise_offset_random_strength:
+        strength *= stream(seed, "noise_offset_strength").random()
     if mean_C is None:
         return strength * constant_C11
     return (strength + (settings.adaptive_noise_scale or 0.0) * mean_C).clamp(min=0).view(-1, 1, 1) * constant_C11

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from library.diffusion.loss_kinds import LossKindSettings, errors
 from library.diffusion.noise import NoiseSettings, input_perturbation, sample_noise, sample_timesteps
 from library.diffusion.schedule import NoiseSchedule, at_timesteps
-from library.diffusion.weighting import LossSettings, loss_factors
+from library.diffusion.weighting import WeightingSettings, loss_factors
+
+
+class LossSettings(LossKindSettings, WeightingSettings, Protocol):
+    """All options of the loss: the error of a number, and the weight of a sample."""
 
 
 class TrainingInputs(NamedTuple):
@@ -55,8 +60,7 @@ def training_inputs(
     noise_BCHW = sample_noise(latents, seeds, settings)
     input_noise_BCHW = noise_BCHW
     if settings.ip_noise_gamma:
-        extra_BCHW = input_perturbation(tuple(latents.shape[1:]), seeds, latents.device)
-        input_noise_BCHW = noise_BCHW + settings.ip_noise_gamma * extra_BCHW
+        input_noise_BCHW = noise_BCHW + input_perturbation(latents, seeds, settings)
     noisy_BCHW = add_noise(latents, input_noise_BCHW, timesteps_B, schedule)
     if schedule.prediction_type == "v_prediction":
         return TrainingInputs(noisy_BCHW, velocity(latents, noise_BCHW, timesteps_B, schedule), timesteps_B)
@@ -83,8 +87,8 @@ def weighted_losses(
     schedule: NoiseSchedule,
     settings: LossSettings,
 ) -> Tensor:
-    """Squared error in float32, mean over C, H, W, times the sample's own weight and all weightings: (B,)."""
-    error_BCHW = (pred_BCHW.float() - target_BCHW.float()) ** 2
+    """Error by its kind in float32, mean over C, H, W, times the sample's own weight and all weightings: (B,)."""
+    error_BCHW = errors(pred_BCHW, target_BCHW, timesteps_B, schedule, settings)
     losses_B = error_BCHW.mean(dim=tuple(range(1, error_BCHW.ndim))) * loss_weights_B.float()
     factors_B = loss_factors(timesteps_B, schedule, settings)
     return losses_B if factors_B is None else losses_B * factors_B

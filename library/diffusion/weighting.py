@@ -17,7 +17,7 @@ from library.models.spec import PredictionType
 MAX_SNR = 1000.0
 
 
-class LossSettings(Protocol):
+class WeightingSettings(Protocol):
     """The options of the same names."""
 
     @property
@@ -74,7 +74,7 @@ WEIGHTINGS: tuple[tuple[str, Weighting], ...] = (
 """Option -> weighting; active where the option is set (not None, False or 0). Factors multiply."""
 
 
-def loss_factors(timesteps_B: Tensor, schedule: NoiseSchedule, settings: LossSettings) -> Tensor | None:
+def loss_factors(timesteps_B: Tensor, schedule: NoiseSchedule, settings: WeightingSettings) -> Tensor | None:
     """The product of all active weightings per sample, or None if none is active."""
     active = [(function, value) for name, function in WEIGHTINGS if (value := getattr(settings, name))]
     if not active:

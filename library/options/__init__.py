@@ -3,7 +3,7 @@
 from library.options.control import ConditioningOptions, LLLiteOptions
 from library.options.data import CacheOptions, CacheToolOptions, DataOptions, TextCacheOptions
 from library.options.embedding import EmbeddingOptions
-from library.options.full import FullOptions, SdxlFullOptions
+from library.options.full import DreamBoothOptions, FineTuneOptions, FullOptions, SdxlFullOptions
 from library.options.model import ModelOptions, PrecisionOptions
 from library.options.network import NetworkOptions
 from library.options.saving import (
@@ -17,7 +17,15 @@ from library.options.saving import (
     SampleOptions,
     SaveOptions,
 )
-from library.options.training import LoopOptions, LossOptions, NoiseOptions, OptimizerOptions, ScheduleOptions
+from library.options.training import (
+    EmaOptions,
+    LoopOptions,
+    LossOptions,
+    NoiseOptions,
+    OptimizerOptions,
+    ScheduleOptions,
+    ValidationOptions,
+)
 
 __all__ = [
     "CacheOptions",
@@ -26,7 +34,10 @@ __all__ = [
     "ConfigOptions",
     "ConsoleOptions",
     "DataOptions",
+    "DreamBoothOptions",
+    "EmaOptions",
     "EmbeddingOptions",
+    "FineTuneOptions",
     "FullOptions",
     "HubOptions",
     "LLLiteOptions",
@@ -46,4 +57,5 @@ __all__ = [
     "ScheduleOptions",
     "SdxlFullOptions",
     "TextCacheOptions",
+    "ValidationOptions",
 ]

@@ -27,6 +27,7 @@ NEEDS = (
     ("resume_from_huggingface", "resume"),
     ("save_state_to_huggingface", "huggingface_repo_id"),
     ("allow_mismatch", "resume"),
+    ("sample_with_ema", "ema_decay"),
     ("cache_text_encoder_outputs_variants", "cache_text_encoder_outputs"),
 )
 
@@ -39,6 +40,7 @@ EXCLUDES = (
     ("use_8bit_adam", "optimizer_type"),
     ("use_lion_optimizer", "optimizer_type"),
     ("cache_text_encoder_outputs", "dataset_class"),
+    ("validation_split", "dataset_class"),
     ("cache_text_encoder_outputs", "train_text_encoder"),
 )
 
@@ -56,6 +58,12 @@ NO_EFFECT_WITHOUT = (
     ("huggingface_path_in_repo", ("huggingface_repo_id",)),
     ("log_prefix", ("logging_dir", "log_with")),
     ("log_tracker_config", ("logging_dir", "log_with")),
+    ("noise_offset_random_strength", ("noise_offset",)),
+    ("ip_noise_gamma_random_strength", ("ip_noise_gamma",)),
+    ("validate_every_n_steps", ("validation_split",)),
+    ("validate_every_n_epochs", ("validation_split",)),
+    ("validation_seed", ("validation_split",)),
+    ("ema_device", ("ema_decay",)),
     ("clip_vision_strength", ("image_path", "from_image")),
     ("highres_fix_save_1st", ("highres_fix_scale",)),
     ("highres_fix_latents_upscaling", ("highres_fix_scale",)),
@@ -240,6 +248,20 @@ def _fused_clipping(settings: Settings) -> str | None:
     return None
 
 
+def _huber_options(settings: Settings) -> str | None:
+    usual = {spec.name: spec.default for spec in settings.script.specs().values() if spec.name.startswith("huber_")}
+    given = [f"--{name}" for name, default in usual.items() if settings.value_of(name) != default]
+    if given and settings.value_of("loss_type") in ("l1", "l2"):
+        return f"{', '.join(given)}: no effect without --loss_type huber or smooth_l1"
+    return None
+
+
+def _text_rate(settings: Settings) -> str | None:
+    if settings.value_of("learning_rate_te") and settings.value_of("train_text_encoder") is False:
+        return "--learning_rate_te has no effect without --train_text_encoder"
+    return None
+
+
 def _v_parameterization(settings: Settings) -> str | None:
     if _is_sdxl(settings):
         unusual = settings.value_of("v_parameterization")
@@ -307,6 +329,8 @@ DOUBTS: tuple[Rule, ...] = (
     _steps_and_epochs,
     _samples_twice,
     _fused_clipping,
+    _text_rate,
+    _huber_options,
 )
 
 

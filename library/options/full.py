@@ -24,6 +24,40 @@ class FullOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SdFullOptions(FullOptions):
+    """What train_db.py and fine_tune.py share."""
+
+    learning_rate_te: float | None = option(
+        None, ge=0, help="learning rate of the text encoder; learning_rate when absent, 0 freezes it"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothOptions(SdFullOptions):
+    """The text encoder of train_db.py, which learns unless it is told not to."""
+
+    title: ClassVar[str] = "DreamBooth"
+
+    stop_text_encoder_training: int | None = option(
+        None,
+        help="train the text encoder only up to this step; 0 or less never trains it, absent means to the end",
+        metavar="STEP",
+    )
+    no_token_padding: bool = option(
+        False, help="pad captions only to the longest of their batch, not to 77 tokens; not in previews"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneOptions(SdFullOptions):
+    """The text encoder of fine_tune.py."""
+
+    title: ClassVar[str] = "Fine-tuning"
+
+    train_text_encoder: bool = option(False, help="train the text encoder too")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SdxlFullOptions(FullOptions):
     """Parts and rates of SDXL."""
 

@@ -7,7 +7,10 @@ from library.options import (
     ConfigOptions,
     ConsoleOptions,
     DataOptions,
+    DreamBoothOptions,
+    EmaOptions,
     EmbeddingOptions,
+    FineTuneOptions,
     HubOptions,
     LLLiteOptions,
     LogOptions,
@@ -26,6 +29,7 @@ from library.options import (
     ScheduleOptions,
     SdxlFullOptions,
     TextCacheOptions,
+    ValidationOptions,
 )
 from library.options.base import OptionGroup, specs_by_name
 from library.options.generation import (
@@ -69,6 +73,8 @@ TRAINING_GROUPS = (
     ScheduleOptions,
     NoiseOptions,
     LossOptions,
+    ValidationOptions,
+    EmaOptions,
     PrecisionOptions,
     SaveOptions,
     MetadataOptions,
@@ -83,6 +89,28 @@ TRAIN_NETWORK = ScriptOptions(
     groups=(*TRAINING_GROUPS[:2], NetworkOptions, *TRAINING_GROUPS[2:], NetworkFileOptions),
     required=("pretrained_model_name_or_path", "network_module", "output_dir", IMAGES),
     summary="Train a LoRA or another network on Stable Diffusion 1.x or 2.x.",
+)
+
+MODEL_REQUIRED = ("pretrained_model_name_or_path", "output_dir", IMAGES)
+
+
+def full_groups(own: type[OptionGroup]) -> tuple[type[OptionGroup], ...]:
+    """The groups of a script that trains the model itself; ``own`` is the group of its parts and rates."""
+    return (*TRAINING_GROUPS[:2], own, *TRAINING_GROUPS[2:], ModelFileOptions)
+
+
+TRAIN_DB = ScriptOptions(
+    name="train_db.py",
+    groups=full_groups(DreamBoothOptions),
+    required=MODEL_REQUIRED,
+    summary="Train Stable Diffusion 1.x or 2.x itself on folders of images (DreamBooth).",
+)
+
+FINE_TUNE = ScriptOptions(
+    name="fine_tune.py",
+    groups=full_groups(FineTuneOptions),
+    required=MODEL_REQUIRED,
+    summary="Train Stable Diffusion 1.x or 2.x itself on captioned images.",
 )
 
 SDXL_DEFAULTS = {"bucket_reso_steps": 32, "sample_sampler": "euler_a"}
@@ -105,9 +133,9 @@ SDXL_TRAIN_NETWORK = ScriptOptions(
 
 SDXL_TRAIN = ScriptOptions(
     name="sdxl_train.py",
-    groups=with_text_cache((*TRAINING_GROUPS[:2], SdxlFullOptions, *TRAINING_GROUPS[2:], ModelFileOptions)),
+    groups=with_text_cache(full_groups(SdxlFullOptions)),
     defaults=SDXL_DEFAULTS,
-    required=("pretrained_model_name_or_path", "output_dir", IMAGES),
+    required=MODEL_REQUIRED,
     summary="Train the U-Net and the text encoders of SDXL themselves.",
     family="sdxl",
 )
@@ -155,10 +183,11 @@ TRAIN_TEXTUAL_INVERSION_XTI = ScriptOptions(
 
 # The caching tools take the command line and the file of any training; how models are saved is not their business.
 _CACHE_GROUPS = tuple(group for group in SDXL_TRAIN_NETWORK.groups if group is not NetworkFileOptions)
-_NOT_FOR_CACHES = frozenset(specs_by_name((SdxlFullOptions, ModelFileOptions))) | {
-    "cond_emb_dim",
-    *specs_by_name((EmbeddingOptions,)),
-}
+_NOT_FOR_CACHES = frozenset({"cond_emb_dim"}).union(
+    name
+    for group in (DreamBoothOptions, FineTuneOptions, SdxlFullOptions, ModelFileOptions, EmbeddingOptions)
+    for name in specs_by_name((group,))
+)
 
 CACHE_LATENTS = ScriptOptions(
     name="tools/cache_latents.py",
@@ -303,6 +332,8 @@ CHECK_DATASET = check_dataset_row(frozenset(specs_by_name((*_CACHE_GROUPS, SdxlF
 SCRIPTS = (
     TRAIN_NETWORK,
     SDXL_TRAIN_NETWORK,
+    TRAIN_DB,
+    FINE_TUNE,
     SDXL_TRAIN,
     SDXL_TRAIN_LLLITE,
     TRAIN_TEXTUAL_INVERSION,

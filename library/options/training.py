@@ -75,6 +75,9 @@ class NoiseOptions(OptionGroup):
     title: ClassVar[str] = "Noise and timesteps"
 
     noise_offset: float | None = option(None, ge=0, help="strength of a constant added to each channel of the noise")
+    noise_offset_random_strength: bool = option(
+        False, help="draw the strength of noise_offset anew for each sample, uniformly between 0 and its value"
+    )
     adaptive_noise_scale: float | None = option(
         None, help="the latent's channel means times this are added to noise_offset"
     )
@@ -83,17 +86,69 @@ class NoiseOptions(OptionGroup):
     ip_noise_gamma: float | None = option(
         None, ge=0, help="strength of extra noise on the model's input that the target does not hold"
     )
+    ip_noise_gamma_random_strength: bool = option(
+        False, help="draw the strength of ip_noise_gamma anew for each sample, uniformly between 0 and its value"
+    )
     min_timestep: int | None = option(None, ge=0, le=999, help="lowest timestep drawn; 0 when absent")
     max_timestep: int | None = option(None, ge=1, le=1000, help="timesteps stay below this; 1000 when absent")
     zero_terminal_snr: bool = option(False, help="change the noise schedule so that its last step is pure noise")
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationOptions(OptionGroup):
+    """The loss on images that are not trained on."""
+
+    title: ClassVar[str] = "Validation"
+
+    validation_split: float = option(
+        0.0, ge=0, lt=1, help="share of each subset's images that are never trained on and give the validation loss"
+    )
+    validation_seed: int = option(
+        0, ge=0, lt=2**32, help="seed of the choice of these images and of their noise; does not depend on seed"
+    )
+    validate_every_n_steps: int | None = option(None, ge=1, help="validate after every N-th optimizer step")
+    validate_every_n_epochs: int | None = option(
+        None, ge=1, help="validate after every N-th epoch; after each one when no interval is given"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaOptions(OptionGroup):
+    """An average of the trained weights, saved beside them."""
+
+    title: ClassVar[str] = "Average of the weights (EMA)"
+
+    ema_decay: float | None = option(
+        None,
+        ge=0,
+        lt=1,
+        help="keep an exponential moving average of the trained weights, in float32 (4 bytes for each number that"
+        " learns), and save it beside each model, with -ema in its name; 0.999 to 0.9999 is usual, 0 is off",
+    )
+    ema_device: Literal["cpu"] | None = option(
+        None, help="where the average is kept: cpu saves the device's memory and costs a copy of the weights each step"
+    )
+    sample_with_ema: bool = option(False, help="draw previews with the average; needs ema_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossOptions(OptionGroup):
-    """Weighting of the loss."""
+    """Kind and weighting of the loss."""
 
     title: ClassVar[str] = "Loss"
 
+    loss_type: Literal["l2", "l1", "huber", "smooth_l1"] = option(
+        "l2", help="what is made of the difference between prediction and target: square, absolute value, or between"
+    )
+    huber_schedule: Literal["constant", "exponential", "snr"] = option(
+        "snr", help="how the threshold of huber and smooth_l1 falls with a sample's noise: not, or to huber_c"
+    )
+    huber_c: float = option(
+        0.1,
+        gt=0,
+        help="lowest threshold of huber and smooth_l1: differences above the threshold count less than squared",
+    )
+    huber_scale: float = option(1.0, gt=0, help="factor of the threshold of huber and smooth_l1")
     min_snr_gamma: float | None = option(None, ge=0, help="gamma of min-SNR weighting; 0 is off")
     debiased_estimation_loss: bool = option(False, help="weight the loss by 1/sqrt(SNR)")
     scale_v_pred_loss_like_noise_pred: bool = option(

@@ -6,7 +6,7 @@ Shapes: B captions, N rows of a caption, T = 77 ids of a row, L = 75 N + 2 posit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.text.emphasis import BREAK, Piece, parse_emphasis
@@ -25,8 +25,9 @@ class TextSettings:
 
     ``max_token_length`` counts tokens without the two marks: None (= 75), 75, 150 or 225. ``weighted_captions``
     understands ``(text:1.2)``; ``breaks`` also the word BREAK. ``shrink`` uses only as many rows as the longest text of
-    the batch needs (previews); without it the number of rows is always the same (training). ``normalize``: what weights
-    leave as it was: the mean, the mean of absolute values, or nothing.
+    the batch needs (previews); without it the number of rows is always the same (training). ``pad`` False, with
+    ``shrink``: a single row ends with the longest text of the batch and has fewer than 77 ids. ``normalize``: what
+    weights leave as it was: the mean, the mean of absolute values, or nothing.
     """
 
     max_token_length: int | None = None
@@ -34,6 +35,7 @@ class TextSettings:
     weighted_captions: bool = False
     breaks: bool = False
     shrink: bool = False
+    pad: bool = True
     normalize: Normalize = "original"
 
     @property
@@ -137,9 +139,11 @@ def tokenize(tokenizer: Any, captions: Sequence[str], settings: TextSettings) ->
     else:
         lines = [(ids, [1.0] * len(ids)) for ids in token_ids(tokenizer, captions)]
     rows = settings.max_rows
+    longest = max((len(ids) for ids, _ in lines), default=0)
     if settings.shrink:
-        needed = max((-(-len(ids) // rules.content) for ids, _ in lines), default=1)
-        rows = max(1, min(rows, needed))
+        rows = max(1, min(rows, -(-longest // rules.content)))
+    if rows == 1 and not settings.pad:
+        rules = replace(rules, row_length=min(longest, rules.content) + 2)
     ids_BNT = torch.tensor([token_rows(ids, rows, rules) for ids, _ in lines], dtype=torch.int64)
     if all(weight == 1.0 for _, weights in lines for weight in weights):
         return TokenRows(ids_BNT)

@@ -16,6 +16,7 @@ from library.families.base import ModelParts
 from library.log import UserError
 from library.options import (
     CacheOptions,
+    EmaOptions,
     LoopOptions,
     ModelOptions,
     OptimizerOptions,
@@ -42,8 +43,10 @@ _MOMENTS = 3  # weight and two moments of an Adam-like optimizer, each in float3
 _LATENT_BYTES_PER_PIXEL = 4 * 4 / 64  # four float32 channels for each 8x8 pixels
 
 
-def print_plan(script: Script, settings: Settings, datasets: Sequence[ResolvedDataset]) -> int:
-    """Print the plan to standard output; returns the exit status."""
+def print_plan(
+    script: Script, settings: Settings, datasets: Sequence[ResolvedDataset], held_out: Sequence[ResolvedDataset]
+) -> int:
+    """Print the plan to standard output; returns the exit status. ``held_out`` are the images of the validation."""
     check_places(settings)
     if not datasets:
         raise UserError("--dry_run plans runs on images; a --dataset_class only knows its batches")
@@ -53,7 +56,7 @@ def print_plan(script: Script, settings: Settings, datasets: Sequence[ResolvedDa
     parts = family.outline(settings[ModelOptions])  # what would learn, on models without weights
     trainable = make_trainable(script, settings, family, parts)
     sections = {
-        "Data": _data_lines(settings, datasets),
+        "Data": [*_data_lines(settings, datasets), *_held_out_lines(held_out)],
         "Steps": _step_lines(settings, datasets, clock),
         "Learning rates": _rate_lines(settings, trainable, clock),
         "Files": _file_lines(settings, clock),
@@ -68,6 +71,11 @@ def _data_lines(settings: Settings, datasets: Sequence[ResolvedDataset]) -> list
     limit = settings[ModelOptions].max_token_length or 75
     reports = describe(datasets, count_tokens, limit, process_count())
     return [line for report in reports for line in report.lines()]
+
+
+def _held_out_lines(held_out: Sequence[ResolvedDataset]) -> list[str]:
+    count = sum(len(dataset.records) for dataset in held_out)
+    return [f"{count} images held out for validation"] if count else []
 
 
 def _step_lines(settings: Settings, datasets: Sequence[ResolvedDataset], clock: Clock) -> list[str]:
@@ -98,8 +106,9 @@ def _file_lines(settings: Settings, clock: Clock) -> list[str]:
     drawn_steps = due_counts(clock.max_train_steps, None if by_epoch else sample.sample_every_n_steps)
     state = "with a state each" if plan.with_state else "without states"
     last_state = " and a state" if plan.state_at_end else ""
+    average = "; beside each model the average of the weights" if settings[EmaOptions].ema_decay else ""
     return [
-        f"models after epochs: {_counts(epochs)}; after steps: {_counts(steps)} ({state})",
+        f"models after epochs: {_counts(epochs)}; after steps: {_counts(steps)} ({state}){average}",
         f"at the end: the final model{last_state}",
         f"previews {'before the first step; ' if sample.sample_at_first else ''}"
         f"after epochs: {_counts(drawn_epochs)}; after steps: {_counts(drawn_steps)}",
@@ -116,7 +125,11 @@ def _disk_lines(
     models = _kept(plan.epoch_saves(clock.num_epochs), plan.keep_epochs)
     models += _kept(plan.step_saves(clock.max_train_steps), plan.keep_steps, plan.every_n_steps) + 1
     states = (models - 1 if plan.with_state else 0) + plan.state_at_end
-    needed = {"models": models * trainable.saved_numbers() * width, "states": states * learnt * 4 * _MOMENTS}
+    averages = 1 if settings[EmaOptions].ema_decay else 0
+    needed = {
+        "models": models * (1 + averages) * trainable.saved_numbers() * width,
+        "states": states * learnt * 4 * (_MOMENTS + averages),
+    }
     if settings[CacheOptions].cache_latents_to_disk:
         needed["latents"] = int(sum(_latent_bytes(dataset) for dataset in datasets))
     text = text_cache_options(settings)

@@ -52,7 +52,10 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         network_train_text_encoder_only unet_lr text_encoder_lr scale_weight_norms base_weights_multiplier
         cache_text_encoder_outputs_variants
         token_string num_vectors_per_token init_word use_object_template use_style_template
-        train_text_encoder learning_rate_te1 learning_rate_te2 block_lr fused_backward_pass cond_emb_dim
+        train_text_encoder learning_rate_te learning_rate_te1 learning_rate_te2 block_lr fused_backward_pass
+        cond_emb_dim stop_text_encoder_training no_token_padding loss_type huber_schedule huber_c huber_scale
+        noise_offset_random_strength ip_noise_gamma_random_strength ema_decay
+        validation_split validation_seed
     """,
     length="max_train_steps max_train_epochs",
     data="""
@@ -63,7 +66,8 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
     cadence="""
         save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_epochs_state
         save_last_n_steps save_last_n_steps_state save_state save_state_on_train_end sample_at_first
-        sample_every_n_steps sample_every_n_epochs
+        sample_every_n_steps sample_every_n_epochs sample_with_ema
+        validate_every_n_steps validate_every_n_epochs
     """,
     path="""
         tokenizer_cache_dir output_dir output_name resume logging_dir log_tracker_config console_log_file
@@ -72,7 +76,7 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
     machine="""
         gradient_checkpointing sdpa xformers diffusers_xformers mem_eff_attn lowram highvram torch_compile
         dynamo_backend use_safetensors
-        deterministic ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph max_data_loader_n_workers
+        ema_device deterministic ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph max_data_loader_n_workers
         persistent_data_loader_workers cache_latents_to_disk vae_batch_size
         cache_text_encoder_outputs cache_text_encoder_outputs_to_disk save_model_as save_precision
         huggingface_token huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface

@@ -95,6 +95,7 @@ def train_step(job: Job, step_plan: StepPlan, batches: Iterator[Batch]) -> StepR
     losses: list[torch.Tensor] = []
     keys: list[str] = []
     last = len(step_plan.micro_batches) - 1
+    job.trainable.on_step_start(job.clock.step)
     for index in range(last + 1):
         batch = next(batches)
         torch.manual_seed(seed_of(job.seed, "step", job.clock.step, index, job.rank))  # dropout inside the models

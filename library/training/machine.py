@@ -17,6 +17,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     KwargsHandler,
     broadcast_object_list,
+    gather_object,
 )
 from torch import nn
 
@@ -64,6 +65,10 @@ class Machine:
     def agree(self, value: Any) -> Any:
         """The main process's value, in all processes."""
         return broadcast_object_list([value])[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes in their order, in all processes."""
+        return gather_object([value])
 
     def empty_cache(self) -> None:
         """Give memory that is not in use back to the device."""

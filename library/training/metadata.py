@@ -85,6 +85,18 @@ _OPTIONS = [
     "lr_scheduler_num_cycles",
     "lr_scheduler_power",
     "train_text_encoder",
+    "stop_text_encoder_training",
+    "no_token_padding",
+    "loss_type",
+    "ema_decay",
+    "validation_split",
+    "validation_seed",
+    "huber_schedule",
+    "huber_c",
+    "huber_scale",
+    "noise_offset_random_strength",
+    "ip_noise_gamma_random_strength",
+    "learning_rate_te",
     "learning_rate_te1",
     "learning_rate_te2",
     "block_lr",
@@ -130,7 +142,8 @@ class RunFacts:
     """What a run knows beside its options; the same for all files of the run.
 
     ``optimizer``: the recorded name of the optimizer; ``relative_step``: it makes its own learning rate (Adafactor).
-    ``fingerprint``: see fingerprint.py. ``kind`` is the suffix of the architecture (lora).
+    ``fingerprint``: see fingerprint.py. ``is_average``: the file holds the average of the weights (EMA). ``kind`` is
+    the suffix of the architecture (lora).
     """
 
     session_id: int
@@ -146,6 +159,7 @@ class RunFacts:
     relative_step: bool = False
     kind: str = "lora"
     fingerprint: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    is_average: bool = False
     commit_hash: str = "(unknown)"
 
 
@@ -313,6 +327,8 @@ def _additions(options: Mapping[str, Any], facts: RunFacts) -> dict[str, Any]:
     result: dict[str, Any] = {"ss_sdt_versions": _versions()}
     if options.get("lr_scheduler_args"):
         result["ss_lr_scheduler_args"] = _pairs(options["lr_scheduler_args"])
+    if facts.is_average:
+        result["ss_sdt_is_average"] = True
     if facts.fingerprint:
         result["ss_sdt_fingerprint"] = dict(facts.fingerprint)
     return result

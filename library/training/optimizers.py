@@ -133,6 +133,11 @@ class OptimizerMode:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._switch = optimizer if isinstance(optimizer, _SwitchesModes) else None
 
+    @property
+    def averages(self) -> bool:
+        """True if what is used is an average that the optimizer keeps itself."""
+        return self._switch is not None
+
     def train(self) -> None:
         """Put the weights in place that gradients are taken at."""
         if self._switch is not None:

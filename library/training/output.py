@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from library.hub import Uploader
 from library.log import UserError
 from library.options import HubOptions, SaveOptions
 from library.options.settings import Settings
+from library.training.average import WeightAverage
 from library.training.clock import Clock
 from library.training.fingerprint import data_facts, differences, fingerprint
 from library.training.lr import Schedule
@@ -118,6 +119,7 @@ class Output:
         reporter: Reporter,
         optimizer: OptimizerFacts,
         uploader: Uploader | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         self._settings = settings
         self._machine = machine
@@ -131,6 +133,7 @@ class Output:
         kind = trainable.artifact.modelspec_kind
         self._facts = run_facts(settings, identity, model, datasets, clock, machine.processes, optimizer, kind)
         self._uploader = uploader
+        self._average = average
         options = settings[SaveOptions]
         self.saver = Saver(
             options,
@@ -140,16 +143,25 @@ class Output:
             wait=machine.wait,
             write_model=self._write_model,
             write_state=self._write_state,
+            write_average=self._write_average if average is not None else None,
             after_write=self._after_write,
         )
 
     def _write_model(self, path: Path, clock: Clock, finished_epochs: int) -> None:
-        options = {**self._settings.scrubbed_dict(), **self._trainable.recorded_options()}
-        metadata = build_metadata(options, self._facts, epoch=finished_epochs, step=clock.step)
         with self._mode.evaluating():
-            self._refuse_broken_weights(path)
-            dtype = save_dtype(self._settings[SaveOptions].save_precision)
-            self._trainable.save(str(path), dtype, metadata, {"epoch": finished_epochs, "global_step": clock.step})
+            self._write_weights(path, clock, finished_epochs, self._facts)
+
+    def _write_average(self, path: Path, clock: Clock, finished_epochs: int) -> None:
+        assert self._average is not None
+        with self._average.in_use():
+            self._write_weights(path, clock, finished_epochs, replace(self._facts, is_average=True))
+
+    def _write_weights(self, path: Path, clock: Clock, finished_epochs: int, facts: RunFacts) -> None:
+        options = {**self._settings.scrubbed_dict(), **self._trainable.recorded_options()}
+        metadata = build_metadata(options, facts, epoch=finished_epochs, step=clock.step)
+        self._refuse_broken_weights(path)
+        dtype = save_dtype(self._settings[SaveOptions].save_precision)
+        self._trainable.save(str(path), dtype, metadata, {"epoch": finished_epochs, "global_step": clock.step})
 
     def _refuse_broken_weights(self, path: Path) -> None:
         names = [name for name, tensor in self._trainable.state_tensors().items() if not bool(tensor.isfinite().all())]
@@ -169,6 +181,7 @@ class Output:
             loss_history=tuple(self._reporter.losses()),
             fingerprint=self._identity.fingerprint,
             saved=self.saver.saved.as_json(),
+            validation=tuple(self._reporter.validation),
         )
         save_state(
             folder,
@@ -177,6 +190,7 @@ class Output:
             self._optimizer,
             self._schedule,
             self._machine.accelerator.scaler,
+            self._average,
         )
 
     def _after_write(self, path: Path, is_state: bool, is_last: bool) -> None:
@@ -192,10 +206,11 @@ class Output:
             self._optimizer,
             self._schedule,
             self._machine.accelerator.scaler,
+            self._average,
             keep_hyperparameters=self._settings[SaveOptions].allow_mismatch,
         )
         self._clock.seek({"epoch": resumed.epoch + 1, "step_in_epoch": resumed.steps_in_epoch, "step": resumed.step})
-        self._reporter.restore(list(resumed.loss_history), resumed.step)
+        self._reporter.restore(list(resumed.loss_history), list(resumed.validation), resumed.step)
         self.saver.saved = Saved.from_json(resumed.saved)
         logger.info("resumed %s at step %d of %d", folder, resumed.step, self._clock.max_train_steps)
 
@@ -209,6 +224,9 @@ class Output:
             if self._reporter.skipped_steps:
                 logger.warning("%d steps were skipped: loss or gradient was not finite", self._reporter.skipped_steps)
             logger.info("average loss %.4f over the last epoch's steps", self._reporter.average)
+            validation = self._reporter.validation_line()
+            if validation:
+                logger.info("%s", validation)
 
 
 def run_facts(

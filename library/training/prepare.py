@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,15 +30,16 @@ from library.options import (
     PrecisionOptions,
     SampleOptions,
     SaveOptions,
+    ValidationOptions,
 )
 from library.options.settings import Settings
 from library.rng import seed_of
 from library.training.caching import WorkShare, bind_prepared_latents, cache_latents, weights_fingerprint
 from library.training.latent_source import LatentSource
 from library.training.machine import Machine
-from library.training.optimizers import OptimizerMode
 from library.training.preflight import check_bucket_steps
 from library.training.preview import Previewer
+from library.training.report import Reporter
 from library.training.script import Script
 from library.training.step import TextSource as CaptionSource
 from library.training.step import TrainStep
@@ -46,13 +47,17 @@ from library.training.text_caching import CaptionEncoder, cache_captions, text_c
 from library.training.text_source import CachedTextSource, TextSource, text_learns
 from library.training.trackers import Trackers
 from library.training.trainable import Trainable
+from library.training.validation import Probe, Validator, fixed_objectives
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Models:
-    """Loaded models with what learns, and the data they meet (no image data with ``--dataset_class``)."""
+    """Loaded models with what learns, and the data they meet (no image data with ``--dataset_class``).
+
+    ``held_out`` are the images of the validation, if there is one.
+    """
 
     family: ModelFamily
     parts: ModelParts
@@ -60,12 +65,20 @@ class Models:
     images: TrainImages
     text_learns: bool
     text_store: TextStore | None = None
+    held_out: TrainImages | None = None
 
 
 def load_models(
-    script: Script, settings: Settings, datasets: Sequence[ResolvedDataset], machine: Machine, seed: int
+    script: Script,
+    settings: Settings,
+    datasets: Sequence[ResolvedDataset],
+    held_out: Sequence[ResolvedDataset],
+    machine: Machine,
+    seed: int,
 ) -> Models:
     """Base model, cached latents, and what learns, on the device."""
+    count = len(datasets)
+    datasets = (*datasets, *held_out)
     options = settings[ModelOptions]
     family = family_for(options, script.family)
     check_bucket_steps(family, datasets)
@@ -80,12 +93,18 @@ def load_models(
     family = trainable.family_of_prompts(family)
     datasets, store = make_latents(settings, datasets, family, parts, machine)
     variants = text_cache_options(settings).cache_text_encoder_outputs_variants or 0
-    images = TrainImages(datasets, store, seed, settings[DataOptions].on_bad_image, variants)
-    if datasets and all(images.gives_latents(index) for index in range(len(datasets))):
+    if count and not any(dataset.records for dataset in datasets[:count]):
+        raise UserError("no image is left to train on: none of those that are not held out can be used")
+    on_bad = settings[DataOptions].on_bad_image
+    images = TrainImages(datasets[:count], store, seed, on_bad, variants)
+    own_seed = seed_of(settings[ValidationOptions].validation_seed, "validation")
+    validation = TrainImages(datasets[count:], store, own_seed, on_bad, variants)
+    gives_latents = (one.gives_latents(index) for one in (images, validation) for index in range(len(one.datasets)))
+    if datasets and all(gives_latents):
         torch.nn.Module.to(parts.vae, "cpu")
         machine.empty_cache()
     text_store = make_text_outputs(settings, datasets, family, parts, machine, learns)
-    return Models(family, parts, trainable, images, learns, text_store)
+    return Models(family, parts, trainable, images, learns, text_store, validation if held_out else None)
 
 
 def attach(
@@ -188,12 +207,14 @@ def make_text_source(settings: Settings, models: Models, machine: Machine) -> Ca
         return CachedTextSource(models.text_store, device=machine.device, dtype=machine.weight_dtype)
     subsets = [subset for dataset in models.images.datasets for subset in dataset.spec.subsets]
     repeats = bool(subsets) and not any(subset.captions.is_random for subset in subsets)
+    how = text_settings(settings[ModelOptions], models.family)
+    pads = not settings.value_of("no_token_padding")
     return TextSource(
         models.family,
         models.parts,
-        text_settings(settings[ModelOptions], models.family),
+        how if pads else replace(how, shrink=True, pad=False),
         learns=models.text_learns,
-        captions_repeat=repeats,
+        captions_repeat=repeats and pads,  # without padding a caption's length depends on its batch
         device=machine.device,
         dtype=machine.weight_dtype,
     )
@@ -215,20 +236,38 @@ def make_step(settings: Settings, models: Models, machine: Machine, schedule: No
     )
 
 
+def make_validator(
+    settings: Settings,
+    models: Models,
+    machine: Machine,
+    step: TrainStep,
+    reporter: Reporter,
+    weights: Callable[[], AbstractContextManager[object]],
+) -> Validator | None:
+    """What measures the loss on held-out images; None if there are none."""
+    if models.held_out is None:
+        return None
+    modules = (*models.parts.modules(), models.trainable.module)
+    objectives = fixed_objectives(settings[NoiseOptions], settings[LossOptions])
+    probe = Probe(step, models.trainable, objectives, modules, weights)
+    workers = settings[DataOptions].max_data_loader_n_workers
+    return Validator(settings[ValidationOptions], models.held_out, probe, machine, reporter, workers)
+
+
 def make_previewer(
     settings: Settings,
     models: Models,
     machine: Machine,
     schedule: NoiseSchedule,
     trackers: Trackers,
-    mode: OptimizerMode,
+    weights: Callable[[], AbstractContextManager[object]],
 ) -> Previewer:
-    """Previews with the weights that would be saved, at full strength."""
+    """Previews at full strength, with the weights that ``weights`` puts in place."""
 
     @contextmanager
     def in_use() -> Generator[None]:
         models.trainable.on_micro_batch(1.0)
-        with mode.evaluating():
+        with weights():
             yield
 
     sample, save = settings[SampleOptions], settings[SaveOptions]

@@ -108,7 +108,7 @@ class Previewer:
     def _draw_all(self, moment: str, clock: Clock) -> None:
         began = time.time()
         prompts = self._current_prompts()
-        with evaluating(self._modules), _untouched_random_states(self._settings.device), self._in_use():
+        with evaluating(self._modules), untouched_random_states(self._settings.device), self._in_use():
             for index in range(self._rank, len(prompts), self._processes):
                 self._draw(index, prompts[index], moment)
         if self._barrier is not None:
@@ -178,7 +178,7 @@ def evaluating(modules: Iterable[nn.Module]) -> Generator[None]:
 
 
 @contextmanager
-def _untouched_random_states(device: torch.device) -> Generator[None]:
+def untouched_random_states(device: torch.device) -> Generator[None]:
     """Torch's, Python's and NumPy's global generators are as before afterwards."""
     import numpy as np
 

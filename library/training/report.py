@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ from library.log import Progress
 from library.training.clock import Clock
 from library.training.loop import StepReport
 
+logger = logging.getLogger(__name__)
 Scalars = dict[str, float]
 
 
@@ -26,6 +28,7 @@ class Reporter:
         self._learning_rates = learning_rates
         self._log = log
         self._losses: deque[float] = deque(maxlen=max(1, window))
+        self.validation: list[tuple[int, float]] = []  # optimizer step, loss
         self.images_seen = 0
         self.skipped_steps = 0
 
@@ -38,9 +41,32 @@ class Reporter:
         """For the state file."""
         return list(self._losses)
 
-    def restore(self, losses: list[float], step: int) -> None:
+    @property
+    def validated_at(self) -> int | None:
+        """The step of the last validation; None before the first."""
+        return self.validation[-1][0] if self.validation else None
+
+    def add_validation(self, step: int, scalars: Scalars) -> None:
+        """Show and log the loss on held-out images, ``loss/validation`` and what else there is."""
+        self.validation.append((step, scalars["loss/validation"]))
+        logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
+        self._log(scalars, step)
+
+    def validation_line(self) -> str | None:
+        """What became of the loss on held-out images; None if it was never measured."""
+        if not self.validation:
+            return None
+        (first_step, first), (last_step, last) = self.validation[0], self.validation[-1]
+        best_step, best = min(self.validation, key=lambda item: item[1])
+        return (
+            f"validation loss {first:.4f} at step {first_step}, {last:.4f} at step {last_step},"
+            f" lowest {best:.4f} at step {best_step}"
+        )
+
+    def restore(self, losses: list[float], validation: list[tuple[int, float]], step: int) -> None:
         """Go on from a state."""
         self._losses.extend(losses)
+        self.validation = validation
         self._bar.start_at(step)
 
     def after_step(self, clock: Clock, report: StepReport) -> None:

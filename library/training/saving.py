@@ -20,6 +20,7 @@ from library.training.loop import StepReport
 
 logger = logging.getLogger(__name__)
 Kind = Literal["epoch", "step", "end"]
+AVERAGE = "-ema"
 _DEFAULT_STEM: dict[Kind, str] = {"epoch": "epoch", "step": "at", "end": "last"}
 
 
@@ -108,8 +109,8 @@ class Saved:
 class Saver:
     """Effect: writes models and states when they are due.
 
-    ``write_model(path, clock, finished epochs)`` and ``write_state(folder, clock)`` do the writing;
-    ``after_write(path, is_state, is_last)``
+    ``write_model(path, clock, finished epochs)`` and ``write_state(folder, clock)`` do the writing, ``write_average``
+    that of a second model, if there is one, whose name ends in `AVERAGE`; ``after_write(path, is_state, is_last)``
     hears of every finished file or folder (uploads). Only the main process writes; ``wait`` keeps the others in step.
     """
 
@@ -123,6 +124,7 @@ class Saver:
         wait: Callable[[], None],
         write_model: Callable[[Path, Clock, int], None],
         write_state: Callable[[Path, Clock], None],
+        write_average: Callable[[Path, Clock, int], None] | None = None,
         after_write: Callable[[Path, bool, bool], None],
     ) -> None:
         self._options = options
@@ -133,6 +135,7 @@ class Saver:
         self._wait = wait
         self._write_model = write_model
         self._write_state = write_state
+        self._write_average = write_average
         self._after_write = after_write
         self.saved = Saved()
         if is_main:
@@ -160,16 +163,24 @@ class Saver:
         self._wait()
         if self._is_main:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._keep_foreign(path, self.saved.models)
-            self._write_model(path, clock, clock.epoch - 1 if kind == "step" else clock.epoch)
-            logger.info("saved %s", path)
-            self._remember(self.saved.models, (kind, count, path.name))
-            self._after_write(path, False, kind == "end")
+            self._save_model(kind, count, path, clock, self._write_model)
+            if self._write_average is not None:
+                beside = self._folder / (name + AVERAGE + self._suffix)
+                self._save_model(kind, count, beside, clock, self._write_average)
             if with_state:
                 self._save_state(kind, count, name, clock)
             self._remove_old(kind, count)
         self._wait()
         return path
+
+    def _save_model(
+        self, kind: Kind, count: int, path: Path, clock: Clock, write: Callable[[Path, Clock, int], None]
+    ) -> None:
+        self._keep_foreign(path, self.saved.models)
+        write(path, clock, clock.epoch - 1 if kind == "step" else clock.epoch)
+        logger.info("saved %s", path)
+        self._remember(self.saved.models, (kind, count, path.name))
+        self._after_write(path, False, kind == "end")
 
     def _save_state(self, kind: Kind, count: int, name: str, clock: Clock) -> None:
         folder = self._folder / f"{name}-state"
@@ -222,7 +233,7 @@ def remove_leftovers(folder: Path, output_name: str | None) -> None:
     base = re.escape(output_name or "")
     stems = rf"{base}(-\d{{6}}|-step\d{{8}})?" if output_name else r"epoch-\d{6}|at-step\d{8}|last"
     # a folder moved aside while its successor takes its name (.old) is the only copy if that did not happen
-    pattern = re.compile(rf"\.+({stems})(-state)?((\.[0-9a-f]{{8}}\.tmp)+(\.\w+)?|\.\d+\.tmp|\.gone)")
+    pattern = re.compile(rf"\.+({stems})({AVERAGE}|-state)?((\.[0-9a-f]{{8}}\.tmp)+(\.\w+)?|\.\d+\.tmp|\.gone)")
     for path in folder.iterdir() if folder.is_dir() else ():
         if pattern.fullmatch(path.name):
             logger.info("removing %s, left by a run that was killed", path.name)

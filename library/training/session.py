@@ -14,8 +14,9 @@ from library.data.sources import resolve
 from library.data.spec_checks import uncacheable_captions, uncacheable_subsets
 from library.interrupt import stop_on_signals
 from library.log import UserError
-from library.options import CacheOptions, DataOptions, EmbeddingOptions, LoopOptions, SaveOptions
+from library.options import CacheOptions, DataOptions, EmbeddingOptions, LoopOptions, SaveOptions, ValidationOptions
 from library.options.settings import Settings
+from library.training.held_out import hold_out
 from library.training.loop import train
 from library.training.preflight import check_places
 from library.training.script import Script
@@ -30,15 +31,15 @@ logger = logging.getLogger(__name__)
 
 def run_session(script: Script, settings: Settings) -> int:
     """Do what the options ask for: show the data, print the plan, or train. Returns the exit status."""
-    datasets = load_datasets(settings)
+    datasets, held_out = hold_out(load_datasets(settings), settings[ValidationOptions])
     if settings[DataOptions].debug_dataset:
         return _show_data(settings, datasets)
     if settings[LoopOptions].dry_run:
         from library.training.dry_run import print_plan
 
-        return print_plan(script, settings, datasets)
+        return print_plan(script, settings, datasets, held_out)
     check_places(settings)
-    return _train(script, settings, datasets)
+    return _train(script, settings, datasets, held_out)
 
 
 def load_datasets(settings: Settings) -> tuple[ResolvedDataset, ...]:
@@ -79,14 +80,18 @@ def _show_data(settings: Settings, datasets: Sequence[ResolvedDataset]) -> int:
     return 0
 
 
-def _train(script: Script, settings: Settings, datasets: Sequence[ResolvedDataset]) -> int:
+def _train(
+    script: Script, settings: Settings, datasets: Sequence[ResolvedDataset], held_out: Sequence[ResolvedDataset]
+) -> int:
     from library.data.dataset import BadImage
     from library.training.machine import process_count
     from library.training.setup import build_run
 
     with stop_on_signals() as stop:
-        run = build_run(script, settings, datasets, stop)
+        run = build_run(script, settings, datasets, held_out, stop)
         with run.bar:
+            if run.validator:
+                run.validator.at_start(run.clock)
             run.previewer.at_start(run.clock)
             try:
                 train(run.job)
@@ -94,6 +99,8 @@ def _train(script: Script, settings: Settings, datasets: Sequence[ResolvedDatase
                 if run.clock.step and process_count() == 1:  # other processes would not join in the saving
                     _save_stopped(run)
                 raise
+            if run.validator and run.clock.is_finished:
+                run.validator.at_end(run.clock)
         path = run.output.saver.at_end(run.clock) if run.clock.is_finished else _save_stopped(run)
         run.output.finish(path)
         run.trackers.finish()

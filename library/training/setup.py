@@ -20,6 +20,7 @@ from library.interrupt import StopRequest
 from library.log import Progress, progress
 from library.options import (
     DataOptions,
+    EmaOptions,
     HubOptions,
     LoopOptions,
     ModelOptions,
@@ -37,6 +38,7 @@ from library.training.arrange import (
     count_steps,
     make_clock,
 )
+from library.training.average import WeightAverage, make_average
 from library.training.clock import Clock
 from library.training.fingerprint import fingerprint
 from library.training.fused import FusedUpdate
@@ -47,7 +49,7 @@ from library.training.machine import Machine, open_machine
 from library.training.metadata import model_facts
 from library.training.optimizers import OptimizerMode, create_optimizer
 from library.training.output import OptimizerFacts, Output, identify, open_uploader, refuse_another_run
-from library.training.prepare import Models, load_models, make_previewer, make_step
+from library.training.prepare import Models, load_models, make_previewer, make_step, make_validator
 from library.training.preview import Previewer
 from library.training.report import Reporter
 from library.training.script import Script
@@ -55,6 +57,7 @@ from library.training.state import RunState, read_run
 from library.training.step import TrainStep
 from library.training.trackers import Trackers
 from library.training.update import WeightUpdate
+from library.training.validation import Validator
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +70,19 @@ class Run:
     clock: Clock
     output: Output
     previewer: Previewer
+    validator: Validator | None
     trackers: Trackers
     bar: Progress[int]
 
 
-def build_run(script: Script, settings: Settings, datasets: Sequence[ResolvedDataset], stop: StopRequest) -> Run:
-    """Everything up to the first step."""
+def build_run(
+    script: Script,
+    settings: Settings,
+    datasets: Sequence[ResolvedDataset],
+    held_out: Sequence[ResolvedDataset],
+    stop: StopRequest,
+) -> Run:
+    """Everything up to the first step. ``held_out`` are the images of the validation."""
     trackers = Trackers(settings, script.tracker_name)
     machine = open_machine(settings, trackers)
     uploader = open_uploader(settings[HubOptions], machine)
@@ -81,20 +91,27 @@ def build_run(script: Script, settings: Settings, datasets: Sequence[ResolvedDat
     seed = choose_seed(settings, machine, resumed)
     if resumed:  # options first: no model has to be read for them
         refuse_another_run(settings, resumed, fingerprint({**settings.as_flat_dict(), "seed": seed}))
-    models = load_models(script, settings, datasets, machine, seed)
+    models = load_models(script, settings, datasets, held_out, machine, seed)
     arrangement, steps_of = make_arrangement(settings, models, machine, seed)
     clock = make_clock(steps_of, settings[LoopOptions])
     _log_plan(clock, machine)
     schedule = make_schedule(models.parts.prediction_type, settings[NoiseOptions].zero_terminal_snr).to(machine.device)
     optimizer, facts = make_optimizer(settings, models, machine, clock)
-    update = make_update(settings, models, machine, make_step(settings, models, machine, schedule), optimizer, facts)
+    step = make_step(settings, models, machine, schedule)
+    update = make_update(settings, models, machine, step, optimizer, facts)
     bar = progress(clock.max_train_steps, "steps")
     reporter = Reporter(bar, len(arrangement.plan(1)), lambda: learning_rates(optimizer), trackers.log)
-    output = make_output(settings, models, machine, clock, reporter, facts, seed, resumed, uploader)
+    mode = OptimizerMode(optimizer)
+    average = make_average(
+        settings[EmaOptions], models.trainable.trained_parameters(), optimizer_averages=mode.averages
+    )
+    output = make_output(settings, models, machine, clock, reporter, facts, seed, resumed, uploader, average)
     if state_folder and resumed:
         output.restore(state_folder, resumed)
     trackers.start(settings, machine.accelerator)
-    previewer = make_previewer(settings, models, machine, schedule, trackers, OptimizerMode(optimizer))
+    validator = make_validator(settings, models, machine, step, reporter, mode.evaluating)
+    in_use = average.in_use if average and settings[EmaOptions].sample_with_ema else mode.evaluating
+    previewer = make_previewer(settings, models, machine, schedule, trackers, in_use)
     job = Job(
         clock=clock,
         step=update.step,
@@ -103,12 +120,12 @@ def build_run(script: Script, settings: Settings, datasets: Sequence[ResolvedDat
         guard=FiniteGuard(settings[LoopOptions].on_nan, machine.accelerator.scaler is not None, models.images.path_of),
         plan=arrangement.plan,
         batches=arrangement.batches,
-        effects=(reporter, previewer, output.saver),
+        effects=tuple(effect for effect in (average, reporter, validator, previewer, output.saver) if effect),
         stop=stop,
         seed=seed,
         rank=machine.rank,
     )
-    return Run(job, clock, output, previewer, trackers, bar)
+    return Run(job, clock, output, previewer, validator, trackers, bar)
 
 
 def find_state(settings: Settings) -> str | None:
@@ -194,6 +211,7 @@ def make_output(
     seed: int,
     resumed: RunState | None,
     uploader: Uploader | None,
+    average: WeightAverage | None,
 ) -> Output:
     """What writes, after the run was found to be the one that is resumed."""
     model = model_facts(models.family, models.parts)
@@ -205,4 +223,6 @@ def make_output(
     ]
     loaded = [file_hashes(file).sha256 for file in files if file]
     identity = identify(settings, seed, datasets, model, loaded, machine.processes, resumed)
-    return Output(settings, machine, models.trainable, identity, model, datasets, clock, reporter, optimizer, uploader)
+    return Output(
+        settings, machine, models.trainable, identity, model, datasets, clock, reporter, optimizer, uploader, average
+    )

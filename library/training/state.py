@@ -45,7 +45,8 @@ class RunState:
 
     ``epoch`` is the number of finished epochs, ``steps_in_epoch`` the optimizer steps done since then.
     ``max_train_steps`` and ``num_epochs`` are the planned totals. ``started_at`` is a unix time, ``fingerprint`` comes
-    from fingerprint.py, ``saved`` lists the files that the run has written (plain JSON values).
+    from fingerprint.py, ``saved`` lists the files that the run has written (plain JSON values), ``validation``
+    the steps and losses of its validations (states of former versions have none).
     """
 
     step: int
@@ -59,14 +60,21 @@ class RunState:
     loss_history: tuple[float, ...]
     fingerprint: dict[str, Any]
     saved: dict[str, Any] = field(default_factory=dict[str, Any])
+    validation: tuple[tuple[int, float], ...] = ()
 
 
 class HasState(Protocol):
-    """A schedule or a gradient scaler."""
+    """A schedule, a gradient scaler, or an average of the weights."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+class HasAverage(Protocol):
+    """An average of the weights, which can also begin anew."""
+
+    def load_state_dict(self, state: dict[str, Any] | None, /) -> None: ...
 
 
 # ---- public
@@ -79,6 +87,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     schedule: HasState,
     scaler: HasState | None = None,
+    average: HasState | None = None,
 ) -> None:
     """Write a state folder; an existing one of the same name is replaced only when the new one is whole.
 
@@ -90,6 +99,7 @@ def save_state(
         "optimizer": {"class": _class_name(optimizer), **_pack_optimizer(writer, optimizer)},
         "schedule": writer.encode(schedule.state_dict(), "schedule", lenient=True),
         "scaler": writer.encode(scaler.state_dict() if scaler else None, "scaler"),
+        "average": writer.encode(average.state_dict() if average else None, "average"),
     }
     with atomic_folder(folder) as temporary:
         save_safetensors(temporary / TRAINABLE_FILE, dict(trainable), {})
@@ -128,6 +138,7 @@ _COUNTERS = ("step", "epoch", "steps_in_epoch", "max_train_steps", "num_epochs",
 
 def _run_of(saved: dict[str, Any]) -> RunState:
     """The entries of state.json. Raises KeyError, TypeError or ValueError for what cannot have been written by us."""
+    saved = {"validation": [], **saved}
     values: dict[str, Any] = {field.name: saved[field.name] for field in fields(RunState)}
     for name in _COUNTERS:
         if type(values[name]) is not int or values[name] < 0:
@@ -136,6 +147,7 @@ def _run_of(saved: dict[str, Any]) -> RunState:
         if not isinstance(values[name], dict):
             raise TypeError(f"{name} is no table")
     values["loss_history"] = tuple(float(loss) for loss in values["loss_history"])
+    values["validation"] = tuple((int(step), float(loss)) for step, loss in values["validation"])
     return RunState(**values)
 
 
@@ -145,10 +157,12 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     schedule: HasState,
     scaler: HasState | None = None,
+    average: HasAverage | None = None,
     *,
     keep_hyperparameters: bool = False,
 ) -> None:
-    """Put a state back: into the tensors of ``trainable`` in place, the optimizer, the schedule and the scaler.
+    """Put a state back: into the tensors of ``trainable`` in place, the optimizer, the schedule, the scaler and the
+    average (which is given None if the state has none).
 
     ``keep_hyperparameters``: this run's learning rates, weight decay and betas stay in force instead of the state's
     (for a run that is resumed with changed options on purpose). Raises UserError if the state does not fit; the
@@ -166,6 +180,8 @@ def load_state(
             saved_scaler = reader.decode(tree["scaler"])
             if scaler is not None and saved_scaler is not None:
                 scaler.load_state_dict(saved_scaler)
+            if average is not None:
+                average.load_state_dict(reader.decode(tree.get("average")))
     except (KeyError, TypeError, ValueError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"--resume {path}: the state is damaged ({reason}); use an earlier state") from error

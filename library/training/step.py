@@ -80,7 +80,7 @@ class TrainStep(nn.Module):
         self._trainable = trainable
         self._family = family
         self._unet = [parts.unet]  # in a list: nn.Module would register it
-        self._latents = latents
+        self.latents = latents
         self._text = text
         self._schedule = schedule
         self._objective = objective
@@ -95,10 +95,13 @@ class TrainStep(nn.Module):
         Losses are summed over samples and divided by it, so accumulation and several processes equal one big batch. The
         factor ``processes`` undoes the averaging of gradients between processes.
         """
-        latents_BCHW = self._latents(batch)
-        noisy_BCHW, target_BCHW, timesteps_B = self._objective.training_inputs(
-            latents_BCHW, batch.seeds, self._schedule
-        )
+        losses_B = self.losses(batch, self.latents(batch), self._objective)
+        loss = losses_B.sum() * (self._processes / step_sample_count)
+        return StepResult(loss=loss, losses_B=losses_B.detach())
+
+    def losses(self, batch: Batch, latents_BCHW: Tensor, objective: Objective) -> Tensor:
+        """The loss of each sample after weighting, (B,), of the batch's latents as `latents` gives them."""
+        noisy_BCHW, target_BCHW, timesteps_B = objective.training_inputs(latents_BCHW, batch.seeds, self._schedule)
         geometry = Geometry(batch.original_sizes_hw_B2, batch.crop_top_lefts_B2, batch.target_sizes_hw_B2)
         with self._trainable.precision(self._device, self._dtype):
             condition = self._text(batch.captions)
@@ -108,8 +111,4 @@ class TrainStep(nn.Module):
                 self._unet[0], noisy_BCHW, timesteps_B, condition, geometry, **residuals
             )
         weights_B = batch.loss_weights_B.to(self._device)
-        losses_B = self._objective.weighted_losses(
-            noise_pred_BCHW.float(), target_BCHW, timesteps_B, weights_B, self._schedule
-        )
-        loss = losses_B.sum() * (self._processes / step_sample_count)
-        return StepResult(loss=loss, losses_B=losses_B.detach())
+        return objective.weighted_losses(noise_pred_BCHW.float(), target_BCHW, timesteps_B, weights_B, self._schedule)

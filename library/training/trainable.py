@@ -94,6 +94,9 @@ class Trainable(ABC):
         """Switch to train mode."""
         self.module.train()
 
+    def on_step_start(self, step: int) -> None:  # noqa: B027 - most kinds have nothing to do then
+        """Before each optimizer step; ``step`` counts those that were done, in earlier sessions too."""
+
     @abstractmethod
     def on_micro_batch(self, network_multiplier: float) -> None:
         """Before each forward pass."""

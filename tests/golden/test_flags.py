@@ -12,10 +12,12 @@ from library.options.script import parse
 from library.options.scripts import (
     CACHE_LATENTS,
     CACHE_TEXT,
+    FINE_TUNE,
     SDXL_TRAIN,
     SDXL_TRAIN_LLLITE,
     SDXL_TRAIN_NETWORK,
     SDXL_TRAIN_TEXTUAL_INVERSION,
+    TRAIN_DB,
     TRAIN_NETWORK,
     TRAIN_TEXTUAL_INVERSION,
     TRAIN_TEXTUAL_INVERSION_XTI,
@@ -31,6 +33,8 @@ SCRIPTS = {
     "train_textual_inversion": TRAIN_TEXTUAL_INVERSION,
     "sdxl_train_textual_inversion": SDXL_TRAIN_TEXTUAL_INVERSION,
     "train_textual_inversion_XTI": TRAIN_TEXTUAL_INVERSION_XTI,
+    "train_db": TRAIN_DB,
+    "fine_tune": FINE_TUNE,
 }
 ROWS = {
     name: list(csv.DictReader((DATA / f"{name}_flags.tsv").open(encoding="utf-8"), delimiter="\t")) for name in SCRIPTS
@@ -47,10 +51,23 @@ NEW_OPTIONS = {
     "allow_mismatch",
     "deterministic",
     "dry_run",
+    "ema_decay",
+    "ema_device",
+    "huber_c",
+    "huber_scale",
+    "huber_schedule",
+    "ip_noise_gamma_random_strength",
+    "loss_type",
+    "noise_offset_random_strength",
     "on_bad_caption",
     "on_bad_image",
     "on_nan",
+    "sample_with_ema",
     "save_state_on_train_end",
+    "validate_every_n_epochs",
+    "validate_every_n_steps",
+    "validation_seed",
+    "validation_split",
 }
 # The first two are the reference's, the third is new.
 TEXT_CACHE = {
@@ -80,6 +97,22 @@ NEW_IN = {
     # reg_data_dir is there to be refused: pairs have no regularisation images
     "sdxl_train_control_net_lllite": {
         "cache_text_encoder_outputs_variants",
+        "no_metadata",
+        "prior_loss_weight",
+        "reg_data_dir",
+        "training_comment",
+    },
+    "train_db": {
+        "dataset_repeats",
+        "diffusers_xformers",
+        "fused_backward_pass",
+        "in_json",
+        "no_metadata",
+        "training_comment",
+    },
+    "fine_tune": {
+        "fused_backward_pass",
+        "no_half_vae",
         "no_metadata",
         "prior_loss_weight",
         "reg_data_dir",
@@ -170,7 +203,7 @@ def test_misspelt_caption_option_of_old_command_lines():
 
 def test_the_cache_tool_takes_every_option_of_the_training():
     for tool in (CACHE_LATENTS, CACHE_TEXT):
-        for training in (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, SDXL_TRAIN, SDXL_TRAIN_LLLITE):
+        for training in (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, SDXL_TRAIN, SDXL_TRAIN_LLLITE, TRAIN_DB, FINE_TUNE):
             assert set(training.specs()) <= set(tool.specs()) | tool.passes_over
         assert set(tool.specs()) <= set(SDXL_TRAIN_NETWORK.specs()) | {"skip_existing", "sdxl", "conditioning_data_dir"}
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from library.diffusion.noise import pyramid_noise, sample_noise, sample_timesteps
+from library.diffusion.noise import input_perturbation, pyramid_noise, sample_noise, sample_timesteps
 from library.diffusion.objective import Objective, training_inputs
 from library.diffusion.schedule import make_schedule
 
@@ -19,6 +19,8 @@ class Settings:
     ip_noise_gamma: float | None = None
     min_timestep: int | None = None
     max_timestep: int | None = None
+    noise_offset_random_strength: bool = False
+    ip_noise_gamma_random_strength: bool = False
 
 
 PLAIN = Settings()
@@ -105,6 +107,24 @@ def test_noisy_and_targets_fit_together() -> None:
     v = training_inputs(LATENTS, SEEDS, make_schedule("v_prediction"), PLAIN).target_BCHW
     torch.testing.assert_close(a.sqrt() * noisy - (1 - a).sqrt() * v, LATENTS, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close((1 - a).sqrt() * noisy + a.sqrt() * v, noise, atol=1e-4, rtol=1e-4)
+
+
+def test_random_strength_is_uniform_and_each_samples_own() -> None:
+    """The direction of the draw stays; only its length is multiplied by a number of 0 to 1."""
+    latents, seeds = torch.zeros(400, 4, 2, 2), range(400)
+    base = sample_noise(latents, seeds, PLAIN)
+    whole = sample_noise(latents, seeds, Settings(noise_offset=0.5)) - base
+    drawn = sample_noise(latents, seeds, Settings(noise_offset=0.5, noise_offset_random_strength=True)) - base
+    strengths = drawn.flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1)
+    torch.testing.assert_close(drawn, whole * strengths.view(-1, 1, 1, 1), atol=1e-6, rtol=1e-3)
+    gamma = Settings(ip_noise_gamma=0.5)
+    random_gamma = replace(gamma, ip_noise_gamma_random_strength=True)
+    inputs = [input_perturbation(latents, seeds, one).flatten(1).norm(dim=1) for one in (gamma, random_gamma)]
+    for found in (strengths, inputs[1] / inputs[0]):
+        assert 0 <= found.min() < 0.02
+        assert 0.98 < found.max() <= 1
+        assert found.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert abs(float(torch.corrcoef(torch.stack([strengths, inputs[1] / inputs[0]]))[0, 1])) < 0.2
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

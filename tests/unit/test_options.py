@@ -280,7 +280,9 @@ def test_combinations_refused(argv: str, part: str):
         ("--sample_prompts a", "has no effect without"),
         ("--save_last_n_epochs 2", "has no effect without"),
         ("--fused_backward_pass", "ignored"),
-        ("--loss_type l2", "ignored"),
+        ("--initial_epoch 1", "ignored"),
+        ("--huber_c 0.2", "no effect without --loss_type huber"),
+        ("--noise_offset_random_strength", "has no effect without --noise_offset"),
     ],
 )
 def test_combinations_doubted(argv: str, part: str):

@@ -109,16 +109,16 @@ def test_unknown_keys(tmp_path: Path):
 
 
 def test_keys_of_other_programs_warn_if_they_change_nothing(tmp_path: Path):
-    text = 'loss_type = "l2"\nhuber_c = 0.1\nmasked_loss = false\nepoch = 8\n'
+    text = "fp8_base_unet = false\ninitial_epoch = 1\nmasked_loss = false\nepoch = 8\n"
     text += 'log_config = true\nnoise_offset_type = "Original"\n'
     found = parse(LOOSE, ["--config_file", write(tmp_path, text)]).warnings
     assert len(found) == 6
-    assert "line 1: loss_type: ignored" in found[0]
+    assert "line 1: fp8_base_unet: ignored" in found[0]
 
 
 def test_keys_of_other_programs_that_change_the_training_are_refused(tmp_path: Path):
-    assert problems(tmp_path, 'loss_type = "huber"\nmasked_loss = true\n') == [
-        'run.toml line 1: loss_type = "huber": this program lacks it, and it changes what is trained; take it out',
+    assert problems(tmp_path, "lr_decay_steps = 5\nmasked_loss = true\n") == [
+        "run.toml line 1: lr_decay_steps = 5: this program lacks it, and it changes what is trained; take it out",
         "run.toml line 2: masked_loss = true: this program lacks it, and it changes what is trained; take it out",
     ]
 

@@ -102,7 +102,7 @@ def test_leftovers_of_killed_runs_go_and_nothing_else(tmp_path):
     kept = ["cat.safetensors", ".cat", ".dog.0123abcd.tmp.safetensors", "cat.0123abcd.tmp.safetensors"]
     for name in (*left, *kept):
         (tmp_path / name).write_text("")
-    for name in (".cat-state.77.tmp", ".cat-000001-state.gone"):
+    for name in (".cat-state.77.tmp", ".cat-000001-state.gone", ".cat-000002-ema.0123abcd.tmp"):
         (tmp_path / name).mkdir()
     remove_leftovers(tmp_path, "cat")
     assert names(tmp_path) == sorted(kept)

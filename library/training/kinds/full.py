@@ -15,13 +15,26 @@ from library.checkpoint.io import is_safetensors
 from library.families.base import ModelFamily, ModelParts, TextSettings
 from library.log import UserError
 from library.models.load import check_written
-from library.options import ModelFileOptions, ModelOptions, NoiseOptions, OptimizerOptions, PrecisionOptions
+from library.options import (
+    DreamBoothOptions,
+    ModelFileOptions,
+    ModelOptions,
+    NoiseOptions,
+    OptimizerOptions,
+    PrecisionOptions,
+)
 from library.options.settings import Settings
 from library.training.trainable import Artifact, Trainable
 
 logger = logging.getLogger(__name__)
 
 Rates = Mapping[str, float]  # part of the model -> learning rate above 0
+TEXT_RATES = (
+    ("text_encoder", "learning_rate_te"),
+    ("text_encoder", "learning_rate_te1"),
+    ("text_encoder_2", "learning_rate_te2"),
+)
+"""Text encoder, and the option of its learning rate in those scripts that have it."""
 
 
 class FullTraining(Trainable):
@@ -45,7 +58,8 @@ class FullTraining(Trainable):
             self._freeze_what_text_never_reaches()
         self._groups = list(self._make_groups(rates, settings.value_of("block_lr")))
         self._freeze_all_but(self._groups)
-        self.may_skip_parameters = False
+        self._text_stops_at: int | None = settings.value_of("stop_text_encoder_training")
+        self.may_skip_parameters = self._text_stops_at is not None
         precision = settings[PrecisionOptions]
         self.casts_itself = precision.full_bf16 or precision.full_fp16  # all weights are of the type computed with
         self.artifact = Artifact(_suffix(settings[ModelFileOptions], parts), modelspec_kind="")
@@ -101,6 +115,14 @@ class FullTraining(Trainable):
 
     # ---- the run
 
+    def on_step_start(self, step: int) -> None:
+        """From the step of ``--stop_text_encoder_training`` on the text encoder gets no gradient, so it stays."""
+        if self._text_stops_at is None or step < self._text_stops_at:
+            return
+        for name, module in self._learning.items():
+            if name != "unet":
+                module.requires_grad_(False)
+
     def on_micro_batch(self, network_multiplier: float) -> None:
         if network_multiplier != 1.0:
             raise UserError("network_multiplier is for networks: the model itself has no strength; leave it out")
@@ -144,11 +166,21 @@ def part_rates(settings: Settings) -> dict[str, float]:
     """The learning rate of each part of the model that learns, by the part's name."""
     base = settings[OptimizerOptions].learning_rate
     rates = {"unet": base}
-    if settings.value_of("train_text_encoder"):
-        for part, option in (("text_encoder", "learning_rate_te1"), ("text_encoder_2", "learning_rate_te2")):
-            own = settings.value_of(option)
-            rates[part] = base if own is None else own
+    if _trains_text(settings):
+        options = settings.script.specs()
+        for part, option in TEXT_RATES:
+            if option in options:
+                own = settings.value_of(option)
+                rates[part] = base if own is None else own
     return {part: rate for part, rate in rates.items() if rate > 0}
+
+
+def _trains_text(settings: Settings) -> bool:
+    """True if text encoders learn at all. DreamBooth trains its own unless a step of 0 or less stops it."""
+    if DreamBoothOptions in settings:
+        stop = settings[DreamBoothOptions].stop_text_encoder_training
+        return stop is None or stop > 0
+    return bool(settings.value_of("train_text_encoder"))
 
 
 def reached_leaves(outputs: Iterable[Tensor]) -> set[int]:
