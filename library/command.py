@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -38,6 +39,9 @@ def run_command(
         return _fail(str(error))
     except MemoryError:
         return _fail(out_of_memory)
+    except BrokenPipeError:  # the reader of our output has enough (head): Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("stopped at once; files under final names are whole", file=sys.stderr)
         return INTERRUPTED

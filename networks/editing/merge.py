@@ -94,7 +94,8 @@ def merge_into_model(files: MergeFilesOptions, source: Path, expected: Sequence[
         written = {} if files.no_metadata else _model_metadata(model, addends, target, prediction)
         changed = merged_tensors(model, changes)
         write_merged(model, changed, target, _saved_type(files), {**kept, **written}, prediction)
-        logger.info("%s: %d layers changed by %d networks", target.name, len(changes), len(addends))
+        by = "1 network" if len(addends) == 1 else f"{len(addends)} networks"
+        logger.info("%s: %d layers changed by %s", target.name, len(changes), by)
     found = recognise(target)
     size = sum(path.stat().st_size for path in ([target] if target.is_file() else target.rglob("*.safetensors")))
     logger.info("%s: %s, %s MB, can be read", target.name, FAMILY_TITLES[found.spec.family], f"{size / 1e6:,.0f}")

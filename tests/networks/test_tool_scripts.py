@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.house.source_map import ROOT
 
@@ -34,3 +37,19 @@ def test_help_is_light(script: str) -> None:
 
 def test_there_are_scripts() -> None:
     assert {"networks/resize_lora.py", "networks/extract_lora_from_models.py"} <= SCRIPTS
+
+
+def test_a_reader_that_has_enough_ends_the_program_quietly(tmp_path: Path) -> None:
+    file = tmp_path / "net.safetensors"
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, file, {f"key{i}": "x" * 1000 for i in range(500)})
+    program = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "show_metadata.py"), "--model", str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert program.stdout is not None
+    assert program.stderr is not None
+    program.stdout.read(10)
+    program.stdout.close()  # as head does
+    assert program.stderr.read() == b""
+    assert program.wait(timeout=120) == 0
