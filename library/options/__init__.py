@@ -1,6 +1,6 @@
 """Options: one group for each concern. Other rooms import the groups from here and take those that they need."""
 
-from library.options.control import ConditioningOptions, LLLiteOptions
+from library.options.control import ConditioningOptions, ControlFileOptions, ControlNetOptions, LLLiteOptions
 from library.options.data import CacheOptions, CacheToolOptions, DataOptions, TextCacheOptions
 from library.options.full import FullOptions, SdxlFullOptions
 from library.options.model import ModelOptions, PrecisionOptions
@@ -24,6 +24,8 @@ __all__ = [
     "ConditioningOptions",
     "ConfigOptions",
     "ConsoleOptions",
+    "ControlFileOptions",
+    "ControlNetOptions",
     "DataOptions",
     "FullOptions",
     "HubOptions",

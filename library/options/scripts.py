@@ -6,6 +6,8 @@ from library.options import (
     ConditioningOptions,
     ConfigOptions,
     ConsoleOptions,
+    ControlFileOptions,
+    ControlNetOptions,
     DataOptions,
     HubOptions,
     LLLiteOptions,
@@ -98,6 +100,22 @@ SDXL_TRAIN = ScriptOptions(
     family="sdxl",
 )
 
+TRAIN_CONTROLNET = ScriptOptions(
+    name="train_controlnet.py",
+    groups=with_text_cache(
+        (
+            *TRAINING_GROUPS[:2],
+            ControlNetOptions,
+            DataOptions,
+            ConditioningOptions,
+            *TRAINING_GROUPS[3:],
+            ControlFileOptions,
+        )
+    ),
+    required=("pretrained_model_name_or_path", "output_dir", PAIRS),
+    summary="Train a ControlNet on Stable Diffusion 1.x, 2.x or SDXL: it draws after edges, lines or other pictures.",
+)
+
 SDXL_TRAIN_LLLITE = ScriptOptions(
     name="sdxl_train_control_net_lllite.py",
     groups=with_text_cache(
@@ -118,7 +136,10 @@ SDXL_TRAIN_LLLITE = ScriptOptions(
 
 # The caching tools take the command line and the file of any training; how models are saved is not their business.
 _CACHE_GROUPS = tuple(group for group in SDXL_TRAIN_NETWORK.groups if group is not NetworkFileOptions)
-_NOT_FOR_CACHES = frozenset(specs_by_name((SdxlFullOptions, ModelFileOptions))) | {"cond_emb_dim"}
+_NOT_FOR_CACHES = frozenset(specs_by_name((SdxlFullOptions, ModelFileOptions))) | {
+    "cond_emb_dim",
+    "controlnet_model_name_or_path",
+}
 
 CACHE_LATENTS = ScriptOptions(
     name="tools/cache_latents.py",
@@ -199,6 +220,7 @@ SCRIPTS = (
     TRAIN_NETWORK,
     SDXL_TRAIN_NETWORK,
     SDXL_TRAIN,
+    TRAIN_CONTROLNET,
     SDXL_TRAIN_LLLITE,
     CACHE_LATENTS,
     CACHE_TEXT,

@@ -67,7 +67,7 @@ def load_models(
 ) -> Models:
     """Base model, cached latents, and what learns, on the device."""
     options = settings[ModelOptions]
-    family = family_for(options, script.family)
+    family = family_for(options, settings.family)
     check_bucket_steps(family, datasets)
     types = dict.fromkeys(script.load_kind().trained_parts(settings), machine.trained_dtype)
     types["vae"] = machine.vae_dtype

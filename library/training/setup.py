@@ -198,7 +198,8 @@ def make_output(
     """What writes, after the run was found to be the one that is resumed."""
     model = model_facts(models.family, models.parts)
     datasets = models.images.datasets
-    files = [settings.value_of("network_weights"), *(settings.value_of("base_weights") or [])]
+    one_each = ("network_weights", "controlnet_model_name_or_path")
+    files = [*(settings.value_of(name) for name in one_each), *(settings.value_of("base_weights") or [])]
     loaded = [file_hashes(file).sha256 for file in files if file]
     identity = identify(settings, seed, datasets, model, loaded, machine.processes, resumed)
     return Output(settings, machine, models.trainable, identity, model, datasets, clock, reporter, optimizer, uploader)

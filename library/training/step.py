@@ -105,7 +105,7 @@ class TrainStep(nn.Module):
             noisy_BCHW = noisy_BCHW.to(self._dtype)
             residuals = self._trainable.residuals(batch, noisy_BCHW, timesteps_B, condition, geometry)
             noise_pred_BCHW = self._family.predict(
-                self._unet[0], noisy_BCHW, timesteps_B, condition, geometry, **residuals
+                self._unet[0], noisy_BCHW, timesteps_B, condition, geometry, residuals
             )
         weights_B = batch.loss_weights_B.to(self._device)
         losses_B = self._objective.weighted_losses(
