@@ -95,7 +95,7 @@ def attach(
     keep_less_for_backward(parts.unet)
     torch.manual_seed(seed_of(seed, "network init"))
     trainable = make_trainable(script, settings, family, parts)
-    trainable.module.to(machine.device, machine.trained_dtype)
+    torch.nn.Module.to(trainable.module, machine.device, machine.trained_dtype)  # diffusers' own warns of nothing
     learns = text_learns(family, parts, trainable, machine.weight_dtype)
     save_memory(settings[PrecisionOptions], parts, trainable, learns)
     return trainable, learns
