@@ -90,6 +90,15 @@ def _beginning(net: nn.Module, unet: nn.Module, width: int) -> Iterator[tuple[st
         yield key, torch.zeros(shape) if key.startswith(_ZERO) else begun[key]
 
 
+def take_rgb(net: ControlNetModel) -> None:
+    """Turn a net that takes guide pictures as BGR into the same net for RGB: original files cannot tell the order."""
+    if net.config["controlnet_conditioning_channel_order"] != "bgr":
+        return
+    kernel = net.controlnet_cond_embedding.conv_in.weight
+    kernel.data = kernel.data.flip(1)
+    net.register_to_config(controlnet_conditioning_channel_order="rgb")
+
+
 # ---- loading
 
 

@@ -141,6 +141,23 @@ def test_names_and_metadata(model: Path, pairs: Pairs, net: Path, tmp_path: Path
     assert {"control_model.zero_convs.11.0.weight", "control_model.input_hint_block.0.weight"} <= found.keys()
 
 
+def test_nets_that_take_bgr_are_turned_round(model: Path, pairs: Pairs, tmp_path: Path) -> None:
+    """An original file cannot say so, and would be used with red and blue exchanged."""
+    net = toy_control()
+    save_control_file(tmp_path / "rgb.safetensors", net, toy_spec().unet)
+    net.register_to_config(controlnet_conditioning_channel_order="bgr")
+    kernel = net.controlnet_cond_embedding.conv_in.weight
+    kernel.data = kernel.data.flip(1)
+    save_control_folder(tmp_path / "bgr", net)
+    one, other = (
+        control(
+            model, pairs, tmp_path / f"out {name}", "--controlnet_model_name_or_path", str(tmp_path / name), *TWO_STEPS
+        )
+        for name in ("rgb.safetensors", "bgr")
+    )
+    assert same(one, other)
+
+
 def test_small_nets_of_sdxl_learn_too(model_sdxl: Path, pairs: Pairs, tmp_path: Path) -> None:
     """They have fewer transformer blocks than the U-Net, so their files cannot have its names."""
     config = {**dict(toy_control("sdxl").config), "down_block_types": ("DownBlock2D",) * 3}

@@ -17,9 +17,9 @@ from library.families.base import ControlResiduals, Geometry, ModelFamily, Model
 from library.generation.control import ControlNets, LLLiteNets, Use
 from library.generation.denoise import Extension
 from library.log import UserError
-from library.models.control import fresh_control, load_control, save_control
+from library.models.control import fresh_control, load_control, save_control, take_rgb
 from library.models.load import Target
-from library.models.memory import set_attention, set_gradient_checkpointing, store_in_fp8
+from library.models.memory import keep_less_for_backward, set_attention, set_gradient_checkpointing, store_in_fp8
 from library.options import ControlNetOptions, LLLiteOptions, OptimizerOptions, PrecisionOptions
 from library.options.settings import Settings
 from library.plugin import lllite_networks
@@ -60,6 +60,7 @@ class ControlNetTraining(ControlTraining):
         net = _first_net(settings[ControlNetOptions].controlnet_model_name_or_path, parts)  # before the U-Net is fp8
         super().__init__(settings, parts, modelspec_kind="control-net")
         set_attention(net, attention_kind(settings[PrecisionOptions]))
+        keep_less_for_backward(net)
         self._family = family
         self._spec = parts.spec.unet
         self._net = net
@@ -99,7 +100,9 @@ def _first_net(given: str | None, parts: ModelParts) -> ControlNetModel:
     target = Target(torch.float32, parts.unet.device)
     if given is None:
         return fresh_control(parts.unet, parts.spec.unet, target)
-    return load_control(Path(given).expanduser(), parts.spec.unet, target, parts.unet)
+    net = load_control(Path(given).expanduser(), parts.spec.unet, target, parts.unet)
+    take_rgb(net)
+    return net
 
 
 class LLLiteTraining(ControlTraining):
