@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from library.training.script import Script
 from networks.lllite import ControlNetLLLite, LLLiteSize
 from tests.toy import toy_modules
 from tests.training.runs import LLLITE_SCRIPT, tensors, train
@@ -37,17 +38,24 @@ def write_begun(path: Path) -> Path:
     return path
 
 
-def run(model: Path, data: Pairs, out: Path, *options: str) -> Path:
+def run(model: Path, data: Pairs, out: Path, *options: str, script: Script = LLLITE_SCRIPT) -> Path:
     """The file that a run with these options writes."""
     words = ("--conditioning_data_dir", str(data.edges), *options)
-    assert train(model, data.images, out, *words, script=LLLITE_SCRIPT) == 0
+    assert train(model, data.images, out, *words, script=script) == 0
     return out / "toy.safetensors"
 
 
-def refusal(model: Path, data: Pairs, out: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+def refusal(
+    model: Path,
+    data: Pairs,
+    out: Path,
+    capsys: pytest.CaptureFixture[str],
+    *options: str,
+    script: Script = LLLITE_SCRIPT,
+) -> str:
     """What a run that cannot be says."""
     capsys.readouterr()
-    assert train(model, data.images, out, *options, script=LLLITE_SCRIPT) == 1
+    assert train(model, data.images, out, *options, script=script) == 1
     said = capsys.readouterr().err
     assert "Traceback" not in said
     return said

@@ -11,6 +11,7 @@ CHECKPOINT_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 TITLES = {
     "lora": "LoRA",
     "textual-inversion": "TextualInversion",
+    "control-net": "ControlNet",
     "control-net-lllite": "ControlNetLLLite",
     "": "Checkpoint",
 }

@@ -137,6 +137,28 @@ class Geometry:
     target_sizes_hw_B2: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class ControlResiduals:
+    """What ControlNets add to a U-Net: to each of its skip connections (B, C, H, W), first block first, and to the
+    output of its middle block.
+    """
+
+    skips: tuple[Tensor, ...]
+    middle_BCHW: Tensor
+
+    def __add__(self, other: ControlResiduals) -> ControlResiduals:
+        """Of two nets that act together."""
+        skips = tuple(one + more for one, more in zip(self.skips, other.skips, strict=True))
+        return ControlResiduals(skips, self.middle_BCHW + other.middle_BCHW)
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Under the names of the U-Net's forward."""
+        return {
+            "down_block_additional_residuals": self.skips,
+            "mid_block_additional_residual": self.middle_BCHW,
+        }
+
+
 class AdapterViews(NamedTuple):
     """The modules that are handed to network plug-ins."""
 
@@ -157,6 +179,7 @@ class LatentPosterior(Protocol):
 
 __all__ = [
     "AdapterViews",
+    "ControlResiduals",
     "Geometry",
     "LatentPosterior",
     "ModelFamily",
@@ -243,12 +266,9 @@ class ModelFamily(ABC):
         timesteps_B: Tensor,
         condition: TextCondition,
         geometry: Geometry | None = None,
-        **residuals: Any,
+        residuals: ControlResiduals | None = None,
     ) -> Tensor:
-        """The U-Net's output (noise or velocity), shaped like the latents.
-
-        ``residuals`` go to the U-Net's forward as they are: what a ControlNet adds to its blocks.
-        """
+        """The U-Net's output (noise or velocity), shaped like the latents. ``residuals``: what ControlNets add."""
 
     def predict_control(
         self,
@@ -257,18 +277,23 @@ class ModelFamily(ABC):
         timesteps_B: Tensor,
         condition: TextCondition,
         geometry: Geometry | None = None,
-        **hint: Any,
-    ) -> tuple[list[Tensor], Tensor]:
-        """What a ControlNet adds to the U-Net's skip connections and to its middle block, for the same inputs.
-
-        ``hint`` goes to the net's forward as it is: the guide picture ``controlnet_cond`` and its strength.
+        *,
+        guide_BCHW: Tensor,
+        strength: float = 1.0,
+    ) -> ControlResiduals:
+        """What a ControlNet adds for the same inputs. ``guide_BCHW``: the guide picture in 0..1, at the pixels that the
+        latents stand for.
         """
-        added = self.added_conditions(condition, geometry, noisy_latents_BCHW.device)
-        hidden_BTD = condition.hidden_BTD
-        skips, middle = net(
-            noisy_latents_BCHW, timesteps_B, hidden_BTD, added_cond_kwargs=added, return_dict=False, **hint
+        skips, middle_BCHW = net(
+            noisy_latents_BCHW,
+            timesteps_B,
+            condition.hidden_BTD,
+            guide_BCHW,
+            strength,
+            added_cond_kwargs=self.added_conditions(condition, geometry, noisy_latents_BCHW.device),
+            return_dict=False,
         )
-        return list(skips), middle
+        return ControlResiduals(tuple(skips), middle_BCHW)
 
     def added_conditions(
         self, condition: TextCondition, geometry: Geometry | None, device: torch.device

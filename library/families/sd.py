@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from library.families.base import (
     AdapterViews,
+    ControlResiduals,
     Geometry,
     ModelParts,
     ModelSource,
@@ -67,7 +68,10 @@ class SdFamily(StableDiffusionFamily):
 
     def _advice(self, found: ArchitectureSpec) -> str:
         if found.family == "sdxl":
-            return "this script is for Stable Diffusion 1.x and 2.x; use the script of the same kind for SDXL"
+            return (
+                "this script is for Stable Diffusion 1.x and 2.x; use the script of the same kind for SDXL, or --sdxl"
+                " where the script has it"
+            )
         return "add --v2" if found.family == "sd2" else "leave out --v2"
 
     def _spec_to_load(self, found: Recognised, prediction: PredictionType, source: ModelSource) -> ArchitectureSpec:
@@ -100,9 +104,10 @@ class SdFamily(StableDiffusionFamily):
         timesteps_B: Tensor,
         condition: TextCondition,
         geometry: Geometry | None = None,
-        **residuals: Any,
+        residuals: ControlResiduals | None = None,
     ) -> Tensor:
-        return unet(noisy_latents_BCHW, timesteps_B, condition.for_unet, return_dict=False, **residuals)[0]
+        added = {} if residuals is None else residuals.as_arguments()
+        return unet(noisy_latents_BCHW, timesteps_B, condition.for_unet, return_dict=False, **added)[0]
 
     def adapter_views(self, parts: ModelParts) -> AdapterViews:
         name_for_plugins(parts.unet)

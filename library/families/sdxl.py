@@ -19,6 +19,7 @@ from library.checkpoint.modelspec import CHECKPOINT_IMPLEMENTATION
 from library.checkpoint.sdxl_keys import MARKERS, parameter_blocks
 from library.families.base import (
     AdapterViews,
+    ControlResiduals,
     Geometry,
     ModelParts,
     TextCondition,
@@ -73,8 +74,8 @@ class SdxlFamily(StableDiffusionFamily):
 
     def _advice(self, found: ArchitectureSpec) -> str:
         return (
-            "this script is for SDXL; for Stable Diffusion 1.x and 2.x use the script without sdxl_ in its name (there,"
-            " text encoder outputs are remembered in memory and need no cache)"
+            "this script is for SDXL; for Stable Diffusion 1.x and 2.x use the script without sdxl_ in its name, or"
+            " leave out --sdxl (there, text encoder outputs are remembered in memory and need no cache)"
         )
 
     # ---- text
@@ -103,13 +104,14 @@ class SdxlFamily(StableDiffusionFamily):
         timesteps_B: Tensor,
         condition: TextCondition,
         geometry: Geometry | None = None,
-        **residuals: Any,
+        residuals: ControlResiduals | None = None,
     ) -> Tensor:
         added = self.added_conditions(condition, geometry, noisy_latents_BCHW.device)
         hidden_BTD = condition.hidden_BTD
-        return unet(
-            noisy_latents_BCHW, timesteps_B, hidden_BTD, added_cond_kwargs=added, return_dict=False, **residuals
-        )[0]
+        control = {} if residuals is None else residuals.as_arguments()
+        return unet(noisy_latents_BCHW, timesteps_B, hidden_BTD, added_cond_kwargs=added, return_dict=False, **control)[
+            0
+        ]
 
     def added_conditions(
         self, condition: TextCondition, geometry: Geometry | None, device: torch.device

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.families.base import Geometry, ModelFamily, TextCondition
+from library.families.base import ControlResiduals, Geometry, ModelFamily, TextCondition
 from library.generation.denoise import Setup
 from library.generation.engine import Engine
 from library.generation.guides import guide_pictures
@@ -78,7 +78,7 @@ def attach_control(engine: Engine, settings: Settings) -> None:
         extension = LLLiteNets(adapters, uses)
     else:
         loaded = [_load(engine, name, target, settings[GenModelOptions]) for name in nets]
-        extension = ControlNets(engine.family, loaded, uses, target)
+        extension = ControlNets(engine.family, loaded, uses)
 
     @contextmanager
     def when_wanted(setup: Setup) -> Generator[None]:
@@ -136,25 +136,31 @@ def share_done(setup: Setup, call: int) -> float:
 
 
 class ControlNets:
-    """The extension for ControlNets. The block that reads the guide picture runs once per batch and latent size."""
+    """The extension for ControlNets. The block that reads the guide picture runs once per batch and latent size.
 
-    def __init__(self, family: ModelFamily, nets: Sequence[nn.Module], uses: Sequence[Use], target: Target) -> None:
-        self.family, self.target = family, target
+    The nets are as before when a batch is drawn, so they may go on learning.
+    """
+
+    def __init__(self, family: ModelFamily, nets: Sequence[nn.Module], uses: Sequence[Use]) -> None:
+        self.family = family
         self.parts = [_divided(net, use) for net, use in zip(nets, uses, strict=True)]
 
     @contextmanager
     def __call__(self, setup: Setup) -> Generator[None]:
         guides = [guide_pictures(setup.batch, place, net.use.prepare) for place, net in enumerate(self.parts)]
         setup.unet.residuals = _Residuals(self, setup, guides)
-        try:
-            yield
-        finally:
-            setup.unet.residuals = None
+        with ExitStack() as stack:
+            for divided in self.parts:
+                stack.enter_context(_taking_features(divided.net))
+            try:
+                yield
+            finally:
+                setup.unet.residuals = None
 
 
 @dataclass(frozen=True)
 class _DividedNet:
-    """A ControlNet without the block that reads the guide picture, and that block."""
+    """A ControlNet, and its block that reads the guide picture."""
 
     net: nn.Module
     hint: nn.Module
@@ -165,9 +171,21 @@ class _DividedNet:
 def _divided(net: nn.Module, use: Use) -> _DividedNet:
     model = cast(Any, net)
     takes_bgr = model.config.controlnet_conditioning_channel_order == "bgr"
-    hint, model.controlnet_cond_embedding = model.controlnet_cond_embedding, nn.Identity()
+    return _DividedNet(net, model.controlnet_cond_embedding, use, takes_bgr)
+
+
+@contextmanager
+def _taking_features(net: nn.Module) -> Generator[None]:
+    """The net takes, in place of guide pictures, what its block for them has made of them."""
+    model = cast(Any, net)
+    hint, order = model.controlnet_cond_embedding, model.config.controlnet_conditioning_channel_order
+    model.controlnet_cond_embedding = nn.Identity()
     model.register_to_config(controlnet_conditioning_channel_order="rgb")  # or it would turn the features round
-    return _DividedNet(net, hint, use, takes_bgr)
+    try:
+        yield
+    finally:
+        model.controlnet_cond_embedding = hint
+        model.register_to_config(controlnet_conditioning_channel_order=order)
 
 
 @dataclass
@@ -181,42 +199,39 @@ class _Residuals:
 
     def __call__(
         self, input_BCHW: Tensor, timesteps_B: Tensor, condition: TextCondition, geometry: Geometry, call: int
-    ) -> dict[str, Any]:
+    ) -> ControlResiduals | None:
         share = share_done(self.setup, call)
-        skips: list[Tensor] = []
-        middle: Tensor | None = None
+        total: ControlResiduals | None = None
         for place, divided in enumerate(self.nets.parts):
             if not divided.use.acts(share):
                 continue
-            hint_BCHW = self._hint(place, (input_BCHW.shape[2], input_BCHW.shape[3]))
-            more_skips, more_middle = self.nets.family.predict_control(
+            hint_BCHW = self._hint(place, input_BCHW)
+            added = self.nets.family.predict_control(
                 divided.net,
                 input_BCHW,
                 timesteps_B,
                 condition,
                 geometry,
-                controlnet_cond=hint_BCHW.repeat(len(input_BCHW) // len(hint_BCHW), 1, 1, 1),
-                conditioning_scale=divided.use.multiplier,
+                guide_BCHW=hint_BCHW.repeat(len(input_BCHW) // len(hint_BCHW), 1, 1, 1),
+                strength=divided.use.multiplier,
             )
-            skips = [a + b for a, b in zip(skips, more_skips, strict=True)] if skips else more_skips
-            middle = more_middle if middle is None else middle + more_middle
-        if middle is None:
-            return {}
-        return {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
+            total = added if total is None else total + added
+        return total
 
-    def _hint(self, place: int, cells_hw: tuple[int, int]) -> Tensor:
+    def _hint(self, place: int, input_BCHW: Tensor) -> Tensor:
         """Features of a guide picture (B, C, H, W) at the latents' size: they may grow while a picture is drawn."""
-        key = (place, *cells_hw)
+        height, width = input_BCHW.shape[-2:]
+        key = (place, height, width)
         if key not in self._hints:
             divided, factor = self.nets.parts[place], self.nets.family.latent_factor
             guide_BCHW = self.guides[place]
-            size = (cells_hw[0] * factor, cells_hw[1] * factor)
+            size = (height * factor, width * factor)
             if tuple(guide_BCHW.shape[-2:]) != size:
                 guide_BCHW = F.interpolate(guide_BCHW, size, mode="bilinear", antialias=True)
             if divided.takes_bgr:
                 guide_BCHW = guide_BCHW.flip(1)
             with torch.no_grad():
-                self._hints[key] = divided.hint(guide_BCHW.to(self.nets.target.device, self.nets.target.dtype))
+                self._hints[key] = divided.hint(guide_BCHW.to(input_BCHW))
         return self._hints[key]
 
 

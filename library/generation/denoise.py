@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from library.families.base import Geometry, ModelFamily, TextCondition
+from library.families.base import ControlResiduals, Geometry, ModelFamily, TextCondition
 from library.generation.jobs import Job
 from library.generation.samplers import Sampler
 
@@ -38,11 +38,11 @@ class Steps(Protocol):
 
 
 class Residuals(Protocol):
-    """What a ControlNet adds to the U-Net at a model call: keyword arguments of its forward."""
+    """What ControlNets add to the U-Net at a model call; None if none of them acts."""
 
     def __call__(
         self, input_BCHW: Tensor, timesteps_B: Tensor, condition: TextCondition, geometry: Geometry, call: int
-    ) -> dict[str, Any]: ...
+    ) -> ControlResiduals | None: ...
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,9 @@ class GuidedUNet:
         input_BCHW = self.steps.model_input(latents_BCHW, timestep).to(self.dtype)
         input_KBCHW = input_BCHW.repeat(copies, 1, 1, 1) if copies > 1 else input_BCHW
         timesteps_KB = timestep.expand(len(input_KBCHW))
-        extra: dict[str, Any] = {}
-        if self.residuals is not None:
-            extra = self.residuals(input_KBCHW, timesteps_KB, self.condition, self.geometry, call)
-        pred_KBCHW = self.family.predict(self.unet, input_KBCHW, timesteps_KB, self.condition, self.geometry, **extra)
+        inputs = (input_KBCHW, timesteps_KB, self.condition, self.geometry)
+        added = None if self.residuals is None else self.residuals(*inputs, call)
+        pred_KBCHW = self.family.predict(self.unet, *inputs, added)
         return self.guidance.combine(pred_KBCHW.float())
 
 

@@ -1,5 +1,5 @@
-"""Load and save ControlNets of SD1, SD2 and SDXL: Diffusers folders, original single files (with or without prefix),
-single files with diffusers' names. Nothing is fetched from anywhere.
+"""Make, load and save ControlNets of SD1, SD2 and SDXL: Diffusers folders, original single files (with or without
+prefix), single files with diffusers' names. Nothing is fetched from anywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from library.checkpoint import control_keys
 from library.checkpoint.control_keys import CONTROL_PREFIX, PART
-from library.checkpoint.io import ModelFile, atomic_write_json, open_model_file, read_header, save_safetensors
+from library.checkpoint.io import (
+    LazyTensor,
+    ModelFile,
+    atomic_path,
+    atomic_write_json,
+    open_model_file,
+    read_header,
+    save_safetensors,
+    stored_dtype,
+)
 from library.checkpoint.keymap import MappedFile
 from library.log import UserError
 from library.models import build, infer
@@ -28,7 +37,10 @@ if TYPE_CHECKING:
     from diffusers import ControlNetModel
 
 HINT_WIDTHS = (16, 32, 96, 256)
+_HINT = "controlnet_cond_embedding."
+_ZERO = ("controlnet_down_blocks.", "controlnet_mid_block.")
 WEIGHTS_STEM = "diffusion_pytorch_model"
+_PICKLED = (".ckpt", ".pt")
 _DIFFUSERS_MARKER = "controlnet_cond_embedding.conv_in.weight"
 _OTHER_KINDS = {
     "lora_controlnet": "a Control-LoRA",
@@ -59,6 +71,32 @@ def empty_control(config: Mapping[str, Any]) -> ControlNetModel:
         net = ControlNetModel(**{name: value for name, value in config.items() if name in known})
     net.set_attn_processor(AttnProcessor2_0())
     return net
+
+
+def fresh_control(unet: nn.Module, spec: UNetSpec, target: Target) -> ControlNetModel:
+    """A ControlNet that changes nothing yet (arXiv:2302.05543, section 3.1), frozen: the U-Net's own encoder and middle
+    block, a block that reads guide pictures, drawn from torch's generator, and convolutions of zeros at all outputs.
+    """
+    net = empty_control(control_config(spec))
+    return build.fill(net, _beginning(net, unet, spec.widths[0]), target.dtype, target.device)
+
+
+def _beginning(net: nn.Module, unet: nn.Module, width: int) -> Iterator[tuple[str, Tensor]]:
+    from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
+
+    hint = ControlNetConditioningEmbedding(width, block_out_channels=HINT_WIDTHS)  # its last kernel is zero too
+    begun = {**unet.state_dict(), **{_HINT + key: tensor for key, tensor in hint.state_dict().items()}}
+    for key, shape in build.shapes_of(net).items():
+        yield key, torch.zeros(shape) if key.startswith(_ZERO) else begun[key]
+
+
+def take_rgb(net: ControlNetModel) -> None:
+    """Turn a net that takes guide pictures as BGR into the same net for RGB: original files cannot tell the order."""
+    if net.config["controlnet_conditioning_channel_order"] != "bgr":
+        return
+    kernel = net.controlnet_cond_embedding.conv_in.weight
+    kernel.data = kernel.data.flip(1)
+    net.register_to_config(controlnet_conditioning_channel_order="rgb")
 
 
 # ---- loading
@@ -143,6 +181,21 @@ def _check_fit(path: Path, net: ControlNetModel, spec: UNetSpec) -> None:
 # ---- saving
 
 
+def save_control(
+    path: Path, net: ControlNetModel, spec: UNetSpec, dtype: torch.dtype | None, metadata: Mapping[str, str]
+) -> None:
+    """Write a net for a U-Net of this structure: without a suffix a Diffusers folder, else an original single file,
+    pickled for .ckpt and .pt. Nets with fewer transformer blocks than the U-Net have no original names: their files
+    have those of diffusers.
+    """
+    if not path.suffix:
+        save_control_folder(path, net, dtype)
+    elif structure_of_keys(build.shapes_of(net), spec) == spec:
+        save_control_file(path, net, spec, dtype, metadata)
+    else:
+        _write_file(path, build.canonical_state(net), dtype, metadata)
+
+
 def save_control_file(
     path: Path,
     net: nn.Module,
@@ -151,9 +204,26 @@ def save_control_file(
     metadata: Mapping[str, str] | None = None,
     prefix: str = CONTROL_PREFIX,
 ) -> None:
-    """Write an original single file (safetensors). ``prefix``: "" for files without the usual prefix."""
+    """Write an original single file. ``prefix``: "" for files without the usual prefix. A path that ends in .ckpt or
+    .pt gives a pickled one, in which metadata have no place.
+    """
     tensors = control_keys.key_map(spec, prefix).to_file({PART: build.canonical_state(net)})
-    save_safetensors(path, tensors, metadata, dtype)
+    _write_file(path, tensors, dtype, metadata)
+
+
+def _write_file(
+    path: Path,
+    tensors: Mapping[str, Tensor | LazyTensor],
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str] | None,
+) -> None:
+    if path.suffix not in _PICKLED:
+        save_safetensors(path, tensors, metadata, dtype)
+        return
+    whole = {key: value if isinstance(value, Tensor) else value.read() for key, value in tensors.items()}
+    state = {key: value.detach().to("cpu", stored_dtype(value, dtype)) for key, value in whole.items()}
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
 
 
 def save_control_folder(folder: Path, net: ControlNetModel, dtype: torch.dtype | None = None) -> None:

@@ -1,6 +1,6 @@
 """Options: one group for each concern. Other rooms import the groups from here and take those that they need."""
 
-from library.options.control import ConditioningOptions, LLLiteOptions
+from library.options.control import ConditioningOptions, ControlFileOptions, ControlNetOptions, LLLiteOptions
 from library.options.data import CacheOptions, CacheToolOptions, DataOptions, TextCacheOptions
 from library.options.embedding import EmbeddingOptions
 from library.options.full import DreamBoothOptions, FineTuneOptions, FullOptions, SdxlFullOptions
@@ -33,6 +33,8 @@ __all__ = [
     "ConditioningOptions",
     "ConfigOptions",
     "ConsoleOptions",
+    "ControlFileOptions",
+    "ControlNetOptions",
     "DataOptions",
     "DreamBoothOptions",
     "EmaOptions",

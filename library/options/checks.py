@@ -185,13 +185,17 @@ def _cached_augmentation(settings: Settings) -> Iterator[str]:
 def _cached_text(settings: Settings) -> str | None:
     """A network on the text encoders changes what they give; a tool that only fills the cache trains nothing."""
     trains_text = settings.value_of("network_train_unet_only") is False and CacheToolOptions not in settings
-    if settings.value_of("cache_text_encoder_outputs") and trains_text:
+    if not settings.value_of("cache_text_encoder_outputs"):
+        return None
+    if not _is_sdxl(settings) and CacheToolOptions not in settings:
+        return "--cache_text_encoder_outputs is for SDXL: add --sdxl or leave it out (others remember what they encode)"
+    if trains_text:
         return "--cache_text_encoder_outputs needs --network_train_unet_only: text encoders that learn cannot be cached"
     return None
 
 
 def _is_sdxl(settings: Settings) -> bool:
-    return settings.script.family == "sdxl" or bool(settings.value_of("sdxl"))
+    return settings.family == "sdxl"
 
 
 def _for_sdxl(settings: Settings) -> Iterator[str]:

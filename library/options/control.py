@@ -1,7 +1,7 @@
 """Options of nets that learn to draw after pictures: where the pictures are, and how large the net is."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from library.options.base import OptionGroup, option
 
@@ -17,6 +17,31 @@ class ConditioningOptions(OptionGroup):
         help="folder with a conditioning picture of the name of each image; train_data_dir is then the folder of the"
         " images themselves",
         metavar="DIR",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetOptions(OptionGroup):
+    """The kind of model that a ControlNet is for, and its beginning."""
+
+    title: ClassVar[str] = "ControlNet"
+
+    sdxl: bool = option(False, help="the base model is SDXL")
+    controlnet_model_name_or_path: str | None = option(
+        None,
+        help="ControlNet to start from, a file or a Diffusers folder; when absent, a copy of the U-Net's encoder",
+        metavar="NET",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlFileOptions(OptionGroup):
+    """The form of saved ControlNets."""
+
+    title: ClassVar[str] = "File format"
+
+    save_model_as: Literal["ckpt", "pt", "safetensors", "diffusers"] | None = option(
+        "safetensors", help="form of saved nets: one file, or a Diffusers folder"
     )
 
 

@@ -6,6 +6,8 @@ from library.options import (
     ConditioningOptions,
     ConfigOptions,
     ConsoleOptions,
+    ControlFileOptions,
+    ControlNetOptions,
     DataOptions,
     DreamBoothOptions,
     EmaOptions,
@@ -140,6 +142,22 @@ SDXL_TRAIN = ScriptOptions(
     family="sdxl",
 )
 
+TRAIN_CONTROLNET = ScriptOptions(
+    name="train_controlnet.py",
+    groups=with_text_cache(
+        (
+            *TRAINING_GROUPS[:2],
+            ControlNetOptions,
+            DataOptions,
+            ConditioningOptions,
+            *TRAINING_GROUPS[3:],
+            ControlFileOptions,
+        )
+    ),
+    required=("pretrained_model_name_or_path", "output_dir", PAIRS),
+    summary="Train a ControlNet on Stable Diffusion 1.x, 2.x or SDXL: it draws after edges, lines or other pictures.",
+)
+
 SDXL_TRAIN_LLLITE = ScriptOptions(
     name="sdxl_train_control_net_lllite.py",
     groups=with_text_cache(
@@ -183,7 +201,7 @@ TRAIN_TEXTUAL_INVERSION_XTI = ScriptOptions(
 
 # The caching tools take the command line and the file of any training; how models are saved is not their business.
 _CACHE_GROUPS = tuple(group for group in SDXL_TRAIN_NETWORK.groups if group is not NetworkFileOptions)
-_NOT_FOR_CACHES = frozenset({"cond_emb_dim"}).union(
+_NOT_FOR_CACHES = frozenset({"cond_emb_dim", "controlnet_model_name_or_path"}).union(
     name
     for group in (DreamBoothOptions, FineTuneOptions, SdxlFullOptions, ModelFileOptions, EmbeddingOptions)
     for name in specs_by_name((group,))
@@ -335,6 +353,7 @@ SCRIPTS = (
     TRAIN_DB,
     FINE_TUNE,
     SDXL_TRAIN,
+    TRAIN_CONTROLNET,
     SDXL_TRAIN_LLLITE,
     TRAIN_TEXTUAL_INVERSION,
     SDXL_TRAIN_TEXTUAL_INVERSION,

@@ -88,6 +88,11 @@ class Settings:
     def __contains__(self, group: type[OptionGroup]) -> bool:
         return group in self._groups
 
+    @property
+    def family(self) -> FamilyChoice:
+        """What kind of base model the run is for: the script's, or SDXL if --sdxl says so."""
+        return "sdxl" if self.value_of("sdxl") else self.script.family
+
     def given(self, name: str) -> bool:
         """True if the user set the option, in the file or on the command line."""
         return name in self._sources

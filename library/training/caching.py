@@ -27,7 +27,7 @@ from library.data.sources import resolve
 from library.data.spec_checks import uncacheable_subsets
 from library.device import check_precision, choose_device, empty_cache, vae_dtype
 from library.log import UserError, progress
-from library.options import CacheOptions, CacheToolOptions, DataOptions, ModelOptions, PrecisionOptions
+from library.options import CacheOptions, DataOptions, ModelOptions, PrecisionOptions
 from library.options.settings import Settings
 from library.rng import torch_stream
 from library.training.specs import dataset_specs
@@ -392,7 +392,7 @@ def cache_ahead(settings: Settings) -> CachingReport:
     state = PartialState(cpu=device.type == "cpu")  # without cpu=True it starts no group on a CPU machine
     check_precision(precision, device)
     dtype = vae_dtype(precision)
-    family = family_for(settings[ModelOptions], "sdxl" if settings[CacheToolOptions].sdxl else "sd")
+    family = family_for(settings[ModelOptions], settings.family)
     check_bucket_steps(family, datasets)
     vae = family.load_vae(settings[ModelOptions], dtype=dtype, device=device)
     store = LatentStore(family.latent_space, weights_fingerprint(vae), to_disk=True)

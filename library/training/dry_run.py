@@ -51,7 +51,7 @@ def print_plan(
     if not datasets:
         raise UserError("--dry_run plans runs on images; a --dataset_class only knows its batches")
     clock = make_clock(count_steps(datasets, settings[LoopOptions], process_count()), settings[LoopOptions])
-    family = family_for(settings[ModelOptions], script.family)
+    family = family_for(settings[ModelOptions], settings.family)
     check_bucket_steps(family, datasets)
     parts = family.outline(settings[ModelOptions])  # what would learn, on models without weights
     trainable = make_trainable(script, settings, family, parts)
@@ -134,7 +134,7 @@ def _disk_lines(
         needed["latents"] = int(sum(_latent_bytes(dataset) for dataset in datasets))
     text = text_cache_options(settings)
     if text.cache_text_encoder_outputs_to_disk:
-        family = family_for(settings[ModelOptions], settings.script.family)
+        family = family_for(settings[ModelOptions], settings.family)
         layout = layout_of(parts.spec.text_encoders, text_settings(settings[ModelOptions], family))
         targets = targets_of(datasets, text.cache_text_encoder_outputs_variants or 0, to_disk=True)
         needed["text encoder outputs"] = layout.size_bytes * sum(len(one.texts) for one in targets if one.on_disk)

@@ -62,7 +62,9 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         caption_extension caption_extention train_data_dir reg_data_dir in_json dataset_config dataset_class
         dataset_repeats on_bad_image on_bad_caption allow_captionless conditioning_data_dir
     """,
-    model="pretrained_model_name_or_path vae network_weights base_weights weights",
+    model="""
+        pretrained_model_name_or_path vae network_weights base_weights weights controlnet_model_name_or_path
+    """,
     cadence="""
         save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_epochs_state
         save_last_n_steps save_last_n_steps_state save_state save_state_on_train_end sample_at_first

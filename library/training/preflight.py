@@ -68,7 +68,11 @@ def _folder_problems(option: str, name: str | None) -> list[str]:
 
 def _file_problems(settings: Settings) -> list[str]:
     named = [*_weight_files(settings), ("sample_prompts", settings[SampleOptions].sample_prompts)]
-    return [f"--{name} {file}: there is no such file" for name, file in named if file and not os.path.isfile(file)]
+    problems = [f"--{name} {file}: there is no such file" for name, file in named if file and not os.path.isfile(file)]
+    net = settings.value_of("controlnet_model_name_or_path")
+    if net and not Path(net).expanduser().exists():
+        problems.append(f"--controlnet_model_name_or_path {net}: there is no such file or folder")
+    return problems
 
 
 def _weight_files(settings: Settings) -> list[tuple[str, str]]:

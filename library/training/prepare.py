@@ -80,7 +80,7 @@ def load_models(
     count = len(datasets)
     datasets = (*datasets, *held_out)
     options = settings[ModelOptions]
-    family = family_for(options, script.family)
+    family = family_for(options, settings.family)
     check_bucket_steps(family, datasets)
     types = dict.fromkeys(script.load_kind().trained_parts(settings), machine.trained_dtype)
     types["vae"] = machine.vae_dtype
@@ -115,7 +115,7 @@ def attach(
     keep_less_for_backward(parts.unet)
     torch.manual_seed(seed_of(seed, "network init"))
     trainable = make_trainable(script, settings, family, parts)
-    trainable.module.to(machine.device, machine.trained_dtype)
+    torch.nn.Module.to(trainable.module, machine.device, machine.trained_dtype)  # diffusers' own warns of nothing
     learns = text_learns(family, parts, trainable, machine.weight_dtype)
     save_memory(settings[PrecisionOptions], parts, trainable, learns)
     return trainable, learns

@@ -8,7 +8,7 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.options.settings import FamilyChoice, ScriptOptions
+from library.options.settings import ScriptOptions
 
 if TYPE_CHECKING:
     from library.training.trainable import Trainable
@@ -24,11 +24,6 @@ class Script:
     options: ScriptOptions
     kind: str
     tracker_name: str
-
-    @property
-    def family(self) -> FamilyChoice:
-        """What kind of base model the script is for."""
-        return self.options.family
 
     def load_kind(self) -> type[Trainable]:
         """The class, imported now."""

@@ -216,11 +216,9 @@ def make_output(
     """What writes, after the run was found to be the one that is resumed."""
     model = model_facts(models.family, models.parts)
     datasets = models.images.datasets
-    files = [
-        settings.value_of("network_weights"),
-        *(settings.value_of("base_weights") or []),
-        *(settings.value_of("weights") or []),
-    ]
+    one_each, several = ("network_weights", "controlnet_model_name_or_path"), ("base_weights", "weights")
+    files = [settings.value_of(name) for name in one_each]
+    files += [file for name in several for file in settings.value_of(name) or ()]
     loaded = [file_hashes(file).sha256 for file in files if file]
     identity = identify(settings, seed, datasets, model, loaded, machine.processes, resumed)
     return Output(

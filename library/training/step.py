@@ -108,7 +108,7 @@ class TrainStep(nn.Module):
             noisy_BCHW = noisy_BCHW.to(self._dtype)
             residuals = self._trainable.residuals(batch, noisy_BCHW, timesteps_B, condition, geometry)
             noise_pred_BCHW = self._family.predict(
-                self._unet[0], noisy_BCHW, timesteps_B, condition, geometry, **residuals
+                self._unet[0], noisy_BCHW, timesteps_B, condition, geometry, residuals
             )
         weights_B = batch.loss_weights_B.to(self._device)
         return objective.weighted_losses(noise_pred_BCHW.float(), target_BCHW, timesteps_B, weights_B, self._schedule)

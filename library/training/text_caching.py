@@ -242,7 +242,7 @@ def cache_text_ahead(settings: Settings) -> TextCachingReport:
     check_precision(precision, device)
     if precision.fp8_base or settings[NetworkOptions].base_weights:
         logger.warning("--fp8_base and --base_weights change the text encoders of a training: it will encode again")
-    family = family_for(model, settings.script.family)
+    family = family_for(model, settings.family)
     encoders, specs_of_encoders = family.load_text_encoders(
         model, dtype=weight_dtype(precision.mixed_precision), device=device
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from library.data.records import Batch
-from library.families.base import Geometry, ModelFamily, ModelParts, TextCondition
+from library.families.base import ControlResiduals, Geometry, ModelFamily, ModelParts, TextCondition
 from library.generation.denoise import Extension
 from library.options.settings import Settings
 
@@ -107,11 +107,11 @@ class Trainable(ABC):
 
     def residuals(
         self, batch: Batch, noisy_BCHW: Tensor, timesteps_B: Tensor, condition: TextCondition, geometry: Geometry
-    ) -> dict[str, Any]:
-        """What the U-Net is given for a batch beside its inputs: keyword arguments of `ModelFamily.predict`. Called
-        before it, within `precision`, with gradients recorded.
+    ) -> ControlResiduals | None:
+        """What a ControlNet in training adds to the U-Net for a batch. Called before the U-Net, within `precision`,
+        with gradients recorded; also by nets that add nothing there but need the batch.
         """
-        return {}
+        return None
 
     def preview_extension(self) -> Extension | None:
         """What takes part in drawing previews of prompts that name a picture to draw after, if anything does."""

@@ -17,6 +17,7 @@ from library.options.scripts import (
     SDXL_TRAIN_LLLITE,
     SDXL_TRAIN_NETWORK,
     SDXL_TRAIN_TEXTUAL_INVERSION,
+    TRAIN_CONTROLNET,
     TRAIN_DB,
     TRAIN_NETWORK,
     TRAIN_TEXTUAL_INVERSION,
@@ -29,6 +30,7 @@ SCRIPTS = {
     "train_network": TRAIN_NETWORK,
     "sdxl_train_network": SDXL_TRAIN_NETWORK,
     "sdxl_train": SDXL_TRAIN,
+    "train_controlnet": TRAIN_CONTROLNET,
     "sdxl_train_control_net_lllite": SDXL_TRAIN_LLLITE,
     "train_textual_inversion": TRAIN_TEXTUAL_INVERSION,
     "sdxl_train_textual_inversion": SDXL_TRAIN_TEXTUAL_INVERSION,
@@ -43,7 +45,11 @@ CASES = [pytest.param(name, row, id=f"{name} {row['option']}") for name in SCRIP
 KINDS = {"flag": "bool"}
 
 # Where ours is wider or better than the reference, on purpose: (option, what differs).
-WIDER_CHOICES = {"max_token_length": {"75"}, "dynamo_backend": {"no"}}
+WIDER_CHOICES = {
+    "max_token_length": {"75"},
+    "dynamo_backend": {"no"},
+    "train_controlnet save_model_as": {"diffusers"},
+}
 OTHER_DEFAULTS = {"caption_extension": None}  # looks for .caption, then .txt
 PARSED_TEXTS = {"resolution", "face_crop_aug_range", "block_lr"}  # texts there, numbers here
 NEW_OPTIONS = {
@@ -94,6 +100,15 @@ NEW_IN = {
         "prior_loss_weight",
         "training_comment",
     },
+    "train_controlnet": {
+        "sdxl",
+        *TEXT_CACHE,
+        "no_half_vae",
+        "no_metadata",
+        "prior_loss_weight",
+        "reg_data_dir",
+        "training_comment",
+    },
     # reg_data_dir is there to be refused: pairs have no regularisation images
     "sdxl_train_control_net_lllite": {
         "cache_text_encoder_outputs_variants",
@@ -142,8 +157,9 @@ def test_type_default_and_choices(script: str, row: dict[str, str]):
         assert spec.kind.__name__ == KINDS.get(row["type"], row["type"])
     expected = repr(OTHER_DEFAULTS[name]) if name in OTHER_DEFAULTS else row["default"]
     assert repr(spec.default) == expected
+    wider = WIDER_CHOICES.get(name, set[str]()) | WIDER_CHOICES.get(f"{script} {name}", set[str]())
     choices = set() if row["choices"] == "-" else set(row["choices"].split("|"))
-    assert {str(choice) for choice in spec.choices} == (choices - {"None"}) | WIDER_CHOICES.get(name, set())
+    assert {str(choice) for choice in spec.choices} == (choices - {"None"}) | wider
     assert ("None" in choices) <= spec.is_optional
 
 
@@ -203,7 +219,16 @@ def test_misspelt_caption_option_of_old_command_lines():
 
 def test_the_cache_tool_takes_every_option_of_the_training():
     for tool in (CACHE_LATENTS, CACHE_TEXT):
-        for training in (TRAIN_NETWORK, SDXL_TRAIN_NETWORK, SDXL_TRAIN, SDXL_TRAIN_LLLITE, TRAIN_DB, FINE_TUNE):
+        trainings = (
+            TRAIN_NETWORK,
+            SDXL_TRAIN_NETWORK,
+            SDXL_TRAIN,
+            TRAIN_CONTROLNET,
+            SDXL_TRAIN_LLLITE,
+            TRAIN_DB,
+            FINE_TUNE,
+        )
+        for training in trainings:
             assert set(training.specs()) <= set(tool.specs()) | tool.passes_over
         assert set(tool.specs()) <= set(SDXL_TRAIN_NETWORK.specs()) | {"skip_existing", "sdxl", "conditioning_data_dir"}
 

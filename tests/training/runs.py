@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from library.options.scripts import SDXL_TRAIN_LLLITE, SDXL_TRAIN_NETWORK, TRAIN_NETWORK
+from library.options.scripts import SDXL_TRAIN_LLLITE, SDXL_TRAIN_NETWORK, TRAIN_CONTROLNET, TRAIN_NETWORK
 from library.training import loop
 from library.training.app import run
 from library.training.script import Script
@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Script(TRAIN_NETWORK, kind="library.training.kinds.adapter:AdapterTraining", tracker_name="network_train")
 SDXL_SCRIPT = Script(SDXL_TRAIN_NETWORK, kind=SCRIPT.kind, tracker_name=SCRIPT.tracker_name)
 LLLITE_SCRIPT = Script(SDXL_TRAIN_LLLITE, kind="library.training.kinds.control:LLLiteTraining", tracker_name="lllite")
+CONTROL_SCRIPT = Script(
+    TRAIN_CONTROLNET, kind="library.training.kinds.control:ControlNetTraining", tracker_name="controlnet_train"
+)
 # Adam turns gradients of rounding size into whole steps of either sign, so equal mathematics is compared under SGD.
 SGD = ("--optimizer_type", "SGD", "--learning_rate", "0.1", "--max_grad_norm", "0")
 

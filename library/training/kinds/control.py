@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,21 @@ from torch import Tensor, nn
 from library.checkpoint.inspection import check_network_file
 from library.checkpoint.io import atomic_path
 from library.data.records import Batch
-from library.families.base import Geometry, ModelFamily, ModelParts, TextCondition
-from library.generation.control import LLLiteNets, Use
+from library.device import attention_kind
+from library.families.base import ControlResiduals, Geometry, ModelFamily, ModelParts, TextCondition
+from library.generation.control import ControlNets, LLLiteNets, Use
 from library.generation.denoise import Extension
 from library.log import UserError
-from library.models.memory import store_in_fp8
-from library.options import LLLiteOptions, NetworkFileOptions, OptimizerOptions, PrecisionOptions
+from library.models.control import fresh_control, load_control, save_control, take_rgb
+from library.models.load import Target
+from library.models.memory import keep_less_for_backward, set_attention, set_gradient_checkpointing, store_in_fp8
+from library.options import ControlNetOptions, LLLiteOptions, OptimizerOptions, PrecisionOptions
 from library.options.settings import Settings
 from library.plugin import lllite_networks
 from library.training.trainable import Artifact, Trainable
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel
 
 
 class ControlTraining(Trainable):
@@ -38,15 +44,65 @@ class ControlTraining(Trainable):
             for part in (*parts.text_encoders, parts.unet):
                 store_in_fp8(part)
         self.casts_itself = precision.full_bf16 or precision.full_fp16  # all weights are of the type computed with
-        suffix = settings[NetworkFileOptions].save_model_as or "safetensors"
-        self.artifact = Artifact(f".{suffix}", modelspec_kind)
+        form: str = settings.value_of("save_model_as") or "safetensors"
+        self.artifact = Artifact("" if form == "diffusers" else f".{form}", modelspec_kind)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.module.parameters()), "lr": self._rate, "lr_name": "control"}]
 
+
+class ControlNetTraining(ControlTraining):
+    """ControlNet (L. Zhang and others, arXiv:2302.05543), for all families: a copy of the U-Net's encoder that learns,
+    whose outputs are added to the frozen U-Net.
+    """
+
+    def __init__(self, settings: Settings, family: ModelFamily, parts: ModelParts) -> None:
+        net = _first_net(settings[ControlNetOptions].controlnet_model_name_or_path, parts)  # before the U-Net is fp8
+        super().__init__(settings, parts, modelspec_kind="control-net")
+        set_attention(net, attention_kind(settings[PrecisionOptions]))
+        keep_less_for_backward(net)
+        self._family = family
+        self._spec = parts.spec.unet
+        self._net = net
+        self.module = cast(nn.Module, net).requires_grad_(True)
+
+    def on_micro_batch(self, network_multiplier: float) -> None:
+        if network_multiplier != 1.0:
+            raise UserError(
+                "network_multiplier is for networks: a ControlNet in training has no strength; leave it out"
+            )
+
+    def enable_gradient_checkpointing(self) -> None:
+        set_gradient_checkpointing(self.module)
+
+    def residuals(
+        self, batch: Batch, noisy_BCHW: Tensor, timesteps_B: Tensor, condition: TextCondition, geometry: Geometry
+    ) -> ControlResiduals:
+        guide_BCHW = conditioning_images(batch) / 2 + 0.5
+        return self._family.predict_control(
+            self.module, noisy_BCHW, timesteps_B, condition, geometry, guide_BCHW=guide_BCHW.to(noisy_BCHW)
+        )
+
+    def preview_extension(self) -> Extension:
+        return ControlNets(self._family, [self.module], [Use()])
+
     def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str], counters: Mapping[str, int]) -> None:
-        with atomic_path(path) as temporary:
-            self.module.save_weights(temporary, dtype, metadata)  # type: ignore[operator]
+        save_control(Path(path), self._net, self._spec, dtype, metadata)
+
+    def check(self, path: Path) -> list[str]:
+        net = load_control(path, self._spec, Target(torch.float32, "meta"))
+        count = sum(1 for _ in net.parameters())
+        return [f"{path.name}: ControlNet of {count} tensors"]
+
+
+def _first_net(given: str | None, parts: ModelParts) -> ControlNetModel:
+    """The ControlNet that training begins with, in float32; without weights if the model has none."""
+    target = Target(torch.float32, parts.unet.device)
+    if given is None:
+        return fresh_control(parts.unet, parts.spec.unet, target)
+    net = load_control(Path(given).expanduser(), parts.spec.unet, target, parts.unet)
+    take_rgb(net)
+    return net
 
 
 class LLLiteTraining(ControlTraining):
@@ -69,12 +125,15 @@ class LLLiteTraining(ControlTraining):
     def enable_gradient_checkpointing(self) -> None:
         self._net.recomputes = True
 
+    def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str], counters: Mapping[str, int]) -> None:
+        with atomic_path(path) as temporary:
+            self.module.save_weights(temporary, dtype, metadata)  # type: ignore[operator]
+
     def residuals(
         self, batch: Batch, noisy_BCHW: Tensor, timesteps_B: Tensor, condition: TextCondition, geometry: Geometry
-    ) -> dict[str, Any]:
+    ) -> None:
         """Nothing is added to the U-Net's own blocks: the net sits at its layers and gets the pictures."""
         self._net.set_condition(conditioning_images(batch))
-        return {}
 
     def preview_extension(self) -> Extension:
         return LLLiteNets([self._net], [Use()])
