@@ -269,7 +269,7 @@ def test_lycoris_draws_through_the_protocol(tmp_path: Path, mask: bool) -> None:
     file = str(tmp_path / "loha.safetensors")
     network.save_weights(file, torch.float32, {})
     values: dict[str, Any] = {"mask_path": "mask.png"} if mask else {}  # no picture is read before it is drawn
-    (live,) = attach_networks(engine, options(network_weights=[file], **values))
+    (live,) = attach_networks(engine, options(network_weights=[file], network_module=[LYCORIS], **values))
     plain = picture(make_engine(), make_job("a cat"))
     full = picture(engine, make_job("a cat", multipliers=(1.0,)))
     half = picture(engine, make_job("a cat", multipliers=(0.5,)))

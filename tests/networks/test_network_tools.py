@@ -100,4 +100,4 @@ def test_check_says_what_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFix
     assert check_lora_weights.main([str(write(tmp_path / "net.safetensors", content)), "--show_all_keys"]) == 1
     assert "NaN or infinite" in capsys.readouterr().err
     assert check_lora_weights.main([]) == 1
-    assert "--file is missing" in capsys.readouterr().err
+    assert "file is missing" in capsys.readouterr().err
