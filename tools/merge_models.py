@@ -61,20 +61,14 @@ def merge(settings: Settings) -> int:
 
 def _metadata(inputs: Sequence[MergeInput], spec: ArchitectureSpec, target: Path) -> dict[str, str]:
     """The result is of the first model's kind, and names all that went into it."""
-    from library.checkpoint.modelspec import Modelspec, title_of
-    from library.families import family_named
+    from library.checkpoint.modelspec import title_of
+    from library.families.files import modelspec_of
     from library.models.infer import prediction_of_file
 
     first = inputs[0].file
-    family, prediction = family_named(spec.family), prediction_of_file(first.infos, first.metadata) or "epsilon"
-    side = family.modelspec_resolution(prediction)
-    return Modelspec(
-        architecture=family.modelspec_architecture(prediction),
-        resolution=(side, side),
-        title=target.stem,
-        merged_from=[title_of(term.file.metadata, term.file.path.stem) for term in inputs],
-        v_prediction=prediction == "v_prediction",
-    ).as_metadata()
+    prediction = prediction_of_file(first.infos, first.metadata) or "epsilon"
+    titles = [title_of(term.file.metadata, term.file.path.stem) for term in inputs]
+    return modelspec_of(spec.family, "", target.stem, prediction, titles).as_metadata()
 
 
 def _dtype(name: str) -> torch.dtype:

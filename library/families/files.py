@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from library.checkpoint.io import LazyTensor
+from library.checkpoint.modelspec import CHECKPOINT_IMPLEMENTATION, Modelspec
 from library.families import family_named
 from library.models.save import save_folder_state, single_file_state, whole_folder, write_single_file
-from library.models.spec import PredictionType
+from library.models.spec import FamilyName, PredictionType
 from library.models.stream import SINGLE_FILE, OpenModel, Parts
 
 FILE_SUFFIXES = (".safetensors", ".ckpt")
@@ -80,6 +81,23 @@ def _write_folder(
 
 def _merged(model: OpenModel, changed: Parts) -> dict[str, dict[str, LazyTensor]]:
     return {part: {**tensors, **changed.get(part, {})} for part, tensors in model.parts.items()}
+
+
+def modelspec_of(
+    family: FamilyName, kind: str, title: str, prediction: PredictionType, merged_from: Sequence[str] | None = None
+) -> Modelspec:
+    """The modelspec block of what a tool writes; ``kind`` is ``lora``, or empty for a whole model."""
+    names = family_named(family)
+    side = names.modelspec_resolution(prediction)
+    return Modelspec(
+        architecture=names.modelspec_architecture(prediction),
+        resolution=(side, side),
+        kind=kind,
+        implementation=names.modelspec_implementation_network if kind else CHECKPOINT_IMPLEMENTATION,
+        title=title,
+        merged_from=merged_from,
+        v_prediction=prediction == "v_prediction",
+    )
 
 
 def watched(tensors: Mapping[str, LazyTensor], on_read: Callable[[], object]) -> dict[str, LazyTensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from library.checkpoint.inspection import NetworkCheck
 from library.device import save_dtype
 from library.families import family_named
+from library.families.files import modelspec_of
 from library.log import UserError, progress
 from library.models.spec import ArchitectureSpec, PredictionType
 from library.models.stream import OpenModel, open_model
@@ -24,7 +25,7 @@ from library.options.network_tools import ExtractOptions
 from library.rng import torch_stream
 from networks.editing.difference import Change, Comparison, check_same_kind, group_of, square_of
 from networks.editing.layers import ModelLayer, model_layers
-from networks.editing.metadata import modelspec_of, with_sizes
+from networks.editing.metadata import with_sizes
 from networks.editing.precision import clamped, scaled_pair, tool_device
 from networks.editing.report import report
 from networks.lowrank import FAILURE, ThinSvd, gram_svd, randomised_svd

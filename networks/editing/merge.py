@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from library.checkpoint.inspection import NetworkCheck
-from library.checkpoint.modelspec import CHECKPOINT_IMPLEMENTATION, Modelspec, title_of
+from library.checkpoint.modelspec import title_of
 from library.device import save_dtype
-from library.families import family_named
+from library.families.files import modelspec_of
 from library.log import UserError
 from library.models.load import recognise
 from library.models.spec import FAMILY_TITLES, FamilyName, PredictionType
@@ -136,23 +136,11 @@ def _model_metadata(
     model: OpenModel, addends: Sequence[Addend], target: Path, prediction: PredictionType
 ) -> dict[str, str]:
     titles = [title_of(model.metadata, model.path.stem), *(addend.title for addend in addends)]
-    return _modelspec(model.found.spec.family, "", target, titles, prediction).as_metadata()
+    return modelspec_of(model.found.spec.family, "", _title(target), prediction, titles).as_metadata()
 
 
-def _modelspec(
-    family: FamilyName, kind: str, target: Path, titles: Sequence[str], prediction: PredictionType
-) -> Modelspec:
-    names = family_named(family)
-    side = names.modelspec_resolution(prediction)
-    return Modelspec(
-        architecture=names.modelspec_architecture(prediction),
-        resolution=(side, side),
-        kind=kind,
-        implementation=names.modelspec_implementation_network if kind else CHECKPOINT_IMPLEMENTATION,
-        title=target.stem if target.suffix in NETWORK_SUFFIXES else target.name,
-        merged_from=titles,
-        v_prediction=prediction == "v_prediction",
-    )
+def _title(target: Path) -> str:
+    return target.stem if target.suffix in NETWORK_SUFFIXES else target.name
 
 
 # ---- with each other
@@ -194,7 +182,10 @@ def _network_metadata(
         logger.warning("the networks do not say what their model predicts; the metadata will say velocity (v)")
         prediction = "v_prediction"
     titles = [addend.title for addend in addends]
-    return {**metadata, **_modelspec(family, "lora", Path(str(files.save_to)), titles, prediction).as_metadata()}
+    return {
+        **metadata,
+        **modelspec_of(family, "lora", _title(Path(str(files.save_to))), prediction, titles).as_metadata(),
+    }
 
 
 # ---- what both share

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-from library.checkpoint.modelspec import CHECKPOINT_IMPLEMENTATION, Modelspec
-from library.families import family_named
-from library.models.spec import FamilyName, PredictionType
 
 # Arguments of training that gave ranks to layers; a network of other ranks must not be said to have them.
 _RANK_ARGUMENTS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "unit")
@@ -39,23 +35,6 @@ def with_sizes(
     if arguments or "ss_network_args" in metadata:
         result["ss_network_args"] = json.dumps(arguments)
     return result
-
-
-def modelspec_of(
-    family: FamilyName, kind: str, title: str, prediction: PredictionType, merged_from: Sequence[str] | None = None
-) -> Modelspec:
-    """The modelspec block of what a tool writes; ``kind`` is ``lora``, or empty for a whole model."""
-    names = family_named(family)
-    side = names.modelspec_resolution(prediction)
-    return Modelspec(
-        architecture=names.modelspec_architecture(prediction),
-        resolution=(side, side),
-        kind=kind,
-        implementation=names.modelspec_implementation_network if kind else CHECKPOINT_IMPLEMENTATION,
-        title=title,
-        merged_from=merged_from,
-        v_prediction=prediction == "v_prediction",
-    )
 
 
 def common(values: Iterable[float]) -> str:
