@@ -100,9 +100,9 @@ def test_sizes_change_what_is_learned(fit, photos, monkeypatch):
     true = fit(UNET_ONLY, steps=1).losses[0]
     original = SdxlFamily.predict
 
-    def predict(self, unet, latents_BCHW, timesteps_B, condition, geometry):
+    def predict(self, unet, latents_BCHW, timesteps_B, condition, geometry, residuals=None):
         geometry.original_sizes_hw_B2.mul_(7)
-        return original(self, unet, latents_BCHW, timesteps_B, condition, geometry)
+        return original(self, unet, latents_BCHW, timesteps_B, condition, geometry, residuals)
 
     monkeypatch.setattr(SdxlFamily, "predict", predict)
     assert fit(UNET_ONLY, steps=1).losses[0] != pytest.approx(true, rel=1e-4)
