@@ -260,6 +260,13 @@ def _huber_options(settings: Settings) -> str | None:
     return None
 
 
+def _idle(settings: Settings) -> str | None:
+    """Options of old command lines that this program has no use for."""
+    names = ("load_original_model_to", "load_tuned_model_to", "unet_use_linear_projection")
+    given = [f"--{name}" for name in names if settings.given(name)]
+    return f"{', '.join(given)}: accepted for old command lines, has no effect" if given else None
+
+
 def _text_rate(settings: Settings) -> str | None:
     if settings.value_of("learning_rate_te") and settings.value_of("train_text_encoder") is False:
         return "--learning_rate_te has no effect without --train_text_encoder"
@@ -325,6 +332,7 @@ REFUSALS: tuple[Rule, ...] = (
     _cached_text,
 )
 DOUBTS: tuple[Rule, ...] = (
+    _idle,
     _v_parameterization,
     _clip_skip,
     _zero_terminal_snr,

@@ -84,15 +84,7 @@ def load_captioner(options: GitCaptionOptions) -> GitCaptioner:
 
 def caption_folder(options: GitCaptionOptions) -> Outcome:
     """Write a caption file beside each image. Raises UserError."""
-    task = TextTask(
-        folder=str(options.train_data_dir),
-        recursive=options.recursive,
-        extension=options.caption_extension,
-        batch_size=options.batch_size,
-        workers=options.max_data_loader_n_workers,
-        skip_existing=options.skip_existing,
-        debug=options.debug,
-    )
+    task = TextTask.of(options)
     images, outcome = images_to_describe(task)
     if not images:
         return outcome

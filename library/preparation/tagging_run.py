@@ -27,15 +27,7 @@ _PROVIDERS = ("CUDAExecutionProvider", "ROCMExecutionProvider", "OpenVINOExecuti
 
 def tag_folder(options: TagOptions, open_session: Callable[[Path], Session] | None = None) -> Outcome:
     """Write a tag file beside each image. Raises UserError. ``open_session`` None: by onnxruntime."""
-    task = TextTask(
-        folder=str(options.train_data_dir),
-        recursive=options.recursive,
-        extension=options.caption_extension,
-        batch_size=options.batch_size,
-        workers=options.max_data_loader_n_workers,
-        skip_existing=options.skip_existing,
-        debug=options.debug,
-    )
+    task = TextTask.of(options)
     images, outcome = images_to_describe(task)
     if not images:
         return outcome

@@ -13,11 +13,13 @@ from library.checkpoint.io import atomic_write_text
 from library.data.images import UnreadableImage
 from library.data.loader import prefetch
 from library.log import progress
+from library.options.preparation import CaptionOptions, GitCaptionOptions, TagOptions
 from library.preparation.files import find_images, with_extension
 from library.preparation.outcome import Outcome
 
 logger = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
+TextToolOptions = CaptionOptions | GitCaptionOptions | TagOptions
 _WORKERS = 4
 
 
@@ -32,6 +34,19 @@ class TextTask:
     workers: int | None
     skip_existing: bool
     debug: bool
+
+    @classmethod
+    def of(cls, options: TextToolOptions) -> TextTask:
+        """What the options of such a tool say."""
+        return cls(
+            folder=str(options.train_data_dir),
+            recursive=options.recursive,
+            extension=options.caption_extension,
+            batch_size=options.batch_size,
+            workers=options.max_data_loader_n_workers,
+            skip_existing=options.skip_existing,
+            debug=options.debug,
+        )
 
 
 @dataclass(frozen=True, slots=True)

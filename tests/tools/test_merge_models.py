@@ -79,6 +79,16 @@ def test_what_only_one_model_has(models: Files, tmp_path: Path, caplog: pytest.L
     torch.testing.assert_close(merged[lost], 0.75 * a[lost])  # the first stands in for what the other lacks
 
 
+def test_show_skipped_names_every_tensor(models: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    extra = {f"model_ema.x{number}": torch.ones(2) for number in range(9)}
+    save_file({**load_file(models[1]), **extra}, tmp_path / "b.safetensors")
+    for more, is_named in (((), False), (("--show_skipped",), True)):
+        caplog.clear()
+        assert run([models[0], tmp_path / "b.safetensors"], tmp_path / "m", *more) == 0
+        assert "9 tensors that the first model lacks are left out" in caplog.text
+        assert ("model_ema.x8" in caplog.text) is is_named
+
+
 def test_metadata_names_all_sources(models: Files, tmp_path: Path) -> None:
     assert run([*models], tmp_path / "both.safetensors") == 0
     _, metadata = read_header(tmp_path / "both.safetensors")

@@ -13,8 +13,10 @@ from PIL import Image
 from library.data.cache_files import write_archive
 from library.options.script import parse
 from library.options.scripts import CHECK_DATASET
+from library.preparation import check
 from library.preparation.check import KINDS, CheckReport
 from library.preparation.check_run import check_dataset
+from library.preparation.duplicates import NearPairs, near_pairs
 from tests.data_fixtures import write_picture
 from tests.house.source_map import ROOT
 from tools.check_dataset import main
@@ -114,6 +116,22 @@ class Page(HTMLParser):
         self.texts.append(data)
         if self.open and self.open[-1] == "h2":
             self.titles.append(data)
+
+
+def test_the_distance_of_near_duplicates_is_the_one_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[int] = []
+
+    def watched(hashes: list[int], distance: int) -> NearPairs:
+        asked.append(distance)
+        return near_pairs(hashes, distance)
+
+    monkeypatch.setattr(check, "near_pairs", watched)
+    page = ("--html", str(tmp_path / "page.html"))
+    run(str(folder), *page)
+    run(str(folder), *page, "--duplicate_distance", "2")
+    assert asked == [4, 2]
 
 
 def test_the_page_is_whole_and_needs_nothing_else(folder: Path, tmp_path: Path):

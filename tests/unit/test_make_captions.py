@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from library.options.preparation import CaptionOptions
+from library.options.preparation import CaptionOptions, GitCaptionOptions
+from library.options.preparation_scripts import MAKE_CAPTIONS_GIT
+from library.options.script import parse
 from library.preparation.blip import OwnDraws, load_captioner
-from library.preparation.git_captions import without_read_words
+from library.preparation.git_captions import GitCaptioner, without_read_words
 from library.rng import torch_stream
 from tests.captioner_fixtures import WORDS, write_blip, write_git
 from tests.data_fixtures import write_picture
@@ -168,3 +171,18 @@ def test_git_needs_no_draws(photos: Path, git: str):
 )
 def test_what_is_read_in_pictures_is_taken_out(caption: str, left: str):
     assert without_read_words(caption) == left
+
+
+@pytest.mark.parametrize(("more", "text"), [((), "a dog that says stop"), (("--remove_words",), "a dog ")])
+def test_remove_words_acts_on_what_the_model_says(more: tuple[str, ...], text: str):
+    settings = parse(MAKE_CAPTIONS_GIT, ["photos", *more])
+    model = SimpleNamespace(device="cpu", generate=lambda **_: torch.zeros(1, 3))
+    tokenizer = SimpleNamespace(batch_decode=lambda tokens, **_: ["a dog that says stop"] * len(tokens))
+    captioner = GitCaptioner(model, tokenizer, None, settings[GitCaptionOptions])
+    assert captioner.captions([torch.zeros(3, 4, 4)]) == [text]
+
+
+def test_the_smaller_the_nucleus_the_fewer_draws(photos: Path, blip: str):
+    likeliest = captions(photos, "--caption_weights", blip, "--top_p", "1e-6")
+    assert captions(photos, "--caption_weights", blip, "--top_p", "1e-6", "--seed", "1") == likeliest
+    assert captions(photos, "--caption_weights", blip, "--top_p", "1") != likeliest

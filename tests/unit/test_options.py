@@ -16,7 +16,7 @@ from library.options import DataOptions, LogOptions, LoopOptions, NetworkOptions
 from library.options.base import OptionGroup, dataset_specs, option, specs_by_name, specs_of
 from library.options.parser import build_parser
 from library.options.script import nearest, parse
-from library.options.scripts import SCRIPTS, TRAIN_NETWORK
+from library.options.scripts import CONVERT_MODEL, EXTRACT_LORA_FROM_MODELS, SCRIPTS, TRAIN_NETWORK
 from library.options.settings import ScriptOptions
 from library.options.values import split_pairs, steps_or_share, training_size
 
@@ -376,3 +376,12 @@ def test_help_imports_nothing_heavy():
 
 def test_schedule_default_is_a_whole_number():
     assert ScheduleOptions().lr_warmup_steps == 0
+
+
+def test_options_without_use_here_are_told():
+    words = ["--model_org", "a", "--model_tuned", "b", "--save_to", "c.safetensors", "--load_tuned_model_to", "cuda"]
+    (line,) = parse(EXTRACT_LORA_FROM_MODELS, words).warnings
+    assert line.startswith("--load_tuned_model_to: accepted")
+    (line,) = parse(CONVERT_MODEL, ["a.ckpt", "b", "--unet_use_linear_projection"]).warnings
+    assert line.startswith("--unet_use_linear_projection: accepted")
+    assert parse(CONVERT_MODEL, ["a.ckpt", "b"]).warnings == ()

@@ -81,6 +81,15 @@ def test_every_size_is_made_from_the_original(photos: Path, tmp_path: Path):
         assert image.size == (45, 22)
 
 
+def test_the_interpolation_is_the_one_asked_for(photos: Path, tmp_path: Path):
+    made: set[bytes] = set()
+    for how in ("area", "cubic", "lanczos4"):
+        words = [str(photos), str(tmp_path / how), "--max_resolution", "20x20", "--save_as_png", "--interpolation", how]
+        assert resize(words) == 0
+        made.add((tmp_path / how / "b+20x20.png").read_bytes())
+    assert len(made) == 3
+
+
 def test_resizing_without_companions_and_bad_targets(photos: Path, tmp_path: Path):
     assert resize([str(photos), str(tmp_path / "out"), "--max_resolution", "16x16", "--divisible_by", "8"]) == 0
     assert names(tmp_path / "out") == ["a[1]+16x16.jpg", "a[1].txt", "b+16x16.jpg", "notes.txt"]
