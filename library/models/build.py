@@ -64,7 +64,7 @@ def vae_config(spec: VaeSpec) -> dict[str, Any]:
         "block_out_channels": spec.widths,
         "latent_channels": spec.latent_channels,
         "layers_per_block": spec.layers_per_level,
-        "norm_num_groups": 32,
+        "norm_num_groups": spec.norm_groups,
         "scaling_factor": spec.scaling_factor,
         "force_upcast": spec.force_upcast,
     }

@@ -59,6 +59,14 @@ class VaeSpec:
     scaling_factor: float = 0.18215
     force_upcast: bool = True  # half precision overflows in it
 
+    @property
+    def norm_groups(self) -> int:
+        """Groups of the group norms: 32 as published, fewer in small ones, so that a group has four channels there too.
+
+        A group of one channel loses its mean; the last norm before the pixels then loses a picture's mean colour.
+        """
+        return min(32, self.widths[0] // 4)
+
 
 @dataclass(frozen=True, slots=True)
 class ArchitectureSpec:
