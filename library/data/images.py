@@ -66,11 +66,26 @@ class FittedPixels:
     flipped: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What was done to an image's geometry: resized, mirrored if ``flipped``, cut at ``left_top``."""
+
+    resized: Size
+    left_top: tuple[int, int]
+    bucket: Size
+    flipped: bool = False
+
+
 def read_image(path: str) -> Pixels:
     """Decode a file to RGB, turned as its EXIF orientation says, alpha laid over white, 16 bit reduced to 8.
 
     Raises `UnreadableImage` naming the file if it is missing, truncated or no picture.
     """
+    return opaque(read_pixels(path))
+
+
+def read_pixels(path: str) -> Pixels:
+    """As `read_image`, but with the alpha as a fourth channel if the file has one (0 transparent, 255 opaque)."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -118,7 +133,7 @@ def _decode_opencv(data: bytes) -> Pixels | None:
         pixels = pixels[:, :, [2, 1, 0, 3]]
     else:
         return None
-    return _opaque(_to_8_bit(pixels))
+    return _to_8_bit(pixels)
 
 
 def _decode_pil(path: str, data: bytes) -> Pixels:
@@ -141,7 +156,7 @@ def _from_pil(picture: Image.Image) -> Pixels:
         grey = np.clip(grey, 0, 65535).astype(np.uint16) if picture.mode != "F" else np.clip(grey, 0, 255)
         return np.ascontiguousarray(np.repeat(_to_8_bit(grey[:, :, None]), 3, axis=2))
     if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        return _opaque(np.asarray(picture.convert("RGBA")))
+        return np.asarray(picture.convert("RGBA"))
     return np.ascontiguousarray(np.asarray(picture.convert("RGB")))
 
 
@@ -160,7 +175,12 @@ def _to_8_bit(pixels: NDArray[np.generic]) -> Pixels:
     return np.clip(np.rint(pixels.astype(np.float32)), 0, 255).astype(np.uint8)
 
 
-def _opaque(pixels: Pixels) -> Pixels:
+def alpha_of(pixels_HWC: Pixels) -> Pixels | None:
+    """The alpha of RGBA pixels, HW; None of RGB pixels."""
+    return np.ascontiguousarray(pixels_HWC[:, :, 3]) if pixels_HWC.shape[2] == 4 else None
+
+
+def opaque(pixels: Pixels) -> Pixels:
     """RGB of RGB or RGBA pixels; what is transparent becomes white."""
     if pixels.shape[2] == 3:
         return np.ascontiguousarray(pixels)
@@ -225,15 +245,13 @@ def fit_pixels(
     return FittedPixels(np.ascontiguousarray(pixels), original, cut.resized, (left, top), flipped)
 
 
-def fit_alike(image_HWC: Pixels, resized: Size, crop_left_top: tuple[int, int], bucket: Size, flipped: bool) -> Pixels:
-    """Do to a picture what was done to the image beside it (see `FittedPixels`), whatever its own size; no colours
-    change.
-    """
-    pixels = resize(image_HWC, resized)
-    if flipped:
+def fit_alike(picture: Pixels, cut: Cut) -> Pixels:
+    """Do to a picture (HWC, or HW) what was done to the image beside it, whatever its own size; no colours change."""
+    pixels = resize(picture, cut.resized)
+    if cut.flipped:
         pixels = pixels[:, ::-1]
-    left, top = crop_left_top
-    return np.ascontiguousarray(pixels[top : top + bucket[1], left : left + bucket[0]])
+    (left, top), (width, height) = cut.left_top, cut.bucket
+    return np.ascontiguousarray(pixels[top : top + height, left : left + width])
 
 
 def to_model_range(pixels_BHWC: torch.Tensor) -> torch.Tensor:

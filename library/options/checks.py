@@ -224,6 +224,21 @@ def _pairs(settings: Settings) -> Iterator[str]:
         yield "--conditioning_data_dir is missing: the folder with a conditioning picture for each image"
 
 
+def _masks(settings: Settings) -> str | None:
+    """A folder of masks that nobody reads, and masks where the folder holds something else."""
+    masked, folder = settings.value_of("masked_loss"), settings.value_of("conditioning_data_dir")
+    if masked is None or CacheToolOptions in settings:
+        return None
+    if ConditioningOptions not in settings:
+        return "--conditioning_data_dir needs --masked_loss: masks are in it" if folder and not masked else None
+    if masked:
+        return (
+            "--masked_loss: conditioning_data_dir holds the pictures to draw after here and can hold no masks: leave it"
+            " out; --alpha_mask takes masks from the images' transparency"
+        )
+    return None
+
+
 def _full_training(settings: Settings) -> Iterator[str]:
     """What cannot be when the model itself learns."""
     if settings.value_of("fp8_base") and _is_full(settings):
@@ -330,6 +345,7 @@ REFUSALS: tuple[Rule, ...] = (
     _tracker_folder,
     _warmup,
     _cached_text,
+    _masks,
 )
 DOUBTS: tuple[Rule, ...] = (
     _idle,

@@ -36,10 +36,8 @@ HARMLESS = frozenset(
 
 # These change what is trained, unless they have one of these values (or are false, 0 or empty).
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "alpha_mask": (),
     "cache_text_encoder_outputs": (),
     "cache_text_encoder_outputs_to_disk": (),
-    "conditioning_data_dir": (),
     "fp8_base_unet": (),
     "initial_epoch": (1,),
     "initial_step": (),
@@ -49,7 +47,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "lr_decay_steps": (),
     "lr_scheduler_min_lr_ratio": (),
     "lr_scheduler_timescale": (),
-    "masked_loss": (),
     "no_token_padding": (),
     "noise_offset_type": ("original",),
     "optimizer_schedulefree_wrapper": (),

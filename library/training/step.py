@@ -31,6 +31,7 @@ class Objective(Protocol):
         timesteps_B: Tensor,
         weights_B: Tensor,
         schedule: NoiseSchedule,
+        masks_BHW: Tensor | None,
     ) -> Tensor: ...
 
 
@@ -111,4 +112,7 @@ class TrainStep(nn.Module):
                 self._unet[0], noisy_BCHW, timesteps_B, condition, geometry, residuals
             )
         weights_B = batch.loss_weights_B.to(self._device)
-        return objective.weighted_losses(noise_pred_BCHW.float(), target_BCHW, timesteps_B, weights_B, self._schedule)
+        masks_BHW = None if batch.loss_masks_BHW is None else batch.loss_masks_BHW.to(self._device)
+        return objective.weighted_losses(
+            noise_pred_BCHW.float(), target_BCHW, timesteps_B, weights_B, self._schedule, masks_BHW
+        )
