@@ -158,7 +158,7 @@ class _Search:
             places.setdefault(_subfolder(record, subset), []).append(record)
         kept: dict[str, ImageRecord] = {}
         for place, records in places.items():
-            content = self._content(os.path.join(folder, place), ())
+            content = self._content(os.path.join(folder, place) if place else folder, ())
             if isinstance(content, OSError):
                 self.errors.append(f"{folder}: the folder cannot be read ({content.strerror or content})")
                 return
