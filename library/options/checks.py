@@ -63,6 +63,7 @@ NO_EFFECT_WITHOUT = (
     ("validate_every_n_steps", ("validation_split",)),
     ("validate_every_n_epochs", ("validation_split",)),
     ("validation_seed", ("validation_split",)),
+    ("max_validation_steps", ("validation_split",)),
     ("ema_device", ("ema_decay",)),
     ("clip_vision_strength", ("image_path", "from_image")),
     ("highres_fix_save_1st", ("highres_fix_scale",)),

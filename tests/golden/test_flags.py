@@ -64,6 +64,7 @@ NEW_OPTIONS = {
     "huber_schedule",
     "ip_noise_gamma_random_strength",
     "loss_type",
+    "max_validation_steps",
     "noise_offset_random_strength",
     "on_bad_caption",
     "on_bad_image",
