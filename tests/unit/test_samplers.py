@@ -84,7 +84,7 @@ def test_timesteps_of_the_specification() -> None:
 
 
 def test_last_levels_of_the_specification() -> None:
-    """DDIM ends without noise, PNDM at the first timestep's: what a model folder says of its own sampler is no matter."""
+    """DDIM ends without noise, PNDM at the first timestep's, whatever a model's folder says of its sampler."""
     plain = SCHEDULES["epsilon"]
     assert float(make_sampler("ddim", 5, plain).scheduler.final_alpha_cumprod) == 1
     assert float(make_sampler("pndm", 5, plain).scheduler.final_alpha_cumprod) == pytest.approx(0.99915)
