@@ -53,6 +53,10 @@ class BadImage(UserError):
     """An image that was found to be unusable only when its turn came, and must not be skipped."""
 
 
+class NoImageLeft(UserError):
+    """A batch of which no image can be used, nor any other of its bucket in its place."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Picture:
     """One sample's image side. ``data``: uint8 HWC pixels or latents CHW. ``conditioning_HWC``: uint8 pixels of the
@@ -124,7 +128,9 @@ class TrainImages:
         return seed_of(self._seed, "sample", epoch, record.key, repeat)
 
     def load(self, micro: MicroBatch, rank: int, processes: int, clock: CaptionClock) -> Batch:
-        """This process's share of a micro batch. Raises UserError for an image that cannot be used (see the class)."""
+        """This process's share of a micro batch. Raises UserError for an image that cannot be used (see the class), in
+        particular `NoImageLeft`.
+        """
         dataset = self.datasets[micro.dataset]
         samples, counts = micro.share(rank, processes)
         loaded: list[tuple[Sample, _Picture] | None] = [
@@ -165,7 +171,7 @@ class TrainImages:
             if one is not None:
                 return one
         width, height = bucket
-        raise UserError(
+        raise NoImageLeft(
             f"{dataset.records[micro.samples[0].record].path}: no image of bucket {width}x{height} can be decoded"
         )
 

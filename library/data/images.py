@@ -32,6 +32,9 @@ RESIZE_VERSION = 1  # part of the latent caches' fingerprint: raise it when the 
 _COLOR_CHANCE = 0.33
 _HUE_REACH = 8.0  # on OpenCV's scale of 0..179
 _GAMMA_RANGE = (0.95, 1.05)
+_PNG = b"\x89PNG\r\n\x1a\n"
+_FILLING = 128  # the brightness and colours of what a JPEG decoder has no data for
+_MORE_JPEG_DATA = bytes.fromhex("5a93c6e17b2d") * 8  # any bytes that are no marker and have few zeros
 _ASK_PIL = (b"eXIf", b"EXIF")  # PNG and WebP with an orientation: OpenCV ignores it whenever it keeps the alpha channel
 
 
@@ -93,7 +96,26 @@ def read_pixels(path: str) -> Pixels:
     if not data:
         raise UnreadableImage(path, "the file is empty")
     pixels = _decode_opencv(data) if _suits_opencv(data) else None
-    return pixels if pixels is not None else _decode_pil(path, data)
+    if pixels is None:
+        return _decode_pil(path, data)
+    if data[:2] == b"\xff\xd8" and _runs_dry(data, pixels):
+        raise UnreadableImage(path, "its image data end too early: a part of the picture is grey")
+    return pixels
+
+
+def _runs_dry(data: bytes, pixels_HWC: Pixels) -> bool:
+    """True for a JPEG whose data end before its picture although the end marker stands there.
+
+    Decoders fill the rest with grey and say nothing that a program could see. So of a picture with a grey corner (which
+    one, depends on its orientation) it is tried whether more data before the end marker would be made into pixels.
+    Progressive files that lack later passes are whole pictures with less detail: these are not noticed.
+    """
+    corners = pixels_HWC[(0, 0, -1, -1), (0, -1, 0, -1)]
+    if not (corners == _FILLING).all(axis=-1).any():
+        return False
+    end = data.rfind(b"\xff\xd9")
+    longer = _decode_opencv(data[:end] + _MORE_JPEG_DATA + data[end:])
+    return longer is None or not np.array_equal(longer, pixels_HWC)
 
 
 def _suits_opencv(data: bytes) -> bool:
@@ -107,7 +129,7 @@ def _suits_opencv(data: bytes) -> bool:
         return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
     if any(mark in data for mark in _ASK_PIL):
         return False
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
+    if data[:8] == _PNG:
         return b"IEND" in data[-64:]
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return int.from_bytes(data[4:8], "little") + 8 <= len(data)
@@ -140,6 +162,8 @@ def _decode_pil(path: str, data: bytes) -> Pixels:
     if path.lower().endswith(".jxl"):
         _register_jpeg_xl(path)
     try:
+        if data[:8] == _PNG:  # its decoder passes over wrong checksums
+            Image.open(io.BytesIO(data)).verify()
         with Image.open(io.BytesIO(data)) as opened:
             picture = ImageOps.exif_transpose(opened)
             return _from_pil(picture)

@@ -42,6 +42,7 @@ EXCLUDES = (
     ("cache_text_encoder_outputs", "dataset_class"),
     ("validation_split", "dataset_class"),
     ("cache_text_encoder_outputs", "train_text_encoder"),
+    ("ddp_static_graph", "stop_text_encoder_training"),
 )
 
 # (option, options of which one must be set for it to have an effect).
@@ -63,6 +64,7 @@ NO_EFFECT_WITHOUT = (
     ("validate_every_n_steps", ("validation_split",)),
     ("validate_every_n_epochs", ("validation_split",)),
     ("validation_seed", ("validation_split",)),
+    ("max_validation_steps", ("validation_split",)),
     ("ema_device", ("ema_decay",)),
     ("clip_vision_strength", ("image_path", "from_image")),
     ("highres_fix_save_1st", ("highres_fix_scale",)),
@@ -277,9 +279,21 @@ def _huber_options(settings: Settings) -> str | None:
 
 def _idle(settings: Settings) -> str | None:
     """Options of old command lines that this program has no use for."""
-    names = ("load_original_model_to", "load_tuned_model_to", "unet_use_linear_projection")
-    given = [f"--{name}" for name in names if settings.given(name)]
+    names = (
+        "load_original_model_to",
+        "load_tuned_model_to",
+        "unet_use_linear_projection",
+        "persistent_data_loader_workers",
+    )
+    given = [f"--{name}" for name in names if settings.given(name) and _on(settings.value_of(name))]
     return f"{', '.join(given)}: accepted for old command lines, has no effect" if given else None
+
+
+def _compiler(settings: Settings) -> str | None:
+    backend = settings.value_of("dynamo_backend")
+    if settings.given("dynamo_backend") and backend != "no" and not settings.value_of("torch_compile"):
+        return f"--dynamo_backend {backend} has no effect without --torch_compile"
+    return None
 
 
 def _text_rate(settings: Settings) -> str | None:
@@ -349,6 +363,7 @@ REFUSALS: tuple[Rule, ...] = (
 )
 DOUBTS: tuple[Rule, ...] = (
     _idle,
+    _compiler,
     _v_parameterization,
     _clip_skip,
     _zero_terminal_snr,

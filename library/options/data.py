@@ -127,7 +127,7 @@ class DataOptions(CaptionOptions):
         8, ge=0, help="at most this many threads read images ahead; 0 reads in the main thread"
     )
     persistent_data_loader_workers: bool = option(
-        False, help="accepted for old command lines: the reading threads stay alive between epochs in any case"
+        False, help="accepted and without effect: images are read by threads, which are there at once in each epoch"
     )
     on_bad_image: Literal["skip", "error"] = option("error", help="what to do with images that cannot be read")
     on_bad_caption: Literal["skip", "error"] = option("error", help="what to do with captions that cannot be read")

@@ -20,7 +20,6 @@ HARMLESS = frozenset(
         "fused_backward_pass",
         "fused_optimizer_groups",
         "log_config",
-        "max_validation_steps",
         "offload_optimizer_device",
         "offload_optimizer_nvme_path",
         "offload_param_device",

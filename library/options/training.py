@@ -110,6 +110,9 @@ class ValidationOptions(OptionGroup):
     validate_every_n_epochs: int | None = option(
         None, ge=1, help="validate after every N-th epoch; after each one when no interval is given"
     )
+    max_validation_steps: int | None = option(
+        None, ge=1, help="measure only N batches of the held-out images, always the same; all when absent"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

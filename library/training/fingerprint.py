@@ -69,7 +69,7 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_epochs_state
         save_last_n_steps save_last_n_steps_state save_state save_state_on_train_end sample_at_first
         sample_every_n_steps sample_every_n_epochs sample_with_ema
-        validate_every_n_steps validate_every_n_epochs
+        validate_every_n_steps validate_every_n_epochs max_validation_steps
     """,
     path="""
         tokenizer_cache_dir output_dir output_name resume logging_dir log_tracker_config console_log_file

@@ -5,8 +5,7 @@ Shapes: B samples, C latent channels, H W latent height and width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +46,12 @@ class TextSource(Protocol):
     def __call__(self, captions: tuple[str, ...]) -> TextCondition: ...
 
 
-@dataclass
-class StepResult:
-    """``loss`` is what backward is called on; ``losses_B`` are the samples' own losses after weighting, detached."""
+class StepResult(NamedTuple):
+    """``loss`` is what backward is called on; ``losses_B`` are the samples' own losses after weighting, detached.
+
+    A tuple, because DistributedDataParallel hooks on to the tensors that it finds in lists, tuples and dictionaries:
+    with a static graph it would not average the gradients over the processes otherwise, and say nothing.
+    """
 
     loss: Tensor
     losses_B: Tensor

@@ -66,6 +66,7 @@ NEW_OPTIONS = {
     "ip_noise_gamma_random_strength",
     "loss_type",
     "masked_loss",
+    "max_validation_steps",
     "noise_offset_random_strength",
     "on_bad_caption",
     "on_bad_image",

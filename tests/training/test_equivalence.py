@@ -59,3 +59,12 @@ def test_cached_latents_equal_uncached_ones(photos, tmp_path):
         assert train(narrow, photos, tmp_path / name, "--train_batch_size", "2", "--flip_aug", *more, *SGD) == 0
     for name in ("memory", "disk"):
         assert difference(tmp_path / "pixels" / "toy.safetensors", tmp_path / name / "toy.safetensors") < 1e-3
+
+
+def test_latents_on_disk_serve_a_run_of_less_precision(model, tmp_path, caplog):
+    data = write_photos(tmp_path / "data", [(64, 64)] * 2)
+    for precision in ("no", "bf16", "no"):
+        more = ("--cache_latents_to_disk", "--mixed_precision", precision, "--max_train_steps", "1")
+        assert train(model, data, tmp_path / "out", *more) == 0
+    found = [record.message for record in caplog.records if record.message.startswith("latents:")]
+    assert found == [f"latents: 2 images, {reused} reused, {2 - reused} encoded" for reused in (0, 2, 2)]

@@ -283,6 +283,9 @@ def test_combinations_refused(argv: str, part: str):
         ("--initial_epoch 1", "ignored"),
         ("--huber_c 0.2", "no effect without --loss_type huber"),
         ("--noise_offset_random_strength", "has no effect without --noise_offset"),
+        ("--max_validation_steps 2", "has no effect without --validation_split"),
+        ("--dynamo_backend eager", "has no effect without --torch_compile"),
+        ("--persistent_data_loader_workers", "--persistent_data_loader_workers: accepted"),
     ],
 )
 def test_combinations_doubted(argv: str, part: str):
@@ -292,6 +295,8 @@ def test_combinations_doubted(argv: str, part: str):
 @pytest.mark.parametrize(
     "argv",
     [
+        "--dynamo_backend no",
+        "--no-persistent_data_loader_workers",
         "--noise_offset 0 --adaptive_noise_scale 0.1",
         "--noise_offset 0.1 --multires_noise_iterations 6",
         "--v_pred_like_loss 0 --v_parameterization --v2",
