@@ -226,3 +226,17 @@ def test_the_average_of_a_network_follows_its_formula(model: Path, photos: Path,
     assert not same(tmp_path / "toy.safetensors", tmp_path / "toy-ema.safetensors")
     assert metadata(tmp_path / "toy-ema.safetensors")["ss_sdt_is_average"] == "True"
     assert "ss_sdt_is_average" not in metadata(tmp_path / "toy.safetensors")
+
+
+def test_every_second_epoch(model: Path, two_folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Measured at the start, after every second epoch and at the end; what the user says of the file is in it."""
+    more = ("--validation_split", "0.35", "--max_train_epochs", "3", "--validate_every_n_epochs", "2")
+    said = {"title": "my cat", "description": "a cat", "license": "CC0", "tags": "cat, photo"}
+    words = [word for name, text in said.items() for word in (f"--metadata_{name}", text)]
+    assert train(model, two_folders, tmp_path, *more, "--training_comment", "first try", *words) == 0
+    steps = [step for step, _, _ in measured(caplog)]
+    kept = metadata(tmp_path / "toy.safetensors")
+    per_epoch = int(kept["ss_num_batches_per_epoch"])
+    assert steps == [0, 2 * per_epoch, 3 * per_epoch]
+    assert kept["ss_training_comment"] == "first try"
+    assert {name: kept[f"modelspec.{name}"] for name in said} == said
