@@ -21,6 +21,7 @@ from library.training.app import run
 from library.training.script import Script
 from tests.training.processes import launch
 
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Script(TRAIN_NETWORK, kind="library.training.kinds.adapter:AdapterTraining", tracker_name="network_train")
 SDXL_SCRIPT = Script(SDXL_TRAIN_NETWORK, kind=SCRIPT.kind, tracker_name=SCRIPT.tracker_name)
 LLLITE_SCRIPT = Script(SDXL_TRAIN_LLLITE, kind="library.training.kinds.control:LLLiteTraining", tracker_name="lllite")
