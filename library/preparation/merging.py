@@ -21,7 +21,8 @@ _TEXT_SUFFIXES = (".txt", ".caption", ".tags", ".git")
 def merge_texts(options: MergeOptions, field: str) -> Outcome:
     """Set ``field`` ("caption", "tags") of each image to the whole text beside it.
 
-    Raises UserError if no image has a text with the wanted ending. Images without a text are named and passed over. In memory nothing but the entries is held.
+    Raises UserError if no image has a text with the wanted ending. Images without a text are named and passed over.
+    In memory nothing but the entries is held.
     """
     if options.recursive and not options.full_path:
         raise UserError("--recursive needs --full_path: equal names of different folders would be one image")

@@ -70,7 +70,8 @@ def test_texts_with_another_ending_are_pointed_out_in_one_line(
     folder, out = fill(tmp_path / "in", a__txt="A", b__txt="B", c=""), tmp_path / "out.json"
     assert merge_captions([str(folder), str(out)]) == 1
     told = capsys.readouterr().err + caplog.text
-    assert "2 have .txt" in told and "--caption_extension .txt" in told
+    assert "2 have .txt" in told
+    assert "--caption_extension .txt" in told
     assert "it is left out" not in told
     assert not out.exists()
     assert merge_captions([str(folder), str(out), "--caption_extension", ".txt"]) == 0
