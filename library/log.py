@@ -130,6 +130,8 @@ def setup_logging(level: str | None = None, file: str | None = None, simple: boo
     lowest = getattr(logging, level or "INFO")
     root.setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here needs
+    # Two lines for each retry of each file; what failed in the end is said once, by our own error.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(lowest if process_index() == 0 else max(lowest, logging.WARNING))
 

@@ -7,7 +7,7 @@ device to be known is checked where those are loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 from library.options.control import ConditioningOptions
@@ -98,10 +98,12 @@ def _on(value: Any) -> bool:
     return bool(value)
 
 
-def implied(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Values that others bring with them, and a line about each."""
+def implied(values: Mapping[str, Any], known: Container[str]) -> tuple[dict[str, Any], list[str]]:
+    """Values that others bring with them, of options that the script knows, and a line about each."""
     rows = [
-        (name, target, value) for name, target, value in IMPLIES if _on(values.get(name)) and not values.get(target)
+        (name, target, value)
+        for name, target, value in IMPLIES
+        if target in known and _on(values.get(name)) and not values.get(target)
     ]
     lines = [
         f"--{name} switches --{target} on" if value is True else f"--{name} sets --{target} {value}"
@@ -340,7 +342,7 @@ def _metadata_latents(settings: Settings) -> str | None:
 
 def _steps_and_epochs(settings: Settings) -> str | None:
     if settings.value_of("max_train_epochs") and settings.given("max_train_steps"):
-        return "--max_train_steps is ignored: --max_train_epochs decides"
+        return "--max_train_steps is ignored: --max_train_epochs decides; --max_train_epochs None takes it away"
     return None
 
 

@@ -199,3 +199,14 @@ def test_a_bar_inside_a_bar_shows_once_it_lasts(monkeypatch: pytest.MonkeyPatch,
         clock.now += 2
         inner.advance()
     assert "validation" in capsys.readouterr().err
+
+
+def test_retries_of_the_hub_are_not_shown():
+    setup_logging()
+    retries = logging.getLogger("huggingface_hub.utils._http")
+    before = retries.level
+    try:
+        assert not retries.isEnabledFor(logging.WARNING)
+        assert retries.isEnabledFor(logging.ERROR)
+    finally:
+        retries.setLevel(before)
