@@ -38,7 +38,7 @@ from library.models import build
 from library.models.spec import ArchitectureSpec
 from library.options import PrecisionOptions
 from library.options.script import parse
-from library.options.scripts import SDXL_TRAIN, SDXL_TRAIN_LLLITE, SDXL_TRAIN_NETWORK
+from library.options.scripts import SDXL_TRAIN, SDXL_TRAIN_LLLITE, SDXL_TRAIN_NETWORK, TRAIN_CONTROLNET
 from library.options.settings import Settings
 from library.training.machine import Machine, open_machine
 from library.training.prepare import Models, attach
@@ -48,10 +48,16 @@ from library.training.trackers import Trackers
 LORA = Script(SDXL_TRAIN_NETWORK, kind="library.training.kinds.adapter:AdapterTraining", tracker_name="benchmark")
 FULL = Script(SDXL_TRAIN, kind="library.training.kinds.full:FullTraining", tracker_name="benchmark")
 LLLITE = Script(SDXL_TRAIN_LLLITE, kind="library.training.kinds.control:LLLiteTraining", tracker_name="benchmark")
+CONTROL = Script(TRAIN_CONTROLNET, kind="library.training.kinds.control:ControlNetTraining", tracker_name="benchmark")
+GUIDED = (LLLITE, CONTROL)  # these learn from pairs of pictures
 LORA_LINE = "--network_module networks.lora --network_train_unet_only --optimizer_type AdamW"
 FULL_LINE = (
     "--optimizer_type AdaFactor --optimizer_args relative_step=False scale_parameter=False --max_grad_norm 0"
     " --gradient_checkpointing"
+)
+CONTROL_LINE = (  # with AdamW its moments alone would take 10 GB
+    "--sdxl --conditioning_data_dir none --optimizer_type AdaFactor --optimizer_args relative_step=False"
+    " scale_parameter=False --max_grad_norm 0"
 )
 LLLITE_LINE = "--conditioning_data_dir none --optimizer_type AdamW"
 COMMON_LINE = "--pretrained_model_name_or_path none --train_data_dir none --output_dir none --cache_latents --seed 1"
@@ -90,6 +96,10 @@ ROWS = {
     "LLLite, cached text": Row(LLLITE, LLLITE_LINE, keeps_text_encoders=False),
     "LLLite, checkpointing, cached text": Row(
         LLLITE, f"{LLLITE_LINE} --gradient_checkpointing", keeps_text_encoders=False
+    ),
+    "ControlNet, cached text": Row(CONTROL, CONTROL_LINE, keeps_text_encoders=False),
+    "ControlNet, checkpointing, cached text": Row(
+        CONTROL, f"{CONTROL_LINE} --gradient_checkpointing", keeps_text_encoders=False
     ),
     "U-Net, checkpointing, cached text": Row(FULL, FULL_LINE, keeps_text_encoders=False),
     "U-Net, the same, fused backward": Row(FULL, f"{FULL_LINE} --fused_backward_pass", keeps_text_encoders=False),
@@ -140,7 +150,7 @@ def run(row: Row, arguments: argparse.Namespace, machine: Machine, spec: Archite
 
     def around(forward: Forward) -> Forward:
         def watched(batch: Batch, count: int) -> Any:
-            if row.script is LLLITE:
+            if row.script in GUIDED:
                 guides_BCHW = torch.zeros(len(batch.keys), 3, arguments.pixels, arguments.pixels)
                 batch = replace(batch, conditioning_images_BCHW=guides_BCHW)
             if kept:

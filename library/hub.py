@@ -84,6 +84,7 @@ def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS
 
     def fetch() -> Path:
         api = _api(token)
+        logger.info("%s: no such file or folder here, asking the hub", repo_id)
         wanted = files_of_model(api.list_repo_files(repo_id), parts)
         if wanted is None:
             raise UserError(f"{option} {repo_id}: the repository has no whole Diffusers model ({', '.join(parts)})")

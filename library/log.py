@@ -130,6 +130,8 @@ def setup_logging(level: str | None = None, file: str | None = None, simple: boo
     lowest = getattr(logging, level or "INFO")
     root.setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here needs
+    # Two lines for each retry of each file; what failed in the end is said once, by our own error.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(lowest if process_index() == 0 else max(lowest, logging.WARNING))
 
@@ -145,6 +147,7 @@ class Progress(Generic[T]):
     """How far a piece of work is: a bar on a terminal, plain lines elsewhere, nothing in processes but the main one.
 
     Use it as a context manager with `advance`, or iterate over it. Time left and images/s come from the last marks.
+    Nothing is shown of work that takes less than ``quiet_seconds``.
     """
 
     def __init__(
@@ -154,6 +157,7 @@ class Progress(Generic[T]):
         *,
         total: int | None = None,
         seconds: float = PLAIN_SECONDS,
+        quiet_seconds: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._items: Iterable[T] | None = None if work is None or isinstance(work, int) else work
@@ -166,13 +170,21 @@ class Progress(Generic[T]):
         self._clock = clock
         self._seconds = seconds
         self._marks: deque[tuple[float, int, int]] = deque([(clock(), 0, 0)], maxlen=WINDOW)
-        self._printed_at = clock()
+        self._quiet_seconds = quiet_seconds
+        self._began = self._printed_at = clock()
         self._printed_done = -1
         self._bar: Any = None
         self._task: Any = None
 
     def __enter__(self) -> Progress[T]:
-        if process_index() == 0 and any(_is_terminal(handler) for handler in logging.getLogger().handlers):
+        self._began = self._clock()
+        self._draw_bar()
+        return self
+
+    def _draw_bar(self) -> None:
+        """Begin the bar if there is a terminal for it and the work lasts."""
+        is_drawn = any(_is_terminal(handler) for handler in logging.getLogger().handlers)
+        if process_index() == 0 and is_drawn and self._lasts():
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
 
@@ -180,12 +192,14 @@ class Progress(Generic[T]):
             self._bar = Bar(*columns, console=_terminal())
             self._bar.start()
             self._task = self._bar.add_task(self.description, total=self.total, facts=self.facts())
-        return self
+
+    def _lasts(self) -> bool:
+        return self._clock() - self._began >= self._quiet_seconds
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif process_index() == 0 and self.done != self._printed_done:
+        elif process_index() == 0 and self.done != self._printed_done and self._lasts():
             self._print()
 
     def __iter__(self) -> Iterator[T]:
@@ -207,6 +221,8 @@ class Progress(Generic[T]):
             self._fields[name] = f"{value:.4g}" if isinstance(value, float) else str(value)
         now = self._clock()
         self._marks.append((now, self.done, self._images))
+        if self._bar is None and self._quiet_seconds:
+            self._draw_bar()
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, facts=self.facts())
         elif process_index() == 0 and now - self._printed_at >= self._seconds:
@@ -229,6 +245,11 @@ class Progress(Generic[T]):
         logger.info("%s: %s", self.description, self.facts())
 
 
-def progress(work: Iterable[T] | int | None, description: str, *, total: int | None = None) -> Progress[T]:
-    """Progress over an iterable (iterate over the result) or ``work`` pieces (``with`` and `Progress.advance`)."""
-    return Progress(work, description, total=total)
+def progress(
+    work: Iterable[T] | int | None, description: str, *, total: int | None = None, quiet_seconds: float = 0.0
+) -> Progress[T]:
+    """Progress over an iterable (iterate over the result) or ``work`` pieces (``with`` and `Progress.advance`).
+
+    ``quiet_seconds``: work that is done sooner shows nothing.
+    """
+    return Progress(work, description, total=total, quiet_seconds=quiet_seconds)

@@ -9,11 +9,12 @@ multiplied by the family's scale.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,9 @@ class LatentStore:
     """Latents by `LatentTarget`, in memory or in archives beside the images.
 
     ``family`` names the latent space ("sd", "sdxl"), ``vae`` is a hash of the VAE's weights: both are in the
-    fingerprint. ``memory_dtype`` is the type of latents kept in memory. ``same_vae``: hashes of the same weights in
-    other number types, with which the archives serve too. ``takes_over``: the primary name is written in any case,
+    fingerprint. ``memory_dtype`` is the type of latents kept in memory. ``same_vae`` gives hashes of the same weights
+    in other number types, with which the archives serve too; it is asked when the first archive is written.
+    ``takes_over``: the primary name is written in any case,
     also over latents of another purpose.
     """
 
@@ -102,11 +104,11 @@ class LatentStore:
         *,
         to_disk: bool = False,
         memory_dtype: torch.dtype = torch.float32,
-        same_vae: Sequence[str] = (),
+        same_vae: Callable[[], Sequence[str]] = tuple,
         takes_over: bool = False,
     ) -> None:
         self.to_disk = to_disk
-        self._same_vae = list(same_vae)
+        self._same_vae = functools.cache(same_vae)
         self._takes_over = takes_over
         self.notes = StoreNotes()
         self._maker = {"family": family, "vae": vae, "resize": RESIZE_VERSION}
@@ -187,7 +189,9 @@ class LatentStore:
         }
         if flipped_CHW is not None:
             arrays[cache_files.LATENTS_FLIPPED] = flipped_CHW.float().numpy()
-        cache_files.write_archive(path, arrays, self._fingerprint(target, state))
+        others = self._same_vae()
+        fingerprint = {**self._fingerprint(target, state), **({_SAME_VAE: list(others)} if others else {})}
+        cache_files.write_archive(path, arrays, fingerprint)
         self._entries[target] = path
 
     def fetch(self, target: LatentTarget, flipped: bool) -> bool:
@@ -222,8 +226,7 @@ class LatentStore:
         }
 
     def _fingerprint(self, target: LatentTarget, state: FileState) -> dict[str, Any]:
-        others = {_SAME_VAE: self._same_vae} if self._same_vae else {}
-        return {**self._purpose(target), "image_bytes": state.size_bytes, "image_mtime_ns": state.mtime_ns, **others}
+        return {**self._purpose(target), "image_bytes": state.size_bytes, "image_mtime_ns": state.mtime_ns}
 
     def _paths(self, target: LatentTarget) -> tuple[Path, Path]:
         """The primary archive beside the image, and the one used when that name is taken."""

@@ -24,6 +24,7 @@ LATENTS = "latents"
 LATENTS_FLIPPED = "latents_flipped"
 ORIGINAL_SIZE = "original_size"
 CROP_LTRB = "crop_ltrb"
+ALPHA_MASK = "alpha_mask"  # written by others; read only where no image lies beside the archive
 FINGERPRINT = "fingerprint"  # ours; other readers do not look for it
 REQUIRED = (LATENTS, ORIGINAL_SIZE, CROP_LTRB)
 

@@ -15,16 +15,21 @@ from typing import Literal
 import torch
 
 from library.data.cache import LatentStore, target_of
+from library.data.cache_files import latent_shape
 from library.data.caption_variants import choose_caption
 from library.data.images import (
+    Cut,
     UnreadableImage,
     center_crop_left_top,
     face_box,
     fit_alike,
     fit_pixels,
+    opaque,
     read_image,
+    read_pixels,
     to_model_range,
 )
+from library.data.masks import Masks, has_mask
 from library.data.records import (
     Batch,
     CaptionClock,
@@ -48,17 +53,20 @@ class BadImage(UserError):
     """An image that was found to be unusable only when its turn came, and must not be skipped."""
 
 
+class NoImageLeft(UserError):
+    """A batch of which no image can be used, nor any other of its bucket in its place."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Picture:
     """One sample's image side. ``data``: uint8 HWC pixels or latents CHW. ``conditioning_HWC``: uint8 pixels of the
-    picture beside it.
+    picture beside it. ``mask_hw``: what each latent counts in the loss, in 255ths (uint8); None if all count 1.
     """
 
     data: torch.Tensor
     original_size: Size
-    resized: Size
-    crop_left_top: tuple[int, int]
-    flipped: bool
+    cut: Cut
+    mask_hw: torch.Tensor | None = None
     conditioning_HWC: torch.Tensor | None = None
 
 
@@ -86,6 +94,7 @@ class TrainImages:
         self._on_bad_image: OnBadImage = on_bad_image
         self._caption_variants = caption_variants
         self._lock = threading.Lock()
+        self._masks = Masks()
         self._gives_latents = tuple(
             store is not None
             and all(target_of(record, fit) in store for record, fit in zip(dataset.records, dataset.fits, strict=True))
@@ -103,7 +112,10 @@ class TrainImages:
             return False
         pairs = zip(resolved.records, resolved.fits, strict=True)
         return all(
-            record.conditioning_path is None and store.in_memory(target_of(record, fit)) for record, fit in pairs
+            record.conditioning_path is None
+            and not has_mask(record, resolved.subset_of(record))
+            and store.in_memory(target_of(record, fit))
+            for record, fit in pairs
         )
 
     def path_of(self, key: str) -> str:
@@ -116,7 +128,9 @@ class TrainImages:
         return seed_of(self._seed, "sample", epoch, record.key, repeat)
 
     def load(self, micro: MicroBatch, rank: int, processes: int, clock: CaptionClock) -> Batch:
-        """This process's share of a micro batch. Raises UserError for an image that cannot be used (see the class)."""
+        """This process's share of a micro batch. Raises UserError for an image that cannot be used (see the class), in
+        particular `NoImageLeft`.
+        """
         dataset = self.datasets[micro.dataset]
         samples, counts = micro.share(rank, processes)
         loaded: list[tuple[Sample, _Picture] | None] = [
@@ -157,7 +171,7 @@ class TrainImages:
             if one is not None:
                 return one
         width, height = bucket
-        raise UserError(
+        raise NoImageLeft(
             f"{dataset.records[micro.samples[0].record].path}: no image of bucket {width}x{height} can be decoded"
         )
 
@@ -176,23 +190,19 @@ class TrainImages:
         if record.conditioning_path is None:
             return picture
         guide_HWC = read_image(record.conditioning_path)
-        fitted_HWC = fit_alike(guide_HWC, picture.resized, picture.crop_left_top, fit.bucket, picture.flipped)
-        return replace(picture, conditioning_HWC=torch.from_numpy(fitted_HWC))
+        return replace(picture, conditioning_HWC=torch.from_numpy(fit_alike(guide_HWC, picture.cut)))
 
     def _pixels(self, record: ImageRecord, fit: Fit, subset: SubsetSpec, seed: int) -> _Picture:
-        image_HWC = read_image(record.path)
+        pixels_HWC = read_pixels(record.path)
+        image_HWC = opaque(pixels_HWC)
         if (image_HWC.shape[1], image_HWC.shape[0]) != record.size:
             raise UnreadableImage(record.path, "its size changed while the program ran")
         rules = subset.augmentation
         face = face_box(record.path) if rules.face_crop_aug_range is not None else None
         fitted = fit_pixels(image_HWC, fit, rules, seed, face)
-        return _Picture(
-            torch.from_numpy(fitted.pixels_HWC),
-            fitted.original_size,
-            fitted.resized,
-            fitted.crop_left_top,
-            fitted.flipped,
-        )
+        cut = Cut(fitted.resized, fitted.crop_left_top, fit.bucket, fitted.flipped)
+        mask_hw = self._masks.read(record, subset, cut, pixels_HWC)
+        return _Picture(torch.from_numpy(fitted.pixels_HWC), fitted.original_size, cut, mask_hw)
 
     def _latents(self, record: ImageRecord, fit: Fit, subset: SubsetSpec, seed: int) -> _Picture:
         assert self._store is not None
@@ -201,7 +211,8 @@ class TrainImages:
         if flipped:
             left = fit.resized[0] - fit.bucket[0] - left
         latents_CHW = self._store.load(target_of(record, fit), flipped)
-        return _Picture(latents_CHW, record.size, fit.resized, (left, top), flipped)
+        cut = Cut(fit.resized, (left, top), fit.bucket, flipped)
+        return _Picture(latents_CHW, record.size, cut, self._masks.kept(record, subset, cut))
 
     def _assemble(
         self, dataset: int, loaded: Sequence[tuple[Sample, _Picture]], weights: Sequence[float], clock: CaptionClock
@@ -232,12 +243,22 @@ class TrainImages:
                 [[picture.original_size[1], picture.original_size[0]] for picture in pictures]
             ),
             crop_top_lefts_B2=torch.tensor(
-                [[picture.crop_left_top[1], picture.crop_left_top[0]] for picture in pictures]
+                [[picture.cut.left_top[1], picture.cut.left_top[0]] for picture in pictures]
             ),
             target_sizes_hw_B2=torch.tensor([[height, width]] * len(pictures)),
-            flipped=tuple(picture.flipped for picture in pictures),
+            flipped=tuple(picture.cut.flipped for picture in pictures),
             images_BCHW=None if latents else to_model_range(data),
             latents_BCHW=data if latents else None,
             conditioning_images_BCHW=to_model_range(torch.stack(guides)) if guides else None,
+            loss_masks_BHW=_stacked_masks(pictures, resolved.fits[loaded[0][0].record].bucket),
             network_multiplier=resolved.spec.network_multiplier,
         )
+
+
+def _stacked_masks(pictures: Sequence[_Picture], bucket: Size) -> torch.Tensor | None:
+    """Weights 0..1 of all samples, 1 everywhere for those that have no mask; None if none has one."""
+    if all(picture.mask_hw is None for picture in pictures):
+        return None
+    whole_hw = torch.full(latent_shape(bucket)[1:], 255, dtype=torch.uint8)
+    masks = [whole_hw if picture.mask_hw is None else picture.mask_hw for picture in pictures]
+    return torch.stack(masks).float() / 255

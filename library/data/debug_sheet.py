@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from library.checkpoint.io import atomic_path, atomic_write_text
+from library.data.cache_files import LATENT_STRIDE
 from library.data.dataset import TrainImages
 from library.data.records import Batch, CaptionClock, MicroBatch, Size, StepPlan
 
@@ -68,9 +69,11 @@ def write_debug_sheets(
 
 def _shown(batch: Batch) -> list[_Shown]:
     assert batch.images_BCHW is not None
-    pixels_BHWC = _pixels(batch.images_BCHW)
+    pixels_BHWC = images_BHWC = _pixels(batch.images_BCHW)
     if batch.conditioning_images_BCHW is not None:  # beside the image
         pixels_BHWC = np.concatenate([pixels_BHWC, _pixels(batch.conditioning_images_BCHW)], axis=2)
+    if batch.loss_masks_BHW is not None:  # beside it, with what does not count in the loss in black
+        pixels_BHWC = np.concatenate([pixels_BHWC, _masked(images_BHWC, batch.loss_masks_BHW)], axis=2)
     repeats = Counter(batch.keys)
     shown: list[_Shown] = []
     for index, key in enumerate(batch.keys):
@@ -85,6 +88,15 @@ def _shown(batch: Batch) -> list[_Shown]:
 
 def _pixels(images_BCHW: torch.Tensor) -> np.ndarray:
     return ((images_BCHW + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def _masked(pixels_BHWC: np.ndarray, masks_Bhw: torch.Tensor) -> np.ndarray:
+    """The pictures times their masks, of which a cell is 8 x 8 pixels."""
+    masks_BHW = masks_Bhw.numpy().repeat(LATENT_STRIDE, axis=1).repeat(LATENT_STRIDE, axis=2)
+    _, height, width = masks_BHW.shape
+    masked_BHWC = np.zeros_like(pixels_BHWC)
+    masked_BHWC[:, :height, :width] = np.rint(pixels_BHWC[:, :height, :width] * masks_BHW[..., None])
+    return masked_BHWC
 
 
 def _draw(shown: Sequence[_Shown]) -> Image.Image:

@@ -126,6 +126,10 @@ def _subset_table(dataset: ResolvedDataset, index: int) -> dict[str, Any]:
         "caption_suffix": captions.caption_suffix or None,
         "image_dir": os.path.basename(os.path.normpath(subset.image_dir)) if subset.image_dir else None,
     }
+    if subset.mask_dir is not None:
+        table["conditioning_data_dir"] = os.path.basename(os.path.normpath(subset.mask_dir))
+    if subset.alpha_mask:
+        table["alpha_mask"] = True
     if dataset.spec.kind is DatasetKind.DREAMBOOTH:
         return {**table, "class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
     if subset.conditioning_data_dir is not None:

@@ -32,6 +32,9 @@ RESIZE_VERSION = 1  # part of the latent caches' fingerprint: raise it when the 
 _COLOR_CHANCE = 0.33
 _HUE_REACH = 8.0  # on OpenCV's scale of 0..179
 _GAMMA_RANGE = (0.95, 1.05)
+_PNG = b"\x89PNG\r\n\x1a\n"
+_FILLING = 128  # the brightness and colours of what a JPEG decoder has no data for
+_MORE_JPEG_DATA = bytes.fromhex("5a93c6e17b2d") * 8  # any bytes that are no marker and have few zeros
 _ASK_PIL = (b"eXIf", b"EXIF")  # PNG and WebP with an orientation: OpenCV ignores it whenever it keeps the alpha channel
 
 
@@ -66,11 +69,26 @@ class FittedPixels:
     flipped: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What was done to an image's geometry: resized, mirrored if ``flipped``, cut at ``left_top``."""
+
+    resized: Size
+    left_top: tuple[int, int]
+    bucket: Size
+    flipped: bool = False
+
+
 def read_image(path: str) -> Pixels:
     """Decode a file to RGB, turned as its EXIF orientation says, alpha laid over white, 16 bit reduced to 8.
 
     Raises `UnreadableImage` naming the file if it is missing, truncated or no picture.
     """
+    return opaque(read_pixels(path))
+
+
+def read_pixels(path: str) -> Pixels:
+    """As `read_image`, but with the alpha as a fourth channel if the file has one (0 transparent, 255 opaque)."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -78,7 +96,26 @@ def read_image(path: str) -> Pixels:
     if not data:
         raise UnreadableImage(path, "the file is empty")
     pixels = _decode_opencv(data) if _suits_opencv(data) else None
-    return pixels if pixels is not None else _decode_pil(path, data)
+    if pixels is None:
+        return _decode_pil(path, data)
+    if data[:2] == b"\xff\xd8" and _runs_dry(data, pixels):
+        raise UnreadableImage(path, "its image data end too early: a part of the picture is grey")
+    return pixels
+
+
+def _runs_dry(data: bytes, pixels_HWC: Pixels) -> bool:
+    """True for a JPEG whose data end before its picture although the end marker stands there.
+
+    Decoders fill the rest with grey and say nothing that a program could see. So of a picture with a grey corner (which
+    one, depends on its orientation) it is tried whether more data before the end marker would be made into pixels.
+    Progressive files that lack later passes are whole pictures with less detail: these are not noticed.
+    """
+    corners = pixels_HWC[(0, 0, -1, -1), (0, -1, 0, -1)]
+    if not (corners == _FILLING).all(axis=-1).any():
+        return False
+    end = data.rfind(b"\xff\xd9")
+    longer = _decode_opencv(data[:end] + _MORE_JPEG_DATA + data[end:])
+    return longer is None or not np.array_equal(longer, pixels_HWC)
 
 
 def _suits_opencv(data: bytes) -> bool:
@@ -92,7 +129,7 @@ def _suits_opencv(data: bytes) -> bool:
         return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
     if any(mark in data for mark in _ASK_PIL):
         return False
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
+    if data[:8] == _PNG:
         return b"IEND" in data[-64:]
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return int.from_bytes(data[4:8], "little") + 8 <= len(data)
@@ -118,13 +155,15 @@ def _decode_opencv(data: bytes) -> Pixels | None:
         pixels = pixels[:, :, [2, 1, 0, 3]]
     else:
         return None
-    return _opaque(_to_8_bit(pixels))
+    return _to_8_bit(pixels)
 
 
 def _decode_pil(path: str, data: bytes) -> Pixels:
     if path.lower().endswith(".jxl"):
         _register_jpeg_xl(path)
     try:
+        if data[:8] == _PNG:  # its decoder passes over wrong checksums
+            Image.open(io.BytesIO(data)).verify()
         with Image.open(io.BytesIO(data)) as opened:
             picture = ImageOps.exif_transpose(opened)
             return _from_pil(picture)
@@ -141,7 +180,7 @@ def _from_pil(picture: Image.Image) -> Pixels:
         grey = np.clip(grey, 0, 65535).astype(np.uint16) if picture.mode != "F" else np.clip(grey, 0, 255)
         return np.ascontiguousarray(np.repeat(_to_8_bit(grey[:, :, None]), 3, axis=2))
     if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        return _opaque(np.asarray(picture.convert("RGBA")))
+        return np.asarray(picture.convert("RGBA"))
     return np.ascontiguousarray(np.asarray(picture.convert("RGB")))
 
 
@@ -160,7 +199,12 @@ def _to_8_bit(pixels: NDArray[np.generic]) -> Pixels:
     return np.clip(np.rint(pixels.astype(np.float32)), 0, 255).astype(np.uint8)
 
 
-def _opaque(pixels: Pixels) -> Pixels:
+def alpha_of(pixels_HWC: Pixels) -> Pixels | None:
+    """The alpha of RGBA pixels, HW; None of RGB pixels."""
+    return np.ascontiguousarray(pixels_HWC[:, :, 3]) if pixels_HWC.shape[2] == 4 else None
+
+
+def opaque(pixels: Pixels) -> Pixels:
     """RGB of RGB or RGBA pixels; what is transparent becomes white."""
     if pixels.shape[2] == 3:
         return np.ascontiguousarray(pixels)
@@ -225,15 +269,13 @@ def fit_pixels(
     return FittedPixels(np.ascontiguousarray(pixels), original, cut.resized, (left, top), flipped)
 
 
-def fit_alike(image_HWC: Pixels, resized: Size, crop_left_top: tuple[int, int], bucket: Size, flipped: bool) -> Pixels:
-    """Do to a picture what was done to the image beside it (see `FittedPixels`), whatever its own size; no colours
-    change.
-    """
-    pixels = resize(image_HWC, resized)
-    if flipped:
+def fit_alike(picture: Pixels, cut: Cut) -> Pixels:
+    """Do to a picture (HWC, or HW) what was done to the image beside it, whatever its own size; no colours change."""
+    pixels = resize(picture, cut.resized)
+    if cut.flipped:
         pixels = pixels[:, ::-1]
-    left, top = crop_left_top
-    return np.ascontiguousarray(pixels[top : top + bucket[1], left : left + bucket[0]])
+    (left, top), (width, height) = cut.left_top, cut.bucket
+    return np.ascontiguousarray(pixels[top : top + height, left : left + width])
 
 
 def to_model_range(pixels_BHWC: torch.Tensor) -> torch.Tensor:

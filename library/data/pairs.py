@@ -1,4 +1,4 @@
-"""Conditioning pictures: which file of their folder belongs to which image.
+"""Conditioning pictures and masks: which file of their folder belongs to which image.
 
 A pair has the same name up to the ending: ``photos/cat.jpg`` and ``edges/cat.png``.
 """
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from library.data.index import FolderContent
 from library.data.records import Size
 
+CONDITIONING = "conditioning picture"
+MASK = "mask"
 _WORTH_SAYING = 0.02  # relative difference of aspect ratios that rounding does not explain
 
 
@@ -28,10 +30,10 @@ class Pairing:
     stretched: tuple[str, ...]
 
 
-def pair(images: Mapping[str, Size], content: FolderContent) -> Pairing:
-    """Find the picture of each image (file name to size in pixels) in the folder of conditioning pictures.
+def pair(images: Mapping[str, Size], content: FolderContent, what: str = CONDITIONING) -> Pairing:
+    """Find the picture of each image (file name to size in pixels) in the folder of such pictures.
 
-    Where several have the stem of an image, that of its full name counts.
+    Where several have the stem of an image, that of its full name counts. ``what`` is the word for them in messages.
     """
     by_stem: dict[str, list[str]] = {}
     for name in (*content.images, *content.bad_images):
@@ -43,9 +45,9 @@ def pair(images: Mapping[str, Size], content: FolderContent) -> Pairing:
         candidates = by_stem.get(_stem(image), [])
         found = image if image in candidates else candidates[0] if len(candidates) == 1 else None
         if found is None:
-            problems[image] = _why_none(_stem(image), candidates, content.folder)
+            problems[image] = _why_none(_stem(image), candidates, content.folder, what)
         elif found in content.bad_images:
-            problems[image] = f"its conditioning picture {content.path(found)}: {content.bad_images[found].reason}"
+            problems[image] = f"its {what} {content.path(found)}: {content.bad_images[found].reason}"
         else:
             paths[image] = content.path(found)
             stretched += [image] if _differ(size, content.images[found]) else []
@@ -58,11 +60,11 @@ def _stem(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _why_none(stem: str, candidates: Iterable[str], folder: str) -> str:
+def _why_none(stem: str, candidates: Iterable[str], folder: str, what: str) -> str:
     several = ", ".join(candidates)
     if several:
-        return f"several conditioning pictures have its name ({several} in {folder}); keep one"
-    return f"has no conditioning picture; there is no {stem}.* in {folder}"
+        return f"several {what}s have its name ({several} in {folder}); keep one"
+    return f"has no {what}; there is no {stem}.* in {folder}"
 
 
 def _differ(one: Size, other: Size) -> bool:

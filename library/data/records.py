@@ -98,12 +98,16 @@ class BucketRules:
 class SubsetSpec:
     """One folder or metadata file with its rules. ``caption_extension`` None: .caption, then .txt is looked for.
 
-    ``conditioning_data_dir``: the folder of the conditioning pictures.
+    ``conditioning_data_dir``: the folder of the conditioning pictures. ``mask_dir``: the folder of the masks of the
+    loss; ``alpha_mask``: the images' transparency is their mask where there is no such folder. What both do to a run
+    is recorded with the images, so they are not shown here.
     """
 
     image_dir: str | None = None
     metadata_file: str | None = None
     conditioning_data_dir: str | None = None
+    mask_dir: str | None = field(default=None, repr=False)
+    alpha_mask: bool = field(default=False, repr=False)
     num_repeats: int = 1
     is_reg: bool = False
     class_tokens: str | None = None
@@ -115,6 +119,11 @@ class SubsetSpec:
     def name(self) -> str:
         """Folder or metadata file as the user wrote it."""
         return str(self.metadata_file or self.image_dir)
+
+    @property
+    def uses_alpha(self) -> bool:
+        """True if masks come from the images' transparency."""
+        return self.alpha_mask and self.mask_dir is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +145,8 @@ class ImageRecord:
     ``size`` is the true size in pixels after EXIF orientation. ``caption`` is the stored text, before any rule.
     ``caption_path`` is the file that it was read from, None if it is the folder's class tokens.
     ``train_resolution`` and ``npz_path`` come from a metadata JSON (latents prepared ahead). ``conditioning_path`` is
-    the picture that the image is to be drawn after, for ControlNets.
+    the picture that the image is to be drawn after, for ControlNets. ``mask_path`` is the picture that says where the
+    image counts in the loss.
     """
 
     key: str
@@ -151,6 +161,7 @@ class ImageRecord:
     npz_path: str | None = None
     caption_path: str | None = None
     conditioning_path: str | None = None
+    mask_path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,10 +179,11 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class ImageProblem:
-    """A file that cannot be used, and why."""
+    """A file that cannot be used, and why. ``lacks_pair``: the file is whole, the picture that belongs to it is not."""
 
     path: str
     reason: str
+    lacks_pair: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +243,8 @@ class Batch:
 
     ``conditioning_images_BCHW`` (RGB, -1..1, float32, of the training size) only in data sets for ControlNets:
     resized, cropped and mirrored as the images were. A net that wants another range converts.
+
+    ``loss_masks_BHW`` (0..1, float32, of the latents' size): what each place counts in the loss; None if all count 1.
     """
 
     keys: tuple[str, ...]
@@ -244,4 +258,5 @@ class Batch:
     images_BCHW: Tensor | None = None
     latents_BCHW: Tensor | None = None
     conditioning_images_BCHW: Tensor | None = None
+    loss_masks_BHW: Tensor | None = None
     network_multiplier: float = 1.0

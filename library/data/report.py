@@ -29,7 +29,7 @@ class BucketCount:
 @dataclass(frozen=True, slots=True)
 class SubsetReport:
     """One subset: images found, visits of each per epoch, images without a caption file and with an empty one, folder
-    of the conditioning pictures.
+    of the conditioning pictures, and where the masks of the loss come from.
     """
 
     name: str
@@ -40,6 +40,7 @@ class SubsetReport:
     without_caption_file: int
     empty_captions: int
     conditioning_dir: str | None = None
+    masks: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ def _describe_subset(dataset: ResolvedDataset, index: int) -> SubsetReport:
         without_caption_file=sum(not record.has_caption for record in records),
         empty_captions=sum(record.has_caption and not record.caption for record in records),
         conditioning_dir=subset.conditioning_data_dir,
+        masks="their transparency" if subset.uses_alpha else subset.mask_dir,
     )
 
 
@@ -160,6 +162,7 @@ def _truncated(dataset: ResolvedDataset, count_tokens: TokenCounter, max_tokens:
 
 def _note(subset: SubsetReport) -> str:
     notes = [f"after pictures of {subset.conditioning_dir}"] if subset.conditioning_dir is not None else []
+    notes += [f"masked by {subset.masks}"] if subset.masks is not None else []
     if subset.without_caption_file and subset.class_tokens is not None:
         notes.append(f"{subset.without_caption_file} take {subset.class_tokens!r} as caption")
     elif subset.without_caption_file:

@@ -9,13 +9,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from library.data.buckets import bucket_sizes, fit, fit_to
 from library.data.bulk import many_objects
+from library.data.cache_files import ALPHA_MASK, BrokenArchive, read_facts
 from library.data.index import CAPTION_EXTENSIONS, FolderContent, read_folder
 from library.data.metadata_json import Entry, FileFinder, FoundFiles, read_metadata
-from library.data.pairs import pair
+from library.data.pairs import CONDITIONING, MASK, pair
 from library.data.records import (
     DatasetKind,
     DatasetSpec,
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 OnBad = Literal["skip", "error"]
 _NAMES_SHOWN = 5
+_NEVER_TRANSPARENT = (".jpg", ".jpeg", ".bmp")
 _FACE_SUFFIX = re.compile(r"(?<=.)_(\d+)_(\d+)_(\d+)_(\d+)$")
 
 
@@ -95,7 +98,11 @@ class _Search:
             else:
                 found = self._folder_subset(subset, f"{index}.{number}", number)
             if subset.conditioning_data_dir is not None:
-                self._pair(subset, subset.conditioning_data_dir, found)
+                self._pair(subset, subset.conditioning_data_dir, found, CONDITIONING)
+            if subset.mask_dir is not None:
+                self._pair(subset, subset.mask_dir, found, MASK)
+            if subset.uses_alpha:
+                self._check_alpha(subset, found)
             _warn_about_captions(subset, found)
             records += found.records
             problems += found.problems
@@ -144,32 +151,62 @@ class _Search:
         _warn_about_equal_stems(content)
         return found
 
-    def _pair(self, subset: SubsetSpec, folder: str, found: _Found) -> None:
-        """Give each image its conditioning picture; those that have none are unusable images."""
-        content = self._content(folder, ())
-        if isinstance(content, OSError):
-            self.errors.append(f"{folder}: the folder cannot be read ({content.strerror or content})")
-            return
-        if found.records and os.path.realpath(content.folder) == os.path.realpath(
-            os.path.dirname(found.records[0].path)
-        ):
-            self.errors.append(f"{folder}: conditioning_data_dir is the folder of the images themselves")
-            return
-        pairing = pair({os.path.basename(record.path): record.size for record in found.records}, content)
-        kept: list[ImageRecord] = []
+    def _pair(self, subset: SubsetSpec, folder: str, found: _Found, what: str) -> None:
+        """Give each image its conditioning picture or its mask; those that have none are unusable images."""
+        places: dict[str, list[ImageRecord]] = {}
         for record in found.records:
+            places.setdefault(_subfolder(record, subset), []).append(record)
+        kept: dict[str, ImageRecord] = {}
+        for place, records in places.items():
+            content = self._content(os.path.join(folder, place) if place else folder, ())
+            if isinstance(content, OSError):
+                self.errors.append(f"{folder}: the folder cannot be read ({content.strerror or content})")
+                return
+            if os.path.realpath(content.folder) == os.path.realpath(os.path.dirname(records[0].path)):
+                self.errors.append(f"{folder}: conditioning_data_dir is the folder of the images themselves")
+                return
+            paths = self._pair_folder(subset, content, found, what, records)
+            for record in records:
+                if record.key in paths:
+                    path = paths[record.key]
+                    kept[record.key] = (
+                        replace(record, mask_path=path) if what == MASK else replace(record, conditioning_path=path)
+                    )
+        found.records = [kept[record.key] for record in found.records if record.key in kept]
+
+    def _pair_folder(
+        self, subset: SubsetSpec, content: FolderContent, found: _Found, what: str, records: Sequence[ImageRecord]
+    ) -> dict[str, str]:
+        """The picture of each image of one folder, by the image's key."""
+        pairing = pair({os.path.basename(record.path): record.size for record in records}, content, what)
+        paths: dict[str, str] = {}
+        for record in records:
             name = os.path.basename(record.path)
             if name in pairing.problems:
-                self._bad(found, [ImageProblem(record.path, pairing.problems[name])], self.on_bad_image)
+                self._bad(
+                    found, [ImageProblem(record.path, pairing.problems[name], lacks_pair=True)], self.on_bad_image
+                )
             else:
-                kept.append(replace(record, conditioning_path=pairing.paths[name]))
-        found.records = kept
-        for what, names in (
+                paths[record.key] = pairing.paths[name]
+        for told, names in (
             ("belong to no image", pairing.unused),
             ("are stretched to their images", pairing.stretched),
         ):
             if names:
-                logger.warning("%s: %d pictures of %s %s: %s", subset.name, len(names), folder, what, _some(names))
+                place = content.folder
+                logger.warning("%s: %d pictures of %s %s: %s", subset.name, len(names), place, told, _some(names))
+        return paths
+
+    def _check_alpha(self, subset: SubsetSpec, found: _Found) -> None:
+        """Latents without an image must hold a mask; a subset whose images cannot be transparent is worth a warning."""
+        alone = [record for record in found.records if record.path == record.npz_path]
+        bad = {record.key for record in alone if not _holds_mask(record.path)}
+        reason = f"alpha_mask: there is no image beside these latents, and no {ALPHA_MASK} in them"
+        problems = [ImageProblem(record.path, reason) for record in alone if record.key in bad]
+        self._bad(found, problems, self.on_bad_image)
+        found.records = [record for record in found.records if record.key not in bad]
+        if found.records and all(record.path.lower().endswith(_NEVER_TRANSPARENT) for record in found.records):
+            logger.warning("%s: alpha_mask masks nothing: no file of its format has transparency", subset.name)
 
     def _finetune_subset(self, subset: SubsetSpec, key: str, number: int) -> _Found:
         found = _Found()
@@ -319,6 +356,22 @@ def _usable_latents(spec: DatasetSpec, records: list[ImageRecord]) -> tuple[list
         f"{record.path}: there is no image beside these latents" for record in records if record.path == record.npz_path
     ]
     return [replace(record, npz_path=None) for record in records], lost
+
+
+def _subfolder(record: ImageRecord, subset: SubsetSpec) -> str:
+    """Where below the folder of images an image of a metadata file lies; "" for any other."""
+    if subset.metadata_file is None or subset.image_dir is None:
+        return ""
+    place = os.path.relpath(os.path.dirname(record.path), os.path.expanduser(subset.image_dir))
+    return "" if place == os.curdir or place.startswith(os.pardir) else place
+
+
+def _holds_mask(archive: str) -> bool:
+    try:
+        facts = read_facts(Path(archive))
+    except BrokenArchive:
+        return False
+    return facts is not None and ALPHA_MASK in facts.names
 
 
 def _warn_about_captions(subset: SubsetSpec, found: _Found) -> None:

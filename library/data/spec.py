@@ -29,12 +29,17 @@ _KINDS = frozenset({DatasetKind.DREAMBOOTH, DatasetKind.FINETUNE})
 
 
 def load_dataset_specs(
-    options: DataOptions, kinds: frozenset[DatasetKind] = _KINDS, conditioning_data_dir: str | None = None
+    options: DataOptions,
+    kinds: frozenset[DatasetKind] = _KINDS,
+    conditioning_data_dir: str | None = None,
+    *,
+    masks: bool = False,
 ) -> tuple[DatasetSpec, ...]:
     """The data sets that the options describe: by --dataset_config, by --in_json, or by the folders of
     --train_data_dir (for ControlNets that folder itself, with ``conditioning_data_dir`` beside it).
 
-    ``kinds`` are those that the script can train on. Raises UserError with all problems, one a line, with file and
+    ``kinds`` are those that the script can train on. ``masks``: what ``conditioning_data_dir`` and the key of that name
+    lead to are masks, not pictures for ControlNets. Raises UserError with all problems, one a line, with file and
     line.
     """
     if options.dataset_config is not None:
@@ -44,13 +49,16 @@ def load_dataset_specs(
         source = _Source("--train_data_dir", {"datasets": [{"subsets": [_without_none(pair)]}]})
     elif options.in_json:
         subset = {"metadata_file": options.in_json, "image_dir": options.train_data_dir}
+        subset[CONDITIONING_KEY] = conditioning_data_dir
         source = _Source("--in_json", {"datasets": [{"subsets": [_without_none(subset)]}]})
     elif options.train_data_dir:
-        source = _Source("--train_data_dir", {"datasets": [{"subsets": _folder_subsets(options)}]})
+        source = _Source(
+            "--train_data_dir", {"datasets": [{"subsets": _folder_subsets(options, conditioning_data_dir)}]}
+        )
     else:
         raise UserError("no training images: give --dataset_config, --train_data_dir or --in_json")
-    source.report(check_document(source.document, kinds))
-    specs = _build(source.document, options, kinds)
+    source.report(check_document(source.document, kinds, masks))
+    specs = _build(source.document, options, kinds, masks)
     findings = [finding for index, spec in enumerate(specs) for finding in check_sizes(spec, ("datasets", index))]
     findings += [
         Finding(("datasets", index), f"{spec.kind.value} data sets are not for this script")
@@ -103,7 +111,7 @@ def _read_file(path: Path) -> _Source:
     return _Source(str(path), document, text, suffix == ".json")
 
 
-def _folder_subsets(options: DataOptions) -> list[dict[str, Any]]:
+def _folder_subsets(options: DataOptions, mask_root: str | None) -> list[dict[str, Any]]:
     """The subsets that folder names like ``10_sks dog`` mean: 10 repeats, class tokens ``sks dog``."""
     problems: list[str] = []
     subsets: list[dict[str, Any]] = []
@@ -137,7 +145,30 @@ def _folder_subsets(options: DataOptions) -> list[dict[str, Any]]:
             )
     if problems:
         raise UserError.of(problems)
+    if mask_root is not None:
+        _name_masks([subset for subset in subsets if not subset["is_reg"]], mask_root)
     return subsets
+
+
+def _name_masks(subsets: list[dict[str, Any]], root: str) -> None:
+    """Give each subset the folder of its name in that of the masks; a single one may have that folder itself."""
+    if not os.path.isdir(os.path.expanduser(root)):
+        raise UserError(f"--conditioning_data_dir {root}: there is no such folder")
+    places = {os.path.basename(subset["image_dir"]): subset for subset in subsets}
+    found = [name for name in places if os.path.isdir(os.path.join(os.path.expanduser(root), name))]
+    if not found and len(subsets) == 1:
+        subsets[0][CONDITIONING_KEY] = root
+        return
+    if not found:
+        raise UserError(
+            f"--conditioning_data_dir {root}: put the masks of each folder of images into a folder of its name there;"
+            f" there is none of {', '.join(places)}"
+        )
+    for name, subset in places.items():
+        if name in found:
+            subset[CONDITIONING_KEY] = os.path.join(root, name)
+        else:
+            logger.warning("%s: has no masks: there is no folder %r in %s", subset["image_dir"], name, root)
 
 
 def _loose(root: str) -> str:
@@ -163,11 +194,13 @@ def _numbered_folders(root: str) -> tuple[list[tuple[str, int, str]], list[str]]
     return found, others
 
 
-def _build(document: Mapping[str, Any], options: DataOptions, kinds: frozenset[DatasetKind]) -> list[DatasetSpec]:
+def _build(
+    document: Mapping[str, Any], options: DataOptions, kinds: frozenset[DatasetKind], masks: bool
+) -> list[DatasetSpec]:
     general = document.get("general", {})
     specs: list[DatasetSpec] = []
     for dataset in document["datasets"]:
-        kind = kind_of(dataset, kinds)
+        kind = kind_of(dataset, kinds, masks)
         assert kind is not None  # check_document has refused mixed kinds
         take = _Chain((dataset, general), options, kind)
         rules = None
@@ -179,7 +212,7 @@ def _build(document: Mapping[str, Any], options: DataOptions, kinds: frozenset[D
                 kind=kind,
                 batch_size=take("batch_size"),
                 buckets=rules,
-                subsets=tuple(_build_subset(chain) for chain in chains),
+                subsets=tuple(_build_subset(chain, masks) for chain in chains),
                 network_multiplier=take("network_multiplier"),
                 prior_loss_weight=options.prior_loss_weight,
             )
@@ -187,15 +220,18 @@ def _build(document: Mapping[str, Any], options: DataOptions, kinds: frozenset[D
     return specs
 
 
-def _build_subset(take: _Chain) -> SubsetSpec:
+def _build_subset(take: _Chain, masks: bool) -> SubsetSpec:
     texts = {"keep_tokens_separator", "secondary_separator", "caption_prefix", "caption_suffix"}
     captions = {field.name: take(field.name) for field in fields(CaptionRules) if field.name in KEYS}
     captions.update({name: captions[name] or "" for name in texts})
     extension = take("caption_extension")
+    folder = take(CONDITIONING_KEY)
     return SubsetSpec(
         image_dir=take("image_dir"),
         metadata_file=take("metadata_file"),
-        conditioning_data_dir=take(CONDITIONING_KEY),
+        conditioning_data_dir=None if masks else folder,
+        mask_dir=folder if masks else None,
+        alpha_mask=take("alpha_mask"),
         num_repeats=take("num_repeats"),
         is_reg=take("is_reg"),
         class_tokens=take("class_tokens"),

@@ -22,6 +22,7 @@ _REQUIRED = {
 }
 _TELLTALES = (CONDITIONING_KEY, "metadata_file")  # keys by which the kinds are told apart
 ONLY_CONTROL = frozenset({DatasetKind.CONTROL})
+_NOT_FOR_CONTROL = "ControlNet data sets are not for this script; for masks add --masked_loss"
 _VARYING = ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate")
 _LEVEL_NAMES: dict[Level, str] = {"general": "[general]", "dataset": "[[datasets]]", "subset": "[[datasets.subsets]]"}
 
@@ -35,8 +36,11 @@ class Finding:
     is_warning: bool = False
 
 
-def check_document(document: Any, kinds: frozenset[DatasetKind]) -> list[Finding]:
-    """All that is wrong with the content of a data set file for a script that trains on ``kinds``, in its order."""
+def check_document(document: Any, kinds: frozenset[DatasetKind], masks: bool = False) -> list[Finding]:
+    """All that is wrong with the content of a data set file for a script that trains on ``kinds``, in its order.
+
+    ``masks``: `CONDITIONING_KEY` names a folder of masks, which any subset may have.
+    """
     if not isinstance(document, dict):
         return [Finding((), "must be a table with the key datasets")]
     findings = [_unknown((name,), _TOP_LEVEL) for name in document if name not in _TOP_LEVEL]
@@ -46,27 +50,27 @@ def check_document(document: Any, kinds: frozenset[DatasetKind]) -> list[Finding
     if not isinstance(datasets, list) or not datasets:
         return [*findings, Finding(("datasets",), "must be a list of at least one table: [[datasets]]")]
     for index, dataset in enumerate(datasets):
-        findings += _check_dataset(dataset, ("datasets", index), kinds)
+        findings += _check_dataset(dataset, ("datasets", index), kinds, masks)
     return findings
 
 
-def kind_of(dataset: dict[str, Any], kinds: frozenset[DatasetKind]) -> DatasetKind | None:
+def kind_of(dataset: dict[str, Any], kinds: frozenset[DatasetKind], masks: bool = False) -> DatasetKind | None:
     """The kind that the subsets' keys tell; None if they tell different ones. Where only ControlNets are trained a
-    subset that lacks the key of the kind is a mistake, not of another kind.
+    subset that lacks the key of the kind is a mistake, not of another kind. ``masks`` as in `check_document`.
     """
     if kinds == ONLY_CONTROL:
         return DatasetKind.CONTROL
-    answers = {_kind_of_subset(subset) for subset in dataset["subsets"]}
+    answers = {_kind_of_subset(subset, masks) for subset in dataset["subsets"]}
     return None if len(answers) > 1 else answers.pop()
 
 
-def _kind_of_subset(subset: dict[str, Any]) -> DatasetKind:
-    if CONDITIONING_KEY in subset:
+def _kind_of_subset(subset: dict[str, Any], masks: bool) -> DatasetKind:
+    if CONDITIONING_KEY in subset and not masks:
         return DatasetKind.CONTROL
     return DatasetKind.FINETUNE if "metadata_file" in subset else DatasetKind.DREAMBOOTH
 
 
-def _check_dataset(dataset: Any, where: Where, kinds: frozenset[DatasetKind]) -> Iterator[Finding]:
+def _check_dataset(dataset: Any, where: Where, kinds: frozenset[DatasetKind], masks: bool) -> Iterator[Finding]:
     if not isinstance(dataset, dict):
         yield Finding(where, "must be a table")
         return
@@ -74,14 +78,15 @@ def _check_dataset(dataset: Any, where: Where, kinds: frozenset[DatasetKind]) ->
     if not isinstance(subsets, list) or not subsets or not all(isinstance(subset, dict) for subset in subsets):
         yield Finding(place, "must be a list of at least one table: [[datasets.subsets]]")
         return
-    strangers = [index for index, subset in enumerate(subsets) if CONDITIONING_KEY in subset]
+    strangers = [index for index, subset in enumerate(subsets) if CONDITIONING_KEY in subset and not masks]
     if strangers and DatasetKind.CONTROL not in kinds:
         for index in strangers:
-            yield Finding((*place, index, CONDITIONING_KEY), "ControlNet data sets are not for this script")
+            yield Finding((*place, index, CONDITIONING_KEY), _NOT_FOR_CONTROL)
         return
-    kind = kind_of(dataset, kinds)
+    kind = kind_of(dataset, kinds, masks)
     if kind is None:
-        name = next(key for key in _TELLTALES if len({key in subset for subset in subsets}) > 1)
+        telltales = _TELLTALES[1:] if masks else _TELLTALES
+        name = next(key for key in telltales if len({key in subset for subset in subsets}) > 1)
         yield Finding(place, f"some have {name} and some have not; put the two kinds into separate [[datasets]]")
         return
     yield from _check_table(

@@ -28,10 +28,10 @@ _FOLDERS = _DREAMBOOTH | _CONTROL
 _ONLY_FOLDER_OPTIONS = frozenset({"caption_extension"})
 
 CONDITIONING_KEY = "conditioning_data_dir"
-"""The key that makes a subset one for ControlNets."""
+"""The key that makes a subset one for ControlNets, or, in a run with masks, names the folder of its masks."""
 
 FOREIGN_KEYS = frozenset(
-    {"alpha_mask", "cache_info", "custom_attributes", "multiline_caption", "resize_interpolation", "validation_seed",
+    {"cache_info", "custom_attributes", "multiline_caption", "resize_interpolation", "validation_seed",
      "validation_split"}
 )  # fmt: skip
 """Keys that newer versions of the reference write and that have no counterpart here: passed over with a warning."""
@@ -95,7 +95,7 @@ def _all_keys() -> dict[str, Key]:
     keys["image_dir"] = Key(_non_empty, _ONLY_SUBSET, meaning="folder that holds the images themselves")
     keys["metadata_file"] = Key(_non_empty, _ONLY_SUBSET, _FINETUNE, meaning="metadata JSON that lists the images")
     keys[CONDITIONING_KEY] = Key(
-        _non_empty, _ONLY_SUBSET, _CONTROL, meaning="folder with a conditioning picture of the name of each image"
+        _non_empty, _ONLY_SUBSET, meaning="folder with a conditioning picture, or a mask, of the name of each image"
     )
     return keys
 

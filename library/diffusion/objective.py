@@ -41,10 +41,16 @@ class Objective:
         return training_inputs(latents_BCHW, seeds, schedule, self.noise)
 
     def weighted_losses(
-        self, pred_BCHW: Tensor, target_BCHW: Tensor, timesteps_B: Tensor, weights_B: Tensor, schedule: NoiseSchedule
+        self,
+        pred_BCHW: Tensor,
+        target_BCHW: Tensor,
+        timesteps_B: Tensor,
+        weights_B: Tensor,
+        schedule: NoiseSchedule,
+        masks_BHW: Tensor | None = None,
     ) -> Tensor:
         """See `weighted_losses`."""
-        return weighted_losses(pred_BCHW, target_BCHW, timesteps_B, weights_B, schedule, self.loss)
+        return weighted_losses(pred_BCHW, target_BCHW, timesteps_B, weights_B, schedule, self.loss, masks_BHW)
 
 
 def training_inputs(
@@ -86,9 +92,16 @@ def weighted_losses(
     loss_weights_B: Tensor,
     schedule: NoiseSchedule,
     settings: LossSettings,
+    masks_BHW: Tensor | None = None,
 ) -> Tensor:
-    """Error by its kind in float32, mean over C, H, W, times the sample's own weight and all weightings: (B,)."""
+    """Error by its kind in float32, mean over C, H, W, times the sample's own weight and all weightings: (B,).
+
+    With masks (0..1): the errors are multiplied by them, and the mean is still that over all of H and W, as in the
+    reference, so an image of which half counts has half the loss.
+    """
     error_BCHW = errors(pred_BCHW, target_BCHW, timesteps_B, schedule, settings)
+    if masks_BHW is not None:
+        error_BCHW = error_BCHW * masks_BHW[:, None]
     losses_B = error_BCHW.mean(dim=tuple(range(1, error_BCHW.ndim))) * loss_weights_B.float()
     factors_B = loss_factors(timesteps_B, schedule, settings)
     return losses_B if factors_B is None else losses_B * factors_B

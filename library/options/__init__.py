@@ -1,7 +1,7 @@
 """Options: one group for each concern. Other rooms import the groups from here and take those that they need."""
 
 from library.options.control import ConditioningOptions, ControlFileOptions, ControlNetOptions, LLLiteOptions
-from library.options.data import CacheOptions, CacheToolOptions, DataOptions, TextCacheOptions
+from library.options.data import CacheOptions, CacheToolOptions, DataOptions, MaskOptions, TextCacheOptions
 from library.options.embedding import EmbeddingOptions
 from library.options.full import DreamBoothOptions, FineTuneOptions, FullOptions, SdxlFullOptions
 from library.options.model import ModelOptions, PrecisionOptions
@@ -46,6 +46,7 @@ __all__ = [
     "LogOptions",
     "LoopOptions",
     "LossOptions",
+    "MaskOptions",
     "MetadataOptions",
     "ModelFileOptions",
     "ModelOptions",

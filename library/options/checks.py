@@ -7,7 +7,7 @@ device to be known is checked where those are loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 from library.options.control import ConditioningOptions
@@ -42,6 +42,7 @@ EXCLUDES = (
     ("cache_text_encoder_outputs", "dataset_class"),
     ("validation_split", "dataset_class"),
     ("cache_text_encoder_outputs", "train_text_encoder"),
+    ("ddp_static_graph", "stop_text_encoder_training"),
 )
 
 # (option, options of which one must be set for it to have an effect).
@@ -63,6 +64,7 @@ NO_EFFECT_WITHOUT = (
     ("validate_every_n_steps", ("validation_split",)),
     ("validate_every_n_epochs", ("validation_split",)),
     ("validation_seed", ("validation_split",)),
+    ("max_validation_steps", ("validation_split",)),
     ("ema_device", ("ema_decay",)),
     ("clip_vision_strength", ("image_path", "from_image")),
     ("highres_fix_save_1st", ("highres_fix_scale",)),
@@ -96,10 +98,12 @@ def _on(value: Any) -> bool:
     return bool(value)
 
 
-def implied(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Values that others bring with them, and a line about each."""
+def implied(values: Mapping[str, Any], known: Container[str]) -> tuple[dict[str, Any], list[str]]:
+    """Values that others bring with them, of options that the script knows, and a line about each."""
     rows = [
-        (name, target, value) for name, target, value in IMPLIES if _on(values.get(name)) and not values.get(target)
+        (name, target, value)
+        for name, target, value in IMPLIES
+        if target in known and _on(values.get(name)) and not values.get(target)
     ]
     lines = [
         f"--{name} switches --{target} on" if value is True else f"--{name} sets --{target} {value}"
@@ -224,6 +228,21 @@ def _pairs(settings: Settings) -> Iterator[str]:
         yield "--conditioning_data_dir is missing: the folder with a conditioning picture for each image"
 
 
+def _masks(settings: Settings) -> str | None:
+    """A folder of masks that nobody reads, and masks where the folder holds something else."""
+    masked, folder = settings.value_of("masked_loss"), settings.value_of("conditioning_data_dir")
+    if masked is None or CacheToolOptions in settings:
+        return None
+    if ConditioningOptions not in settings:
+        return "--conditioning_data_dir needs --masked_loss: masks are in it" if folder and not masked else None
+    if masked:
+        return (
+            "--masked_loss: conditioning_data_dir holds the pictures to draw after here and can hold no masks: leave it"
+            " out; --alpha_mask takes masks from the images' transparency"
+        )
+    return None
+
+
 def _full_training(settings: Settings) -> Iterator[str]:
     """What cannot be when the model itself learns."""
     if settings.value_of("fp8_base") and _is_full(settings):
@@ -262,9 +281,21 @@ def _huber_options(settings: Settings) -> str | None:
 
 def _idle(settings: Settings) -> str | None:
     """Options of old command lines that this program has no use for."""
-    names = ("load_original_model_to", "load_tuned_model_to", "unet_use_linear_projection")
-    given = [f"--{name}" for name in names if settings.given(name)]
+    names = (
+        "load_original_model_to",
+        "load_tuned_model_to",
+        "unet_use_linear_projection",
+        "persistent_data_loader_workers",
+    )
+    given = [f"--{name}" for name in names if settings.given(name) and _on(settings.value_of(name))]
     return f"{', '.join(given)}: accepted for old command lines, has no effect" if given else None
+
+
+def _compiler(settings: Settings) -> str | None:
+    backend = settings.value_of("dynamo_backend")
+    if settings.given("dynamo_backend") and backend != "no" and not settings.value_of("torch_compile"):
+        return f"--dynamo_backend {backend} has no effect without --torch_compile"
+    return None
 
 
 def _text_rate(settings: Settings) -> str | None:
@@ -311,7 +342,7 @@ def _metadata_latents(settings: Settings) -> str | None:
 
 def _steps_and_epochs(settings: Settings) -> str | None:
     if settings.value_of("max_train_epochs") and settings.given("max_train_steps"):
-        return "--max_train_steps is ignored: --max_train_epochs decides"
+        return "--max_train_steps is ignored: --max_train_epochs decides; --max_train_epochs None takes it away"
     return None
 
 
@@ -330,9 +361,11 @@ REFUSALS: tuple[Rule, ...] = (
     _tracker_folder,
     _warmup,
     _cached_text,
+    _masks,
 )
 DOUBTS: tuple[Rule, ...] = (
     _idle,
+    _compiler,
     _v_parameterization,
     _clip_skip,
     _zero_terminal_snr,

@@ -119,18 +119,35 @@ class DataOptions(CaptionOptions):
         help="crop around the face that the file name tells, at a random scale between two factors",
         metavar="LOW,HIGH",
     )
+    alpha_mask: bool = option(
+        False, scope=SUBSET_LEVELS, help="what is transparent in an image counts less in the loss, or not at all"
+    )
     prior_loss_weight: float = option(1.0, ge=0, help="loss weight of regularisation images")
     max_data_loader_n_workers: int = option(
         8, ge=0, help="at most this many threads read images ahead; 0 reads in the main thread"
     )
     persistent_data_loader_workers: bool = option(
-        False, help="accepted for old command lines: the reading threads stay alive between epochs in any case"
+        False, help="accepted and without effect: images are read by threads, which are there at once in each epoch"
     )
     on_bad_image: Literal["skip", "error"] = option("error", help="what to do with images that cannot be read")
     on_bad_caption: Literal["skip", "error"] = option("error", help="what to do with captions that cannot be read")
     allow_captionless: bool = option(False, help="train although no image has a caption")
     debug_dataset: bool = option(
         False, help="save a sheet of what the model would see to output_dir/debug_dataset, and stop"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOptions(OptionGroup):
+    """Masks of a data set that stands on the command line; masked_loss switches them on."""
+
+    title: ClassVar[str] = "Masks"
+
+    conditioning_data_dir: str | None = option(
+        None,
+        help="folder of the masks for masked_loss: with a folder of the name of each folder of train_data_dir,"
+        " or the masks themselves if there is only one such",
+        metavar="DIR",
     )
 
 

@@ -20,7 +20,6 @@ HARMLESS = frozenset(
         "fused_backward_pass",
         "fused_optimizer_groups",
         "log_config",
-        "max_validation_steps",
         "offload_optimizer_device",
         "offload_optimizer_nvme_path",
         "offload_param_device",
@@ -36,10 +35,8 @@ HARMLESS = frozenset(
 
 # These change what is trained, unless they have one of these values (or are false, 0 or empty).
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "alpha_mask": (),
     "cache_text_encoder_outputs": (),
     "cache_text_encoder_outputs_to_disk": (),
-    "conditioning_data_dir": (),
     "fp8_base_unet": (),
     "initial_epoch": (1,),
     "initial_step": (),
@@ -49,7 +46,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "lr_decay_steps": (),
     "lr_scheduler_min_lr_ratio": (),
     "lr_scheduler_timescale": (),
-    "masked_loss": (),
     "no_token_padding": (),
     "noise_offset_type": ("original",),
     "optimizer_schedulefree_wrapper": (),

@@ -1,6 +1,6 @@
 """The option rows of the tools that prepare a data set."""
 
-from library.options import ConfigOptions, ConsoleOptions, DataOptions
+from library.options import ConfigOptions, ConsoleOptions, DataOptions, MaskOptions
 from library.options.preparation import (
     CannyOptions,
     CaptionOptions,
@@ -86,7 +86,7 @@ CANNY = ScriptOptions(
     summary="Draw the edges of pictures, white on black: guide pictures for ControlNets.",
 )
 
-CHECK_GROUPS = (CheckOptions, ConfigOptions, DataOptions, ConsoleOptions)
+CHECK_GROUPS = (CheckOptions, ConfigOptions, DataOptions, MaskOptions, ConsoleOptions)
 
 
 def check_dataset_row(names_of_trainings: frozenset[str]) -> ScriptOptions:

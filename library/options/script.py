@@ -98,7 +98,7 @@ def parse(script: ScriptOptions, argv: Sequence[str] | None = None) -> Settings:
 def _checked(script: ScriptOptions, values: dict[str, Any], given: dict[str, Given], warnings: list[str]) -> Settings:
     """Settings after the checks across options. Raises UserError that lists all problems."""
     sources = {name: entry.where for name, entry in given.items()}
-    implied, notes = checks.implied(values)
+    implied, notes = checks.implied(values, script.specs())
     draft = Settings(script, {**values, **implied}, sources)
     problems = [*checks.problems(draft), *checks.missing(draft)]
     if problems:

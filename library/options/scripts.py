@@ -18,6 +18,7 @@ from library.options import (
     LogOptions,
     LoopOptions,
     LossOptions,
+    MaskOptions,
     MetadataOptions,
     ModelFileOptions,
     ModelOptions,
@@ -70,6 +71,7 @@ TRAINING_GROUPS = (
     ConfigOptions,
     ModelOptions,
     DataOptions,
+    MaskOptions,
     CacheOptions,
     LoopOptions,
     OptimizerOptions,
@@ -151,7 +153,7 @@ TRAIN_CONTROLNET = ScriptOptions(
             ControlNetOptions,
             DataOptions,
             ConditioningOptions,
-            *TRAINING_GROUPS[3:],
+            *TRAINING_GROUPS[4:],
             ControlFileOptions,
         )
     ),
@@ -167,7 +169,7 @@ SDXL_TRAIN_LLLITE = ScriptOptions(
             LLLiteOptions,
             DataOptions,
             ConditioningOptions,
-            *TRAINING_GROUPS[3:],
+            *TRAINING_GROUPS[4:],
             NetworkFileOptions,
         )
     ),
@@ -201,7 +203,7 @@ TRAIN_TEXTUAL_INVERSION_XTI = ScriptOptions(
 )
 
 # The caching tools take the command line and the file of any training; how models are saved is not their business.
-_CACHE_GROUPS = tuple(group for group in SDXL_TRAIN_NETWORK.groups if group is not NetworkFileOptions)
+_CACHE_GROUPS = tuple(group for group in SDXL_TRAIN_NETWORK.groups if group not in (NetworkFileOptions, MaskOptions))
 _NOT_FOR_CACHES = frozenset({"cond_emb_dim", "controlnet_model_name_or_path"}).union(
     name
     for group in (DreamBoothOptions, FineTuneOptions, SdxlFullOptions, ModelFileOptions, EmbeddingOptions)

@@ -110,6 +110,9 @@ class ValidationOptions(OptionGroup):
     validate_every_n_epochs: int | None = option(
         None, ge=1, help="validate after every N-th epoch; after each one when no interval is given"
     )
+    max_validation_steps: int | None = option(
+        None, ge=1, help="measure only N batches of the held-out images, always the same; all when absent"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +152,11 @@ class LossOptions(OptionGroup):
         help="lowest threshold of huber and smooth_l1: differences above the threshold count less than squared",
     )
     huber_scale: float = option(1.0, gt=0, help="factor of the threshold of huber and smooth_l1")
+    masked_loss: bool = option(
+        False,
+        help="the pictures of conditioning_data_dir are masks: what is black in them does not count in the loss; not"
+        " for ControlNets, whose pictures to draw after are there",
+    )
     min_snr_gamma: float | None = option(None, ge=0, help="gamma of min-SNR weighting; 0 is off")
     debiased_estimation_loss: bool = option(False, help="weight the loss by 1/sqrt(SNR)")
     scale_v_pred_loss_like_noise_pred: bool = option(

@@ -16,6 +16,7 @@ from library.preparation.looks import Look
 KINDS: Mapping[str, tuple[str, str]] = {
     "unreadable": ("Unreadable images", "Training stops at them, or leaves them out with --on_bad_image skip."),
     "caption": ("Unreadable captions", "Save them as UTF-8 text."),
+    "unpaired": ("Images without a mask", "Training with masks, or of ControlNets, stops at them or leaves them out."),
     "tiny": ("Tiny images", "Enlarged for training they teach blur."),
     "duplicate": ("Duplicates", "The same pixels more than once: each is a further repeat of that picture."),
     "near_duplicate": ("Near duplicates", "Hardly different: scaled, recompressed, or the next picture of a series."),
@@ -24,11 +25,12 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "truncated": ("Captions that are too long", "What is behind the limit is not read; see --max_token_length."),
     "cropped": ("Strongly cropped images", "Over a fifth of the picture is cut away by the bucket."),
     "enlarged": ("Strongly enlarged images", "Scaled to over one and a half times their size."),
-    "transparent": ("Transparent images", "What is transparent is trained as white."),
+    "transparent": ("Transparent images", "What is transparent is trained as white, and with alpha_mask not at all."),
     "huge": ("Large files", "They take long to read in each epoch; latents can be cached, or the files made smaller."),
 }
 _STRONGLY_ENLARGED = 1.5
 _LATENTS = ".npz"
+_WITHOUT_RECORD = ("unreadable", "unpaired")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def check(
     duplicates, compared = _duplicates(whole, seen, limits.duplicate_distance)
     order = {kind: place for place, kind in enumerate(KINDS)}
     findings = sorted([*findings, *duplicates], key=lambda finding: order[finding.kind])
-    bad_paths = {finding.path: None for finding in findings if finding.kind == "unreadable"}
+    bad_paths = {finding.path: None for finding in findings if finding.kind in _WITHOUT_RECORD}
     return CheckReport(
         images=len({**images, **bad_paths}),
         findings=tuple(findings),
@@ -126,7 +128,8 @@ def _unusable(datasets: Sequence[ResolvedDataset], looks: Sequence[Look]) -> Ite
     for problem in (problem for dataset in datasets for problem in dataset.problems):
         if problem.path not in known:
             is_caption = Path(problem.path).suffix.lower() in (".txt", ".caption")
-            yield Finding("caption" if is_caption else "unreadable", problem.path, problem.reason)
+            kind = "unpaired" if problem.lacks_pair else "caption" if is_caption else "unreadable"
+            yield Finding(kind, problem.path, problem.reason)
             known.add(problem.path)
     for look in looks:
         if look.problem is not None:

@@ -15,7 +15,7 @@ from library.data.report import TokenCounter, describe
 from library.data.sources import resolve
 from library.data.spec import load_dataset_specs
 from library.log import UserError, progress
-from library.options import DataOptions
+from library.options import DataOptions, MaskOptions
 from library.options.preparation import CheckOptions
 from library.options.settings import Settings
 from library.preparation.check import CheckReport, Limits, check, unique_images
@@ -33,7 +33,9 @@ def check_dataset(settings: Settings, counter: TokenCounter = count_tokens) -> C
     options, data = settings[CheckOptions], settings[DataOptions]
     if options.dry_run and options.quarantine is None:
         raise UserError("--dry_run needs --quarantine, whose moves it shows; without it nothing is moved in any case")
-    datasets = resolve(_specs(options, data), "skip", "skip", allow_captionless=True)
+    datasets = resolve(
+        _specs(options, data, settings[MaskOptions].conditioning_data_dir), "skip", "skip", allow_captionless=True
+    )
     images = unique_images(datasets)
     looks = list(progress(prefetch(images, look_at, data.max_data_loader_n_workers), "images", total=len(images)))
     reports = describe(datasets, counter, options.max_token_length)
@@ -60,23 +62,29 @@ def _quarantine(report: CheckReport, options: CheckOptions, folder: Path) -> Non
     logger.info("%d files moved%s", count, f"; {folder / RECORD_NAME} says where they were" if count else "")
 
 
-def _specs(options: CheckOptions, data: DataOptions) -> tuple[DatasetSpec, ...]:
-    """The data sets; without a resolution in the options or the file that of SD 1.x with buckets is taken."""
+def _specs(options: CheckOptions, data: DataOptions, mask_dir: str | None) -> tuple[DatasetSpec, ...]:
+    """The data sets; without a resolution in the options or the file that of SD 1.x with buckets is taken.
+
+    A folder of pictures beside the images is taken for their masks: those that have none are found.
+    """
     if data.resolution is None:
         has_file = data.dataset_config is not None
         data = replace(data, resolution=_USUAL_RESOLUTION, enable_bucket=data.enable_bucket or not has_file)
     if options.folder is None:
-        return load_dataset_specs(data)
+        return load_dataset_specs(data, conditioning_data_dir=mask_dir, masks=True)
     folder = os.path.expanduser(options.folder)
     if not os.path.isdir(folder):
         raise UserError(f"folder {options.folder}: there is no such folder")
     if not image_names(folder):
-        return load_dataset_specs(replace(data, train_data_dir=options.folder, dataset_config=None, in_json=None))
+        data = replace(data, train_data_dir=options.folder, dataset_config=None, in_json=None)
+        return load_dataset_specs(data, conditioning_data_dir=mask_dir, masks=True)
     names = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
     rules = BucketRules(data.resolution or _USUAL_RESOLUTION, **{name: getattr(data, name) for name in names})
     extension = f".{data.caption_extension.lstrip('.')}" if data.caption_extension else None
     subset = SubsetSpec(
         image_dir=options.folder,
+        mask_dir=mask_dir,
+        alpha_mask=data.alpha_mask,
         caption_extension=extension,
         captions=CaptionRules(caption_separator=data.caption_separator),
         augmentation=Augmentation(),

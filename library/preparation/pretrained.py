@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from library.log import UserError
+
+logger = logging.getLogger(__name__)
 
 _FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
@@ -33,6 +36,7 @@ def load_pretrained(load: Callable[..., Any], name: str, option: str, example: s
     try:
         return load(name, local_files_only=True)
     except Exception:  # not on this machine, or not whole: each part of the library has its own errors
+        logger.info("%s: not whole on this machine, asking the hub", name)
         return _told(lambda: load(name), f"{option} {name}: no such folder here, and the hub did not give it")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -35,6 +35,13 @@ from library.training.specs import dataset_specs
 logger = logging.getLogger(__name__)
 _NEVER_FINITE = "its latents are not finite, not even in float32; check the VAE file"
 
+# Archives hold finite float32 numbers, so the type of the VAE that made them is only a matter of digits: those of
+# float32 serve all types, those of one half precision serve the other, but not a run that wants float32.
+_SERVED_TYPES = {
+    torch.float32: (torch.float16, torch.bfloat16),
+    torch.float16: (torch.bfloat16,),
+    torch.bfloat16: (torch.float16,),
+}
 _POSTERIOR_SEED = 0  # latents do not depend on a run's seed: runs share the files
 
 
@@ -100,6 +107,17 @@ def state_fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def fingerprints_in(module: nn.Module, types: Iterable[torch.dtype]) -> dict[torch.dtype, str]:
+    """The `weights_fingerprint` that a module would have in other number types."""
+    state = module.state_dict()
+    return {kind: state_fingerprint({name: tensor.to(kind) for name, tensor in state.items()}) for kind in types}
+
+
+def fingerprints_served(load_vae: Callable[[], nn.Module], dtype: torch.dtype) -> list[str]:
+    """What the archives of a VAE that runs in ``dtype`` serve beside it; ``load_vae`` gives it in float32."""
+    return list(fingerprints_in(load_vae(), _SERVED_TYPES[dtype]).values())
 
 
 def bind_prepared_latents(datasets: Sequence[ResolvedDataset], store: LatentStore) -> int:
@@ -394,8 +412,10 @@ def cache_ahead(settings: Settings) -> CachingReport:
     dtype = vae_dtype(precision)
     family = family_for(settings[ModelOptions], settings.family)
     check_bucket_steps(family, datasets)
-    vae = family.load_vae(settings[ModelOptions], dtype=dtype, device=device)
-    store = LatentStore(family.latent_space, weights_fingerprint(vae), to_disk=True)
+    model = settings[ModelOptions]
+    vae = family.load_vae(model, dtype=dtype, device=device)
+    served = partial(fingerprints_served, partial(family.load_vae, model), dtype)
+    store = LatentStore(family.latent_space, weights_fingerprint(vae), to_disk=True, same_vae=served)
     _, report = cache_latents(
         datasets,
         vae,

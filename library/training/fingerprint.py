@@ -14,7 +14,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from library.data.records import ResolvedDataset
+    from library.data.records import ImageRecord, ResolvedDataset, SubsetSpec
 
 
 class Role(Enum):
@@ -55,7 +55,7 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         train_text_encoder learning_rate_te learning_rate_te1 learning_rate_te2 block_lr fused_backward_pass
         cond_emb_dim stop_text_encoder_training no_token_padding loss_type huber_schedule huber_c huber_scale
         noise_offset_random_strength ip_noise_gamma_random_strength ema_decay
-        validation_split validation_seed
+        validation_split validation_seed masked_loss alpha_mask
     """,
     length="max_train_steps max_train_epochs",
     data="""
@@ -69,7 +69,7 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_epochs_state
         save_last_n_steps save_last_n_steps_state save_state save_state_on_train_end sample_at_first
         sample_every_n_steps sample_every_n_epochs sample_with_ema
-        validate_every_n_steps validate_every_n_epochs
+        validate_every_n_steps validate_every_n_epochs max_validation_steps
     """,
     path="""
         tokenizer_cache_dir output_dir output_name resume logging_dir log_tracker_config console_log_file
@@ -139,6 +139,9 @@ def data_facts(datasets: Iterable[ResolvedDataset]) -> dict[str, Any]:
         paired = [(r.key, os.path.basename(r.conditioning_path)) for r in records if r.conditioning_path is not None]
         if paired:
             facts[prefix + "conditioning pictures"] = _digest(paired)
+        masks = [(r.key, _mask_name(r, dataset.subset_of(r))) for r in records]
+        if any(name for _, name in masks):
+            facts[prefix + "masks"] = _digest(masks)
         facts[prefix + "rules"] = _digest(_rules(dataset))
     return facts
 
@@ -149,8 +152,14 @@ def _rules(dataset: ResolvedDataset) -> Iterable[Any]:
     yield spec
     for subset in dataset.spec.subsets:
         yield dataclasses.replace(
-            subset, image_dir=None, metadata_file=None, conditioning_data_dir=None, caption_extension=""
+            subset, image_dir=None, metadata_file=None, conditioning_data_dir=None, mask_dir=None, caption_extension=""
         )
+
+
+def _mask_name(record: ImageRecord, subset: SubsetSpec) -> str:
+    if record.mask_path is not None:
+        return os.path.basename(record.mask_path)
+    return "alpha" if subset.uses_alpha else ""
 
 
 def _digest(items: Iterable[Any]) -> str:

@@ -88,6 +88,7 @@ _OPTIONS = [
     "stop_text_encoder_training",
     "no_token_padding",
     "loss_type",
+    "masked_loss",
     "ema_decay",
     "validation_split",
     "validation_seed",
@@ -119,6 +120,7 @@ _DATA_OPTIONS = [
     "min_bucket_reso",
     "max_bucket_reso",
     "keep_tokens",
+    "alpha_mask",
 ]
 
 

@@ -37,7 +37,7 @@ from library.options.preparation import PrepareOptions
 from library.preparation.files import image_key, measure_images
 from library.preparation.metadata import MetadataFile
 from library.preparation.outcome import Outcome
-from library.training.caching import cache_latents, state_fingerprint
+from library.training.caching import cache_latents, fingerprints_in
 
 logger = logging.getLogger(__name__)
 _WORKERS = 4
@@ -61,8 +61,9 @@ def prepare_latents(options: PrepareOptions) -> Outcome:
     metadata.save()
     _log_buckets(dataset)
     dtype = weight_dtype(options.mixed_precision)
-    hashes = _hashes(vae)
-    store = LatentStore(space, hashes.pop(dtype), to_disk=True, same_vae=sorted(hashes.values()), takes_over=True)
+    hashes = fingerprints_in(vae, _TYPES)
+    own = hashes.pop(dtype)
+    store = LatentStore(space, own, to_disk=True, same_vae=lambda: sorted(hashes.values()), takes_over=True)
     _, report = cache_latents(
         [dataset],
         vae,
@@ -148,9 +149,3 @@ def _check_steps(options: PrepareOptions, space: str) -> None:
         raise UserError(
             f"--bucket_reso_steps {options.bucket_reso_steps}: must be a multiple of {SDXL_BUCKET_STEP} for SDXL"
         )
-
-
-def _hashes(vae: nn.Module) -> dict[torch.dtype, str]:
-    """The hash of the weights in each type that a training may load them in."""
-    state = {name: tensor.detach() for name, tensor in vae.state_dict().items()}
-    return {kind: state_fingerprint({name: t.to(kind) for name, t in state.items()}) for kind in _TYPES}

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -34,7 +35,13 @@ from library.options import (
 )
 from library.options.settings import Settings
 from library.rng import seed_of
-from library.training.caching import WorkShare, bind_prepared_latents, cache_latents, weights_fingerprint
+from library.training.caching import (
+    WorkShare,
+    bind_prepared_latents,
+    cache_latents,
+    fingerprints_served,
+    weights_fingerprint,
+)
 from library.training.latent_source import LatentSource
 from library.training.machine import Machine
 from library.training.preflight import check_bucket_steps
@@ -152,6 +159,9 @@ def make_latents(
         weights_fingerprint(parts.vae),
         to_disk=cache.cache_latents_to_disk,
         memory_dtype=machine.vae_dtype,
+        same_vae=partial(
+            fingerprints_served, lambda: family.reload(parts, ("vae",), torch.float32).vae, machine.vae_dtype
+        ),
     )
     if has_prepared:
         bind_prepared_latents(datasets, store)

@@ -5,8 +5,7 @@ Shapes: B samples, C latent channels, H W latent height and width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ class Objective(Protocol):
         timesteps_B: Tensor,
         weights_B: Tensor,
         schedule: NoiseSchedule,
+        masks_BHW: Tensor | None,
     ) -> Tensor: ...
 
 
@@ -46,9 +46,12 @@ class TextSource(Protocol):
     def __call__(self, captions: tuple[str, ...]) -> TextCondition: ...
 
 
-@dataclass
-class StepResult:
-    """``loss`` is what backward is called on; ``losses_B`` are the samples' own losses after weighting, detached."""
+class StepResult(NamedTuple):
+    """``loss`` is what backward is called on; ``losses_B`` are the samples' own losses after weighting, detached.
+
+    A tuple, because DistributedDataParallel hooks on to the tensors that it finds in lists, tuples and dictionaries:
+    with a static graph it would not average the gradients over the processes otherwise, and say nothing.
+    """
 
     loss: Tensor
     losses_B: Tensor
@@ -111,4 +114,7 @@ class TrainStep(nn.Module):
                 self._unet[0], noisy_BCHW, timesteps_B, condition, geometry, residuals
             )
         weights_B = batch.loss_weights_B.to(self._device)
-        return objective.weighted_losses(noise_pred_BCHW.float(), target_BCHW, timesteps_B, weights_B, self._schedule)
+        masks_BHW = None if batch.loss_masks_BHW is None else batch.loss_masks_BHW.to(self._device)
+        return objective.weighted_losses(
+            noise_pred_BCHW.float(), target_BCHW, timesteps_B, weights_B, self._schedule, masks_BHW
+        )

@@ -6,6 +6,7 @@ numbers of a run, and of runs with other settings of the optimizer, can be compa
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -15,12 +16,13 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from library.data.dataset import TrainImages
+from library.data.dataset import NoImageLeft, TrainImages
 from library.data.loader import prefetch
 from library.data.plan import plan_epoch
-from library.data.records import CaptionClock, ResolvedDataset
+from library.data.records import Batch, CaptionClock, MicroBatch, ResolvedDataset
 from library.diffusion.objective import Objective
 from library.diffusion.schedule import TIMESTEPS
+from library.log import progress
 from library.options import LossOptions, NoiseOptions, ValidationOptions
 from library.training.clock import Clock, is_due
 from library.training.loop import StepReport
@@ -29,7 +31,10 @@ from library.training.report import Reporter
 from library.training.step import TrainStep
 from library.training.trainable import Trainable
 
+logger = logging.getLogger(__name__)
+
 POINTS = 5
+QUIET_SECONDS = 2.0  # a validation that takes longer shows how far it is
 _CLOCK = CaptionClock(epoch=1, step=0, max_train_steps=1)  # captions are those of no moment of the run
 
 
@@ -74,6 +79,7 @@ class Validator:
 
     Before the first step, at the given interval (each epoch when none is given), and at the end. All processes take
     part. What is found goes to the reporter as loss/validation, and with several subsets as loss/validation/<subset>.
+    If no held-out image can be used, that is said once and nothing is measured any more.
     """
 
     def __init__(
@@ -93,8 +99,10 @@ class Validator:
         self._reporter = reporter
         self._workers = workers
         plan = plan_epoch(images.datasets, options.validation_seed, 1, 1, 1)
-        self._batches = [micro for step in plan for micro in step.micro_batches][share.rank :: share.processes]
+        batches = [micro for step in plan for micro in step.micro_batches][: options.max_validation_steps]
+        self._batches = batches[share.rank :: share.processes]
         self._labels = _labels(images.datasets)
+        self._is_blind = False
 
     def at_start(self, clock: Clock) -> None:
         """Before the first step; a resumed run had it already."""
@@ -116,9 +124,13 @@ class Validator:
         self._report(clock)
 
     def _report(self, clock: Clock) -> None:
-        if self._reporter.validated_at == clock.step:
+        if self._is_blind or self._reporter.validated_at == clock.step:
             return
         found = self.measure()
+        if not found:
+            self._is_blind = True
+            logger.warning("no held-out image can be used: there is no validation")
+            return
         scalars = {"loss/validation": _mean(found.values())}
         if len(found) > 1:
             scalars |= {f"loss/validation/{name}": _mean([one]) for name, one in found.items()}
@@ -126,28 +138,53 @@ class Validator:
 
     @torch.no_grad()
     def measure(self) -> dict[str, tuple[float, int]]:
-        """Sum of the losses and number of the images, by subset; each loss is the mean over the fixed timesteps."""
+        """Sum of the losses and number of the images, by subset; each loss is the mean over the fixed timesteps.
+
+        Subsets of which no image was measured are not there.
+        """
         own: list[tuple[str, float, int]] = []
         probe = self._probe
-        with evaluating(probe.modules), untouched_random_states(self._share.device), probe.weights():
-            for batch in prefetch(self._batches, lambda micro: self._images.load(micro, 0, 1, _CLOCK), self._workers):
-                probe.trainable.on_micro_batch(batch.network_multiplier)
-                latents_BCHW = probe.step.latents(batch)
-                losses = [probe.step.losses(batch, latents_BCHW, objective) for objective in probe.objectives]
-                means = torch.stack(losses).mean(dim=0).tolist()
-                # an image that cannot be read any more is replaced by another one of weight 0
-                counts = [int(weight != 0) for weight in batch.loss_weights_B.tolist()]
-                own += zip((self._labels[key] for key in batch.keys), means, counts, strict=True)
-        found: dict[str, tuple[float, int]] = dict.fromkeys(self._labels.values(), (0.0, 0))
-        for name, loss, count in (row for rows in self._share.gather(own) for row in rows):
-            found[name] = (found[name][0] + loss, found[name][1] + count)
+        with (
+            evaluating(probe.modules),
+            untouched_random_states(self._share.device),
+            probe.weights(),
+            progress(len(self._batches), "validation", quiet_seconds=QUIET_SECONDS) as bar,
+        ):
+            for batch in prefetch(self._batches, self._load, self._workers):
+                if batch is not None:
+                    own += self._losses(batch)
+                bar.advance(images=len(batch.keys) if batch else 0)
+        found: dict[str, tuple[float, int]] = {}
+        rows = [row for rows in self._share.gather(own) for row in rows]
+        for name in dict.fromkeys(self._labels.values()):
+            counted = [(loss, count) for label, loss, count in rows if label == name and count]
+            if counted:
+                found[name] = (sum(loss for loss, _ in counted), sum(count for _, count in counted))
         return found
+
+    def _load(self, micro: MicroBatch) -> Batch | None:
+        """A batch; None if none of its images can be used (which was said of each)."""
+        try:
+            return self._images.load(micro, 0, 1, _CLOCK)
+        except NoImageLeft:
+            return None
+
+    def _losses(self, batch: Batch) -> list[tuple[str, float, int]]:
+        """The subset, loss and number of each image."""
+        probe = self._probe
+        probe.trainable.on_micro_batch(batch.network_multiplier)
+        latents_BCHW = probe.step.latents(batch)
+        losses = [probe.step.losses(batch, latents_BCHW, objective) for objective in probe.objectives]
+        means = torch.stack(losses).mean(dim=0).tolist()
+        # an image that cannot be read any more is replaced by another one of weight 0
+        counts = [int(weight != 0) for weight in batch.loss_weights_B.tolist()]
+        return list(zip((self._labels[key] for key in batch.keys), means, counts, strict=True))
 
 
 def _mean(sums: Iterable[tuple[float, int]]) -> float:
-    """Of sums and counts; not a number if no image could be used."""
-    total, count = (sum(column) for column in zip((0.0, 0), *sums, strict=True))
-    return total / count if count else float("nan")
+    """Of sums and counts, which are not all 0."""
+    total, count = (sum(column) for column in zip(*sums, strict=True))
+    return total / count
 
 
 def _labels(datasets: Sequence[ResolvedDataset]) -> dict[str, str]:

@@ -92,3 +92,25 @@ def test_settings_of_a_line_end_with_the_line(tmp_path: Path) -> None:
     assert np.array_equal(plain, last)
     assert np.abs(plain - shrunk).max() > 5
     assert np.abs(plain - grown).max() > 5
+
+
+@pytest.mark.parametrize(("every", "enlarging"), [("1", [3, 4]), ("3", [3, 6])])
+def test_the_option_says_how_often_latents_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: str, enlarging: list[int]
+) -> None:
+    """Of 9 steps the fourth is the first below 700; two growths lead from half to full size."""
+    from library.generation import gradual_latent
+
+    found: list[dict[int, Any]] = []
+    original = gradual_latent.sizes_of
+
+    def sizes_of(*given: Any) -> dict[int, Any]:
+        found.append(original(*given))
+        return found[-1]
+
+    monkeypatch.setattr(gradual_latent, "sizes_of", sizes_of)
+    model = write_toy_checkpoint(tmp_path / "toy.safetensors", "sd1")
+    words = ("--prompt", "a cat", "--W", "192", "--H", "192", "--sampler", "euler_a", "--steps", "9")
+    words += ("--gradual_latent_timesteps", "700", "--gradual_latent_ratio_step", "0.25")
+    assert len(draw(model, tmp_path / "out", *words, "--gradual_latent_every_n_steps", every)) == 1
+    assert list(found[0]) == enlarging

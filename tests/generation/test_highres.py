@@ -85,6 +85,26 @@ def test_both_stages(way: str, family: str) -> None:
     assert (plain - drawn.pictures_BCHW).abs().mean() > 0.01
 
 
+@pytest.mark.parametrize(("strength", "first_call"), [(None, 1), (0.4, 3), (1.0, 0)])
+def test_the_first_stage_may_have_a_strength_of_its_own(
+    tmp_path: Path, strength: float | None, first_call: int
+) -> None:
+    """Of its 5 steps; the second stage keeps the picture's strength of 0.8."""
+    engine = toy_engine()
+    seen: list[Setup] = []
+
+    @contextmanager
+    def look(setup: Setup) -> Iterator[None]:
+        seen.append(setup)
+        yield
+
+    engine.extensions.append(look)
+    one = job(files={"source": write_picture(tmp_path / "a.png", (128, 128))}, width=128, height=128, strength=0.8)
+    chosen = HighresOptions(highres_fix_scale=0.5, highres_fix_steps=5, highres_fix_strength=strength)
+    list(make_stages(engine, chosen).draw([one]))
+    assert [setup.first_call for setup in seen] == [first_call, 1]
+
+
 def test_latents_are_enlarged_bilinearly_and_pixels_by_lanczos() -> None:
     engine = toy_engine()
     one = job(width=128, height=128, strength=0.0)  # the second stage takes no step: what it begins from is seen

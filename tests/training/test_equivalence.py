@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.toy import toy_modules, toy_spec
-from tests.training.runs import SGD, command, difference, launch_two, train, write_photos
+from tests.training.processes import launch_torchrun
+from tests.training.runs import SGD, command, difference, train, write_photos
 
 
 def test_accumulation_equals_the_big_batch(model, photos, tmp_path):
@@ -29,7 +30,7 @@ def test_two_processes_equal_one_with_twice_the_batch(model, photos, tmp_path):
     # with clip_skip the encoder's last layer gets no gradient, which several processes must bear
     shared = ("--cache_latents_to_disk", "--clip_skip", "2", "--max_train_steps", "2", *SGD)
     arguments = command(model, photos, tmp_path / "two", "--train_batch_size", "1", *shared)
-    done = launch_two("train_network.py", arguments)
+    done = launch_torchrun("train_network.py", arguments, 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes" in done.stderr
     assert train(model, photos, tmp_path / "one", "--train_batch_size", "2", *shared) == 0
@@ -59,3 +60,12 @@ def test_cached_latents_equal_uncached_ones(photos, tmp_path):
         assert train(narrow, photos, tmp_path / name, "--train_batch_size", "2", "--flip_aug", *more, *SGD) == 0
     for name in ("memory", "disk"):
         assert difference(tmp_path / "pixels" / "toy.safetensors", tmp_path / name / "toy.safetensors") < 1e-3
+
+
+def test_latents_on_disk_serve_a_run_of_less_precision(model, tmp_path, caplog):
+    data = write_photos(tmp_path / "data", [(64, 64)] * 2)
+    for precision in ("no", "bf16", "no"):
+        more = ("--cache_latents_to_disk", "--mixed_precision", precision, "--max_train_steps", "1")
+        assert train(model, data, tmp_path / "out", *more) == 0
+    found = [record.message for record in caplog.records if record.message.startswith("latents:")]
+    assert found == [f"latents: 2 images, {reused} reused, {2 - reused} encoded" for reused in (0, 2, 2)]

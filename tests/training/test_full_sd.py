@@ -130,11 +130,13 @@ def test_an_overfit_set_is_learned(model: Path, tmp_path: Path, caplog: pytest.L
 
 
 def test_text_stops_learning_and_a_resumed_run_knows(
-    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     more = ("--stop_text_encoder_training", "2", "--save_state", "--save_every_n_steps", "1", "--ema_decay", "0.5")
     whole = train(model, photos, tmp_path / "a", *more)
+    said = [record.message for record in caplog.records if "learns no more" in record.message]
+    assert said == ["from step 2 on the text encoder learns no more"]
     after = [tmp_path / "a" / f"toy-step{step:08d}.safetensors" for step in range(1, 5)]
     assert any(key.startswith(TEXT) for key in changed(after[0], after[1]))
     for one, other in ((after[1], after[2]), (after[2], after[3])):

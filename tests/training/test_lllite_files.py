@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -108,18 +109,21 @@ def test_previews_follow_their_pictures_and_change_nothing(
     lines = [f"a thing --d 1 --s 2 --w 64 --h 64{guide}" for guide in ("", f" --cn {one}", f" --cn {two}", "")]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(lines))
-    shared = ("--network_weights", str(begun), *TWO_STEPS)
+    shared = ("--network_weights", str(begun), *TWO_STEPS, "--learning_rate", "3e-2")
     plain = run(model_sdxl, pairs, tmp_path / "plain", *shared)
     drawing = ("--sample_prompts", str(prompts), "--sample_every_n_steps", "1", "--sample_at_first")
     with_previews = run(model_sdxl, pairs, tmp_path / "out", *shared, *drawing)
     assert same(plain, with_previews)
-    first, *_ = drawn = previews(tmp_path / "out")
+    drawn = previews(tmp_path / "out")
     assert len(drawn) == 12
-    without, after_one, after_two, without_again = drawn[-4:]
-    assert np.array_equal(first, without)  # what has no picture is the model's own, however far the net has come
-    assert np.array_equal(without, without_again)
-    assert abs(after_one - without).max() > 5
-    assert abs(after_one - after_two).max() > 1
+    moments = [drawn[8:], drawn[:4], drawn[4:8]]  # names of the first begin with e, of the others with the step
+    for without, after_one, after_two, without_again in moments:
+        assert np.array_equal(drawn[0], without)  # what has no picture is the model's own, however far the net is
+        assert np.array_equal(without, without_again)
+        assert abs(after_one - without).max() > 5
+        assert abs(after_one - after_two).max() > 1
+    for earlier, later in pairwise(moments):  # the net of that moment draws, not the one of the beginning
+        assert abs(earlier[1] - later[1]).max() > 5
 
 
 def test_previews_in_half_precision(model_sdxl: Path, pairs: Pairs, begun: Path, tmp_path: Path) -> None:

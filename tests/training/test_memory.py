@@ -50,3 +50,11 @@ def test_operations_add_up_and_name_no_frozen_convolution(figures: dict[str, dic
         assert sum(operations.values()) == pytest.approx(figures[name]["kept"], abs=500)
     assert any("Convolution" in name for name in theirs)
     assert not any("Conv" in name for name in ours)
+
+
+def test_a_control_net_keeps_what_its_own_layers_need(figures: dict[str, dict[str, Any]]) -> None:
+    """Of a toy the block that reads the pictures, which is not computed again, is about half of what is kept."""
+    plain, checkpointing = figures["ControlNet, cached text"], figures["ControlNet, checkpointing, cached text"]
+    assert plain["weights"] == checkpointing["weights"] == figures["LoRA, cached text"]["weights"]
+    assert plain["kept"] > 0.5 * figures["LoRA"]["kept"]
+    assert checkpointing["kept"] < 0.6 * plain["kept"]

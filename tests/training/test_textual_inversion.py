@@ -114,16 +114,17 @@ def test_accumulation_and_processes_equal_the_big_batch(fit: Trainer, pictures: 
     assert distance(one, two) < 1e-3 * way
 
 
-def test_resume_equals_an_unbroken_run(fit: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["sdxl", "xti"])
+def test_resume_equals_an_unbroken_run(fit: Trainer, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     more = ("--token_string", "sksx", "sksy", *TWO, "--use_style_template", "--lr_scheduler", "cosine")
-    status, whole = fit.run("sdxl", *more)
+    status, whole = fit.run(kind, *more)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
-        broken_status, broken = fit.run("sdxl", *more)
+        broken_status, broken = fit.run(kind, *more)
     middle = broken / "toy-step00000002-state"
     assert (status, broken_status, state(middle)["step"]) == (0, 0, 2)
-    assert fit.run("sdxl", *more, "--resume", str(middle), out=broken)[0] == 0
+    assert fit.run(kind, *more, "--resume", str(middle), out=broken)[0] == 0
     for word in ("sksx", "sksy"):
         file = f"toy/{word}.safetensors"
         assert (whole / file).read_bytes() == (broken / file).read_bytes()

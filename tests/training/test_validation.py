@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.options import ValidationOptions
 from library.training import loop
+from library.training.held_out import hold_out
+from tests.data_fixtures import cover_fit, dataset, record, write_picture
 from tests.training.runs import metadata, state, tensors, train, write_photos
 
 LINE = re.compile(r"step (\d+): loss/validation ([\d.]+)(.*)")
@@ -126,6 +129,71 @@ def test_text_caches_of_sdxl_hold_the_held_out_captions(
     assert [step for step, _, _ in measured(caplog)] == [0, 1]
 
 
+def test_only_some_batches_are_measured_always_the_same(
+    model: Path, two_folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three images are held out, one a batch: three batches are all, one or two are a part without the rest's words."""
+    more = ("--validation_split", "0.35", "--max_train_steps", "2", "--learning_rate", "1e-30")
+    found: dict[str, list[tuple[int, float, str]]] = {}
+    for limit in ("1", "2", "3", "9"):
+        caplog.clear()
+        assert train(model, two_folders, tmp_path / limit, *more, "--max_validation_steps", limit) == 0
+        found[limit] = measured(caplog)
+    assert {len({loss for _, loss, _ in found[limit]}) for limit in found} == {1}  # nothing learns: the same images
+    assert len({found[limit][0][1] for limit in ("1", "2", "3")}) == 3
+    assert found["3"] == found["9"]
+    assert found["1"][0][2] == ""  # an image is of one subset
+    assert "2_dog" in found["3"][0][2]
+
+
+@pytest.fixture
+def held_out(tmp_path: Path) -> list[Path]:
+    """Photos of which two are held out by 0.3: these, each of a size of its own."""
+    names = [f"photo{index}.png" for index in range(7)]
+    write_photos(tmp_path / "photos", [(64, 64)] * len(names))
+    folder = tmp_path / "photos" / "1_sks thing"
+    records = [record(folder / name, (64, 64)) for name in names]
+    _, (part,) = hold_out(
+        [dataset(records, [cover_fit((64, 64), (64, 64))] * len(names))], ValidationOptions(validation_split=0.3)
+    )
+    paths = [Path(one.path) for one in part.records]
+    for path, size in zip(paths, ((128, 32), (32, 128)), strict=True):
+        write_picture(path, size)
+    return paths
+
+
+def damage(path: Path) -> None:
+    """What only decoding shows: the file's ends are whole."""
+    content = path.read_bytes()
+    assert len(content) > 200
+    path.write_bytes(content[:100] + content[-50:])
+
+
+BUCKETS = ("--enable_bucket", "--min_bucket_reso", "32", "--max_bucket_reso", "128", "--bucket_reso_steps", "32")
+SPLIT = ("--validation_split", "0.3", "--max_train_steps", "2", "--validate_every_n_steps", "1", *BUCKETS)
+
+
+@pytest.mark.parametrize("cached", [(), ("--cache_latents",)], ids=["pixels", "latents"])
+def test_a_held_out_bucket_without_readable_images_is_left_out(
+    model: Path, held_out: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, cached: tuple[str, ...]
+) -> None:
+    data = tmp_path / "photos"
+    kept, damaged = held_out
+    damage(damaged)
+    if not cached:
+        assert train(model, data, tmp_path / "stop", *SPLIT) == 1
+    assert train(model, data, tmp_path / "first", *SPLIT, "--on_bad_image", "skip", *cached) == 0
+    found = measured(caplog)
+    assert [step for step, _, _ in found] == [0, 1, 2]
+    assert sum(str(damaged) in one.message for one in caplog.records) == 1
+    damage(kept)
+    caplog.clear()
+    assert train(model, data, tmp_path / "second", *SPLIT, "--on_bad_image", "skip", *cached) == 0
+    assert not [one for one in caplog.records if "loss/validation" in one.message]
+    assert sum("no held-out image can be used" in one.message for one in caplog.records) == 1
+    assert same(tmp_path / "first" / "toy.safetensors", tmp_path / "second" / "toy.safetensors")
+
+
 def test_the_plan_and_refusals(
     model: Path, two_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +203,8 @@ def test_the_plan_and_refusals(
     assert "the average of the weights" in said
     assert train(model, two_folders, tmp_path, "--validation_split", "0.01") == 1
     assert "holds out no image" in capsys.readouterr().err
+    assert train(model, two_folders, tmp_path, "--validation_split", "0.35", "--max_validation_steps", "0") == 1
+    assert "--max_validation_steps 0" in capsys.readouterr().err
     assert train(model, two_folders, tmp_path, "--ema_decay", "1") == 1
     assert "--ema_decay 1" in capsys.readouterr().err
 
@@ -156,3 +226,17 @@ def test_the_average_of_a_network_follows_its_formula(model: Path, photos: Path,
     assert not same(tmp_path / "toy.safetensors", tmp_path / "toy-ema.safetensors")
     assert metadata(tmp_path / "toy-ema.safetensors")["ss_sdt_is_average"] == "True"
     assert "ss_sdt_is_average" not in metadata(tmp_path / "toy.safetensors")
+
+
+def test_every_second_epoch(model: Path, two_folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Measured at the start, after every second epoch and at the end; what the user says of the file is in it."""
+    more = ("--validation_split", "0.35", "--max_train_epochs", "3", "--validate_every_n_epochs", "2")
+    said = {"title": "my cat", "description": "a cat", "license": "CC0", "tags": "cat, photo"}
+    words = [word for name, text in said.items() for word in (f"--metadata_{name}", text)]
+    assert train(model, two_folders, tmp_path, *more, "--training_comment", "first try", *words) == 0
+    steps = [step for step, _, _ in measured(caplog)]
+    kept = metadata(tmp_path / "toy.safetensors")
+    per_epoch = int(kept["ss_num_batches_per_epoch"])
+    assert steps == [0, 2 * per_epoch, 3 * per_epoch]
+    assert kept["ss_training_comment"] == "first try"
+    assert {name: kept[f"modelspec.{name}"] for name in said} == said

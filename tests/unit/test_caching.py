@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -201,3 +203,29 @@ def test_the_tool_takes_training_options_and_reuses_its_files(
     assert archives(images) == ["0.npz", "1.npz", "2.npz"]
     assert main([*arguments, "--vae_batch_size", "0"]) == 1
     assert "vae_batch_size" in capsys.readouterr().err
+
+
+def test_archives_serve_types_that_ask_for_no_more_digits(tmp_path: Path) -> None:
+    """Made in float32 for all types, in one half precision for the other: the hash of fp16 stands in those of bf16."""
+    from library.families.sd import SdFamily
+    from library.options import ModelOptions
+    from library.options.script import parse
+    from library.options.scripts import CACHE_LATENTS
+    from library.training.caching import cache_ahead
+    from tests.toy import write_toy_checkpoint
+
+    model = write_toy_checkpoint(tmp_path / "toy.safetensors")
+    whole, half = tmp_path / "whole" / "1_cat", tmp_path / "half" / "1_cat"
+    for folder in (whole, half):
+        write_picture(folder / "a.png", (80, 64))
+
+    def encoded(folder: Path, precision: str) -> int:
+        words = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(folder.parent)]
+        return cache_ahead(parse(CACHE_LATENTS, [*words, "--resolution", "64", "--mixed_precision", precision])).encoded
+
+    assert [encoded(whole, precision) for precision in ("no", "bf16", "no")] == [1, 0, 0]
+    assert [encoded(half, precision) for precision in ("bf16", "bf16", "no")] == [1, 0, 1]
+    vae = SdFamily().load_vae(ModelOptions(pretrained_model_name_or_path=str(model)), dtype=torch.float16)
+    for folder in (whole, half):
+        with np.load(folder / "a.npz", allow_pickle=False) as archive:
+            assert weights_fingerprint(vae) in json.loads(str(archive["fingerprint"]))["vae_in_other_types"]

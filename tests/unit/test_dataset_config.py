@@ -96,7 +96,7 @@ EXAMPLES: dict[str, Any] = {
 def test_every_key_is_accepted_where_it_belongs(level: Any, kind: DatasetKind, tmp_path: Path) -> None:
     names = names_at(level, None if level == "general" else kind)
     assert len(names) >= 20
-    flags = {"enable_bucket", "bucket_no_upscale", "is_reg"}
+    flags = {"enable_bucket", "bucket_no_upscale", "is_reg", "alpha_mask"}
     values = {n: EXAMPLES.get(n, n in flags or n.endswith("_aug") or n in ("shuffle_caption", "random_crop",
               "enable_wildcard") or 1) for n in names}  # fmt: skip
     required = {
@@ -108,7 +108,8 @@ def test_every_key_is_accepted_where_it_belongs(level: Any, kind: DatasetKind, t
     dataset = {"resolution": 512, **(values if level == "dataset" else {}), "subsets": [subset]}
     document = {"general": values if level == "general" else {}, "datasets": [dataset]}
     (tmp_path / "d.json").write_text(json.dumps(document), encoding="utf-8")
-    (spec,) = load_dataset_specs(DataOptions(dataset_config=tmp_path / "d.json"), frozenset(DatasetKind))
+    masks = kind is not DatasetKind.CONTROL
+    (spec,) = load_dataset_specs(DataOptions(dataset_config=tmp_path / "d.json"), frozenset(DatasetKind), masks=masks)
     assert spec.kind is kind
     assert spec.subsets[0].captions.caption_separator == ";"
     assert spec.subsets[0].augmentation.face_crop_aug_range == (1.0, 3.0)
@@ -242,14 +243,14 @@ def test_kinds_may_stand_in_one_file_but_not_for_every_script(tmp_path: Path) ->
 
 def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = SMALL + (
-        'alpha_mask = false\n[[datasets.subsets]]\nimage_dir = "./a"\n'
+        'resize_interpolation = "area"\n[[datasets.subsets]]\nimage_dir = "./a"\n'
         '[[datasets.subsets]]\nimage_dir = "b"\nnum_repeats = 0\n'
     )
     with caplog.at_level(logging.WARNING):
         (spec,) = load(tmp_path, text)
     assert [subset.name for subset in spec.subsets] == ["a"]
     told = caplog.text
-    assert "alpha_mask" in told
+    assert "resize_interpolation" in told
     assert "./a: left out, because it stands twice" in told
     assert "b: left out, because it has 0 repeats" in told
 

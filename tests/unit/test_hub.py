@@ -172,6 +172,26 @@ def test_visibility_of_a_new_repository(fake: FakeHub, visibility: str | None, p
     )
 
 
+@pytest.mark.parametrize("kind", [None, "model", "dataset"])
+def test_kind_of_the_repository(
+    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None
+) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"weights")
+    paths: list[str] = []
+    original = fake.post
+
+    def post(request: BaseHTTPRequestHandler, body: bytes) -> None:
+        paths.append(request.path)
+        original(request, body)
+
+    monkeypatch.setattr(fake, "post", post)
+    uploader = Uploader(options(huggingface_repo_type=kind))
+    uploader.upload(tmp_path / "a.safetensors")
+    assert uploader.failures == []
+    assert fake.created[0].get("type", "model") == (kind or "model")
+    assert paths[-1] == f"/api/{kind or 'model'}s/me/loras/commit/main"
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_a_failed_upload_is_said_twice_and_stops_nothing(
     fake: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture, background: bool
@@ -275,6 +295,23 @@ def test_state_paths(text: str, expected: HubPath) -> None:
 def test_wrong_state_paths(text: str) -> None:
     with pytest.raises(UserError, match="owner/name/path"):
         parse_hub_path(text)
+
+
+def test_a_run_resumes_from_the_hub_only_when_told_so(fake: FakeHub) -> None:
+    from library.options import SaveOptions
+    from library.options.settings import ScriptOptions, Settings
+    from library.training.setup import find_state
+
+    fake.files["me/loras"] = {"s/x-state/state.json": b"{}"}
+
+    def found(**values: Any) -> str | None:
+        return find_state(Settings(ScriptOptions("test", (SaveOptions, HubOptions)), values, {}))
+
+    there = found(resume="me/loras/s/x-state", resume_from_huggingface=True)
+    assert there is not None
+    assert (Path(there) / "state.json").read_bytes() == b"{}"
+    assert found(resume="me/loras/s/x-state") == "me/loras/s/x-state"
+    assert found() is None
 
 
 def test_download_of_a_state(fake: FakeHub) -> None:

@@ -90,6 +90,55 @@ def test_grey_16_bit_is_scaled(tmp_path: Path, form: str) -> None:
     assert read_image(str(file))[0, :, 1].tolist() == [0, 1, 128, 255]
 
 
+JPEGS = {
+    "plain": {},
+    "fine colours": {"subsampling": 0},
+    "own tables": {"optimize": True},
+    "restarts": {"restart_marker_blocks": 9},
+    "turned": {"exif": rotated_exif()},
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_jpeg_that_lacks_its_end_is_refused_in_spite_of_its_end_marker(tmp_path: Path, name: str, mode: str) -> None:
+    random = np.random.default_rng(1)
+    image = Image.fromarray(random.integers(0, 256, (9, 13, 3), dtype=np.uint8)).resize((208, 144)).convert(mode)
+    data = encoded(image, "JPEG", quality=90, **JPEGS[name])
+    file = tmp_path / "a.jpg"
+    file.write_bytes(data)
+    read_image(str(file))
+    for share in (0.5, 0.7, 0.9, 0.98):
+        file.write_bytes(data[: int(len(data) * share)] + b"\xff\xd9")
+        with pytest.raises(UnreadableImage, match="end too early"):
+            read_image(str(file))
+
+
+@pytest.mark.parametrize("size", [(64, 48), (33, 17), (1, 1)])
+def test_grey_jpegs_are_whole(tmp_path: Path, size: tuple[int, int]) -> None:
+    """A flat picture of the very grey that decoders fill up with, and one with such a corner."""
+    flat = Image.new("RGB", size, (128, 128, 128))
+    corner = Image.fromarray(picture(size))
+    corner.paste((128, 128, 128), (size[0] // 2, size[1] // 2, *size))
+    for image in (flat, corner):
+        for options in ({}, {"progressive": True}, {"exif": rotated_exif()}):
+            file = tmp_path / "a.jpg"
+            file.write_bytes(encoded(image, "JPEG", quality=100, subsampling=0, **options))
+            shown = read_image(str(file))
+            assert shown[-1, -1].tolist() == [128, 128, 128] or options.get("exif")
+
+
+def test_a_png_with_wrong_checksums_is_refused(tmp_path: Path) -> None:
+    """Half of these can be decoded: to other pixels."""
+    whole = encoded(Image.fromarray(picture((128, 32))), "PNG")
+    for place in range(60, len(whole) - 30, 7):
+        data = bytearray(whole)
+        data[place] ^= 0x55
+        (tmp_path / "a.png").write_bytes(data)
+        with pytest.raises(UnreadableImage, match="damaged"):
+            read_image(str(tmp_path / "a.png"))
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "LA", "P", "CMYK"])
 def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     form = "TIFF" if mode == "CMYK" else "PNG"

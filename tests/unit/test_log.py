@@ -150,6 +150,17 @@ def test_plain_progress_prints_now_and_then_and_at_the_end(capsys: pytest.Captur
     assert lines == ["caching: 10/25 | 0:15 left", "caching: 20/25 | 0:05 left", "caching: 25/25"]
 
 
+def test_short_work_shows_nothing(capsys: pytest.CaptureFixture[str]):
+    setup_logging(simple=True)
+    for seconds in (0.5, 1.0):
+        clock = Clock()
+        with Progress(2, f"{seconds} a piece", seconds=10, quiet_seconds=2, clock=clock) as bar:
+            for _ in range(2):
+                clock.now += seconds
+                bar.advance()
+    assert capsys.readouterr().out == "1.0 a piece: 2/2\n"
+
+
 def test_progress_over_an_iterable(capsys: pytest.CaptureFixture[str]):
     setup_logging(simple=True)
     assert list(progress([3, 1, 2], "reading")) == [3, 1, 2]
@@ -176,3 +187,26 @@ def test_on_a_terminal_rich_draws_the_bar_and_the_records(
     assert "between" in captured.err
     assert "2/2 | loss 0.5" in captured.err
     assert captured.out == ""
+
+
+def test_a_bar_inside_a_bar_shows_once_it_lasts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    setup_logging()
+    clock = Clock()
+    with progress(2, "steps"), Progress(3, "validation", quiet_seconds=2, clock=clock) as inner:
+        inner.advance()
+        assert "validation" not in capsys.readouterr().err
+        clock.now += 2
+        inner.advance()
+    assert "validation" in capsys.readouterr().err
+
+
+def test_retries_of_the_hub_are_not_shown():
+    setup_logging()
+    retries = logging.getLogger("huggingface_hub.utils._http")
+    before = retries.level
+    try:
+        assert not retries.isEnabledFor(logging.WARNING)
+        assert retries.isEnabledFor(logging.ERROR)
+    finally:
+        retries.setLevel(before)

@@ -64,6 +64,20 @@ def test_nothing_at_all_is_an_error_and_writes_nothing(tmp_path: Path):
     assert not out.exists()
 
 
+def test_texts_with_another_ending_are_pointed_out_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    folder, out = fill(tmp_path / "in", a__txt="A", b__txt="B", c=""), tmp_path / "out.json"
+    assert merge_captions([str(folder), str(out)]) == 1
+    told = capsys.readouterr().err + caplog.text
+    assert "2 have .txt" in told
+    assert "--caption_extension .txt" in told
+    assert "it is left out" not in told
+    assert not out.exists()
+    assert merge_captions([str(folder), str(out), "--caption_extension", ".txt"]) == 0
+    assert list(json.loads(out.read_text())) == ["a", "b"]
+
+
 def test_whole_paths_of_a_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     fill(tmp_path / "in", b__caption="B", a10__caption="ten", a2__caption="two")

@@ -16,7 +16,14 @@ from library.options import DataOptions, LogOptions, LoopOptions, NetworkOptions
 from library.options.base import OptionGroup, dataset_specs, option, specs_by_name, specs_of
 from library.options.parser import build_parser
 from library.options.script import nearest, parse
-from library.options.scripts import CONVERT_MODEL, EXTRACT_LORA_FROM_MODELS, SCRIPTS, TRAIN_NETWORK
+from library.options.scripts import (
+    CONVERT_MODEL,
+    EXTRACT_LORA_FROM_MODELS,
+    GEN_IMG,
+    SCRIPTS,
+    TRAIN_CONTROLNET,
+    TRAIN_NETWORK,
+)
 from library.options.settings import ScriptOptions
 from library.options.values import split_pairs, steps_or_share, training_size
 
@@ -283,15 +290,31 @@ def test_combinations_refused(argv: str, part: str):
         ("--initial_epoch 1", "ignored"),
         ("--huber_c 0.2", "no effect without --loss_type huber"),
         ("--noise_offset_random_strength", "has no effect without --noise_offset"),
+        ("--max_validation_steps 2", "has no effect without --validation_split"),
+        ("--dynamo_backend eager", "has no effect without --torch_compile"),
+        ("--persistent_data_loader_workers", "--persistent_data_loader_workers: accepted"),
     ],
 )
 def test_combinations_doubted(argv: str, part: str):
     assert part in warnings_of(*argv.split())
 
 
+def test_an_option_brings_only_what_its_script_knows():
+    """Drawing has no buckets, so nothing is said of their step."""
+    drawing, training = ("--sdxl", "--ckpt", "a", "--prompt", "b"), ("--sdxl", "--conditioning_data_dir", "a")
+    assert not any("bucket" in line for line in parse(GEN_IMG, drawing).warnings)
+    loose = ScriptOptions("train_controlnet.py", TRAIN_CONTROLNET.groups)
+    found = parse(loose, training)
+    assert "--sdxl sets --bucket_reso_steps 32" in found.warnings
+    assert found.value_of("bucket_reso_steps") == 32
+
+
 @pytest.mark.parametrize(
     "argv",
     [
+        "--max_train_epochs None --max_train_steps 3",
+        "--dynamo_backend no",
+        "--no-persistent_data_loader_workers",
         "--noise_offset 0 --adaptive_noise_scale 0.1",
         "--noise_offset 0.1 --multires_noise_iterations 6",
         "--v_pred_like_loss 0 --v_parameterization --v2",

@@ -84,6 +84,7 @@ def test_other_scripts_refuse_it_in_one_line(tmp_path: Path) -> None:
     others = frozenset({DatasetKind.DREAMBOOTH, DatasetKind.FINETUNE})
     text = SMALL + 'conditioning_data_dir = "c"\n[[datasets.subsets]]\nimage_dir = "b"\n'
     line = "line 5: datasets[0].subsets[0].conditioning_data_dir ControlNet data sets are not for this script"
+    line += "; for masks add --masked_loss"
     assert complaint(tmp_path, text, others) == f"{tmp_path}/d.toml {line}"
     mixed = complaint(tmp_path, text, frozenset(DatasetKind))
     assert "some have conditioning_data_dir and some have not" in mixed

@@ -83,6 +83,13 @@ def test_timesteps_of_the_specification() -> None:
     assert make_sampler("dpmsolver++", 20, plain).timesteps[[0, 1, -1]].tolist() == [999, 949, 50]
 
 
+def test_last_levels_of_the_specification() -> None:
+    """DDIM ends without noise, PNDM at the first timestep's, whatever a model's folder says of its sampler."""
+    plain = SCHEDULES["epsilon"]
+    assert float(make_sampler("ddim", 5, plain).scheduler.final_alpha_cumprod) == 1
+    assert float(make_sampler("pndm", 5, plain).scheduler.final_alpha_cumprod) == pytest.approx(0.99915)
+
+
 def test_names_are_those_of_the_option() -> None:
     assert set(SAMPLER_NAMES) == set(get_args(saving.Sampler))
 

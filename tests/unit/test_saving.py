@@ -62,6 +62,18 @@ def test_epochs_are_rotated(tmp_path):
     assert names(tmp_path) == ["cat-000006.safetensors", "cat-000008.safetensors"]
 
 
+def test_states_may_go_earlier_than_their_models(tmp_path):
+    often = {"save_every_n_epochs": 2, "save_last_n_epochs": 3, "save_state": True}
+    for name, more in {"own": {"save_last_n_epochs_state": 1}, "same": {}}.items():
+        (tmp_path / name).mkdir()
+        work = saver(options(tmp_path / name, **often, **more))
+        for epoch in range(1, 9):
+            work.after_epoch(Clock(max_train_steps=90, num_epochs=9, epoch=epoch, step=epoch * 10))
+    models = [f"cat-00000{epoch}.safetensors" for epoch in (4, 6, 8)]
+    assert names(tmp_path / "own") == sorted([*models, "cat-000008-state"])
+    assert names(tmp_path / "same") == sorted([*models, *(f"cat-00000{epoch}-state" for epoch in (4, 6, 8))])
+
+
 def test_the_last_epoch_writes_only_the_final_file(tmp_path):
     work = saver(options(tmp_path, save_every_n_epochs=1), num_epochs=2)
     clock = Clock(max_train_steps=20, num_epochs=2, epoch=2, step=20)

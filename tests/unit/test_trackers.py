@@ -74,13 +74,14 @@ def test_config_holds_plain_values_without_secrets_and_folders() -> None:
     assert config["optimizer_args"] == "['betas=.9,.99']"
 
 
-def test_scalars_reach_tensorboard(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("given", "name"), [({}, "network_train"), ({"log_tracker_name": "cats"}, "cats")])
+def test_scalars_reach_tensorboard(tmp_path: Path, given: dict[str, str], name: str) -> None:
     pytest.importorskip("tensorboard")
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    chosen = settings(logging_dir=str(tmp_path), learning_rate=1e-3)
+    chosen = settings(logging_dir=str(tmp_path), learning_rate=1e-3, **given)
     trackers = Trackers(chosen, "network_train")
     try:
         accelerator = Accelerator(cpu=True, log_with=list(trackers.log_with), project_dir=trackers.log_dir)
@@ -93,7 +94,7 @@ def test_scalars_reach_tensorboard(tmp_path: Path) -> None:
         AcceleratorState._reset_state()
         PartialState._reset_state()
     assert trackers.log_dir is not None
-    events = EventAccumulator(str(Path(trackers.log_dir) / "network_train")).Reload()
+    events = EventAccumulator(str(Path(trackers.log_dir) / name)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss/current")] == [(3, 0.5), (4, 0.25)]
 
 

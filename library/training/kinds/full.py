@@ -119,9 +119,11 @@ class FullTraining(Trainable):
         """From the step of ``--stop_text_encoder_training`` on the text encoder gets no gradient, so it stays."""
         if self._text_stops_at is None or step < self._text_stops_at:
             return
-        for name, module in self._learning.items():
-            if name != "unet":
-                module.requires_grad_(False)
+        text = [module for name, module in self._learning.items() if name != "unet"]
+        if any(parameter.requires_grad for module in text for parameter in module.parameters()):
+            logger.info("from step %d on the text encoder learns no more", self._text_stops_at)
+        for module in text:
+            module.requires_grad_(False)
 
     def on_micro_batch(self, network_multiplier: float) -> None:
         if network_multiplier != 1.0:
