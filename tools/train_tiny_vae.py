@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, default=Path("examples/photos"), help="some photos, for variety")
     parser.add_argument("--work_dir", type=Path, default=Path("output/tiny"), help="where the work is kept")
     parser.add_argument("--target", type=Path, default=Path("output/tiny/start.safetensors"), help="file to write")
-    parser.add_argument("--steps", type=int, default=4000, help="steps of the VAE's training")
+    parser.add_argument("--steps", type=int, default=7000, help="steps of the VAE's training")
     parser.add_argument("--seed", type=int, default=1, help="seed of everything that is drawn")
     options = TinyVaeOptions(**vars(parser.parse_args()))
     setup_logging()
