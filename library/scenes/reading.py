@@ -1,7 +1,7 @@
 """What a picture shows, read by plain image analysis: no model judges a model here.
 
 The ground is the commonest colour of the border. What differs from it falls into connected figures; each gives a
-colour (median), a place (centre of mass), a size (box) and a shape (the template of that box with the best overlap).
+colour (median), a place and a size (its box) and a shape (the template of that box with the best overlap).
 
 Shapes: H W pixels, pictures uint8 (H, W, 3) RGB.
 """
@@ -53,7 +53,7 @@ def read(picture: Picture, shapes: tuple[str, ...] = (*SHAPES, *NEW_SHAPES)) -> 
     side = picture.shape[0]
     ground = _ground(picture)
     far = np.linalg.norm(picture.astype(np.float32) - ground, axis=-1) > DIFFERENT
-    count, labels, stats, centres = cv2.connectedComponentsWithStats(far.astype(np.uint8), connectivity=8)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(far.astype(np.uint8), connectivity=8)
     seen: list[Seen] = []
     for label in range(1, count):
         left, top, width, height, area = (int(value) for value in stats[label])
@@ -64,7 +64,7 @@ def read(picture: Picture, shapes: tuple[str, ...] = (*SHAPES, *NEW_SHAPES)) -> 
         core = cv2.erode(inside.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
         pixels = picture[core if core.sum() >= 4 else inside]
         radius = max(width, height) / 2 / side
-        x, y = (float(value) / side for value in centres[label])
+        x, y = (left + width / 2) / side, (top + height / 2) / side
         colour = flat_colour(pixels.astype(np.float32))
         seen.append(Seen(shape, colour, place_name(x, y), size_name(radius), overlap, area / side / side))
     return Reading(colour_name(ground), tuple(sorted(seen, key=lambda figure: -figure.area)))
