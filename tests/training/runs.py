@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from library.options.scripts import SDXL_TRAIN_LLLITE, SDXL_TRAIN_NETWORK, TRAIN
 from library.training import loop
 from library.training.app import run
 from library.training.script import Script
+from tests.training.processes import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Script(TRAIN_NETWORK, kind="library.training.kinds.adapter:AdapterTraining", tracker_name="network_train")
@@ -76,11 +76,7 @@ def train(model: Path, data: Path, out: Path, *more: str, script: Script = SCRIP
 
 def launch_two(script: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Run an entry script in two processes on the CPU."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launcher, script, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-    )
+    return launch(script, arguments, 2)
 
 
 def tensors(path: Path) -> dict[str, Tensor]:

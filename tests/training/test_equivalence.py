@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.toy import toy_modules, toy_spec
-from tests.training.runs import SGD, command, difference, launch_two, train, write_photos
+from tests.training.processes import launch_torchrun
+from tests.training.runs import SGD, command, difference, train, write_photos
 
 
 def test_accumulation_equals_the_big_batch(model, photos, tmp_path):
@@ -29,7 +30,7 @@ def test_two_processes_equal_one_with_twice_the_batch(model, photos, tmp_path):
     # with clip_skip the encoder's last layer gets no gradient, which several processes must bear
     shared = ("--cache_latents_to_disk", "--clip_skip", "2", "--max_train_steps", "2", *SGD)
     arguments = command(model, photos, tmp_path / "two", "--train_batch_size", "1", *shared)
-    done = launch_two("train_network.py", arguments)
+    done = launch_torchrun("train_network.py", arguments, 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes" in done.stderr
     assert train(model, photos, tmp_path / "one", "--train_batch_size", "2", *shared) == 0
