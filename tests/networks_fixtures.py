@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import torch
@@ -80,6 +82,12 @@ def clip_config(width: int, layers: int, mlp: int, vocabulary: int, pooled: int 
 
 def toy_models(sd2: bool = False, layers: int = 2) -> tuple[CLIPTextModel, UNet2DConditionModel]:
     """A text encoder and a U-Net of toy width with all blocks of the real ones; weights are always the same."""
+    return copy.deepcopy(_toy_models_once(sd2, layers))
+
+
+@functools.cache
+def _toy_models_once(sd2: bool, layers: int) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+    """The same, shared by everyone in this process: not to be changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make_clip(32, layers, 64), make_unet((32, 64, 64, 64), 32, sd2)
@@ -95,6 +103,12 @@ def full_models(sd2: bool = False) -> tuple[CLIPTextModel, UNet2DConditionModel]
 
 def toy_sdxl_models() -> tuple[list[nn.Module], UNet2DConditionModel]:
     """Both text encoders and a U-Net of toy width with all blocks of SDXL; weights are always the same."""
+    return copy.deepcopy(_toy_sdxl_models_once())
+
+
+@functools.cache
+def _toy_sdxl_models_once() -> tuple[list[nn.Module], UNet2DConditionModel]:
+    """The same, shared by everyone in this process: not to be changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoders: list[nn.Module] = [make_clip(32, 2, 64), make_second_clip(64, 3, 128, 100, 48)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import tempfile
 from pathlib import Path
 
 import torch
@@ -56,7 +59,12 @@ def toy_modules(
     family: str = "sd1", seed: int = 0, spec: ArchitectureSpec | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, nn.Module]:
     """The parts by name (text_encoder, text_encoder_2, unet, vae), made of ``seed``; outputs have a sensible size."""
-    spec = spec or toy_spec(family)
+    return copy.deepcopy(_made_once(spec or toy_spec(family), seed, dtype))
+
+
+@functools.lru_cache(maxsize=12)
+def _made_once(spec: ArchitectureSpec, seed: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The same, shared by everyone in this process: not to be changed."""
     empty: dict[str, nn.Module] = {
         **{name: build.empty_text_encoder(t) for name, t in zip(spec.text_parts, spec.text_encoders, strict=True)},
         "unet": build.empty_unet(spec.unet),
@@ -79,15 +87,26 @@ def write_toy_checkpoint(
     metadata: dict[str, str] | None = None,
 ) -> Path:
     """A Stability single file (.safetensors) of the toy; the same arguments give the same bytes."""
-    save_single_file(Path(path), toy_spec(family), toy_modules(family, seed), dtype, metadata)
+    Path(path).write_bytes(_file_once(Path(path).suffix, family, seed, dtype, tuple((metadata or {}).items())))
     return Path(path)
+
+
+@functools.lru_cache(maxsize=12)
+def _file_once(suffix: str, family: str, seed: int, dtype: torch.dtype, metadata: tuple[tuple[str, str], ...]) -> bytes:
+    """The bytes of the checkpoint: 20 MB each, and dozens of test files want the same three."""
+    spec = toy_spec(family)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"toy{suffix}"
+        save_single_file(file, spec, _made_once(spec, seed, torch.float32), dtype, dict(metadata))
+        return file.read_bytes()
 
 
 def write_toy_folder(
     folder: str | Path, family: str = "sd1", seed: int = 0, prediction_type: PredictionType = "epsilon"
 ) -> Path:
     """A Diffusers folder of the toy, without tokenizer."""
-    save_folder(Path(folder), toy_spec(family), toy_modules(family, seed), prediction_type)
+    spec = toy_spec(family)
+    save_folder(Path(folder), spec, _made_once(spec, seed, torch.float32), prediction_type)
     return Path(folder)
 
 
