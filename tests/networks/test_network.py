@@ -216,7 +216,7 @@ def test_norm_limit(models: Models) -> None:
 
 def test_save_load_round_trip_keeps_output(models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     network = make(models, conv_dim="2", conv_alpha="1.5")
-    trained = outputs(models)
+    trained, expected = outputs(models), network.state_dict()
     for suffix in ("safetensors", "pt"):
         file = str(tmp_path / f"net.{suffix}")
         network.save_weights(file, None, {"ss_network_dim": "4"})
@@ -229,7 +229,7 @@ def test_save_load_round_trip_keeps_output(models: Models, tmp_path: Path, caplo
         assert "its alpha 2.0 replaces 7.0" in caplog.text
         # the file's alpha is used as well as saved again
         assert all(torch.equal(a, b) for a, b in zip(outputs(fresh_models), trained, strict=True))
-        assert all(torch.equal(t, network.state_dict()[k]) for k, t in fresh.state_dict().items())
+        assert all(torch.equal(t, expected[k]) for k, t in fresh.state_dict().items())
 
 
 def test_dims_from_weights(models: Models, tmp_path: Path) -> None:
@@ -277,7 +277,8 @@ def test_files_that_do_not_fit_are_refused(models: Models, tmp_path: Path) -> No
     wide.apply_to(*other_rank)
     with pytest.raises(UserError, match=r"204 layers do not fit, first .*rank 8 here.*dim_from_weights"):
         wide.load_weights(save(network, tmp_path, "plain"))
-    assert all(torch.equal(tensor, network.state_dict()[key]) for key, tensor in before.items())
+    after = network.state_dict()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
     sd2 = toy_models(layers=3)
     deeper = make(sd2)
     with pytest.raises(UserError, match="made for another base model"):

@@ -11,9 +11,9 @@ from tests.training.runs import metadata, state, stop_after, tensors, train, wri
 
 SIZES = [(80, 64), (64, 80), (64, 64), (70, 70), (96, 64), (64, 64), (90, 70)]
 OPTIONS = (
-    "--max_train_steps", "30", "--enable_bucket", "--min_bucket_reso", "32", "--bucket_reso_steps", "8",
+    "--max_train_steps", "12", "--enable_bucket", "--min_bucket_reso", "32", "--bucket_reso_steps", "8",
     "--train_batch_size", "2", "--shuffle_caption", "--caption_tag_dropout_rate", "0.3", "--flip_aug",
-    "--network_dropout", "0.1", "--noise_offset", "0.05", "--lr_scheduler", "cosine", "--lr_warmup_steps", "5",
+    "--network_dropout", "0.1", "--noise_offset", "0.05", "--lr_scheduler", "cosine", "--lr_warmup_steps", "3",
     "--gradient_accumulation_steps", "2", "--network_args", "rank_dropout=0.1", "module_dropout=0.1", "conv_dim=2",
 )  # fmt: skip
 
@@ -32,7 +32,7 @@ def test_three_interruptions_change_no_byte(model, data, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert train(model, data, whole, *OPTIONS) == 0
     resume: tuple[str, ...] = ()
-    for steps in (4, 11, 23):
+    for steps in (2, 5, 9):
         with monkeypatch.context() as patch:
             stop_after(patch, steps)
             assert train(model, data, broken, *OPTIONS, *resume) == 0

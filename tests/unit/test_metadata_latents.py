@@ -97,7 +97,7 @@ def test_training_finds_the_latents_in_every_precision(tmp_path: Path, dtype: to
 
 
 def test_each_image_is_read_once_however_many_buckets(tmp_path: Path, vae: ToyVae, monkeypatch: pytest.MonkeyPatch):
-    sizes = [(64 + 8 * (n % 6), 64 + 8 * (n // 6)) for n in range(30)]
+    sizes = [(64 + 8 * (n % 4), 64 + 8 * (n // 4)) for n in range(12)]
     folder = photos(tmp_path / "in", *sizes)
     counts = {"read": 0, "fit": 0, "facts": 0, "save": 0}
 
@@ -117,7 +117,7 @@ def test_each_image_is_read_once_however_many_buckets(tmp_path: Path, vae: ToyVa
     status, entries = run(folder, "--bucket_no_upscale", "--bucket_reso_steps", "8", "--batch_size", "2")
     assert status == 0
     buckets = {tuple(entry["train_resolution"]) for entry in entries.values() if "train_resolution" in entry}  # type: ignore[arg-type]
-    assert len(buckets) > 25
+    assert len(buckets) > 9
     assert counts["read"] == counts["fit"] == len(sizes)
     assert counts["facts"] <= 4 * len(sizes)
     assert counts["save"] == 1
