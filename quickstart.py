@@ -136,7 +136,7 @@ def test(python: Path) -> None:
         ("style (ruff check)", [python, "-m", "ruff", "check", "."]),
         ("format (ruff format)", [python, "-m", "ruff", "format", "--check", "."]),
         ("types (basedpyright)", [python, "-m", "basedpyright", "--pythonpath", python]),
-        ("tests (pytest)", [python, "-m", "pytest", "-n", "2", "--durations", "10"]),
+        ("tests (pytest)", [python, "-m", "pytest", "-n", "2", "--dist", "worksteal", "--durations", "10"]),
     ]
     failed: list[str] = []
     for name, command in checks:
