@@ -61,6 +61,7 @@ from library.options.network_tools import (
     SvdMergeOptions,
 )
 from library.options.preparation_scripts import PREPARATION_SCRIPTS, check_dataset_row
+from library.options.scenes import MAKE_SCENES, SCORE_TINY
 from library.options.settings import ScriptOptions
 
 IMAGES = ("train_data_dir", "in_json", "dataset_config", "dataset_class")
@@ -379,4 +380,6 @@ SCRIPTS = (
     CONVERT_MODEL,
     *PREPARATION_SCRIPTS,
     CHECK_DATASET,
+    MAKE_SCENES,
+    SCORE_TINY,
 )

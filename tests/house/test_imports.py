@@ -28,6 +28,7 @@ LAYERS = {
     "library.text": 1,
     "library.models": 1,
     "library.data": 1,
+    "library.scenes": 1,
     "library.families": 2,
     "library.generation": 3,
     "library.preparation": 3,

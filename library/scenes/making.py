@@ -1,0 +1,74 @@
+"""Random scenes: what the built-in model learns from."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from library.scenes.world import (
+    COLOURS,
+    GROUND_TEXTURES,
+    PLACES,
+    RADII,
+    SHAPES,
+    STYLES,
+    TEXTURES,
+    Figure,
+    Place,
+    Scene,
+    Size,
+    is_held_out,
+)
+
+PLAIN_SHARE = 0.8  # scenes of flat, plain figures
+PAIR_SHARE = 0.08  # two figures of different kinds
+COUNT_SHARE = 0.12  # two or three figures of one kind
+COUNT_PLACES = {2: ((0.28, 0.5), (0.72, 0.5)), 3: ((0.22, 0.3), (0.78, 0.3), (0.5, 0.74))}
+
+
+def random_scene(rng: random.Random, shapes: tuple[str, ...] = SHAPES) -> Scene:
+    """A scene of the training world; held-out combinations of shape, colour and ground never come."""
+    figure, ground = random_kind(rng, shapes)
+    if rng.random() > PLAIN_SHARE:
+        figure = replace(figure, style=rng.choice(STYLES), texture=rng.choice(TEXTURES))
+    texture = "plain" if rng.random() < 0.92 else rng.choice(GROUND_TEXTURES)
+    kind = rng.random()
+    if kind < PAIR_SHARE:
+        other, _ = random_kind(rng, tuple(shape for shape in shapes if shape != figure.shape), ground)
+        return Scene(_spread(rng, (figure, other)), ground, texture)
+    if kind < PAIR_SHARE + COUNT_SHARE:
+        return Scene(_spread(rng, (figure,) * rng.choice((2, 3))), ground, texture)
+    return Scene((_placed(rng, figure),), ground, texture)
+
+
+def random_kind(rng: random.Random, shapes: tuple[str, ...], ground: str | None = None) -> tuple[Figure, str]:
+    """A figure without a place and the colour of its ground, from the combinations that are not held out."""
+    while True:
+        shape, colour = rng.choice(shapes), rng.choice(tuple(COLOURS))
+        behind = ground or rng.choice(tuple(COLOURS))
+        if colour != behind and not is_held_out(shape, colour, behind):
+            return Figure(shape, colour), behind
+
+
+def placed(figure: Figure, rng: random.Random, size: Size, place: Place) -> Figure:
+    """The figure with a size and a place, both a little off as hands draw."""
+    x, y = PLACES[place]
+    centre = (x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03))
+    return replace(figure, size=size, place=place, centre=centre, radius=rng.uniform(*RADII[size]))
+
+
+def _placed(rng: random.Random, figure: Figure) -> Figure:
+    size: Size = rng.choices(("small", "medium", "big"), (0.15, 0.65, 0.2))[0]
+    place: Place = "centre"
+    if size != "big" and rng.random() < 0.5:
+        place = rng.choice(tuple(PLACES))
+    return placed(figure, rng, size, place)
+
+
+def _spread(rng: random.Random, figures: tuple[Figure, ...]) -> tuple[Figure, ...]:
+    """The figures side by side, all of one size."""
+    radius = rng.uniform(0.15, 0.19)
+    return tuple(
+        replace(figure, centre=(x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02)), radius=radius)
+        for figure, (x, y) in zip(figures, COUNT_PLACES[len(figures)], strict=True)
+    )

@@ -1,0 +1,125 @@
+"""How well a model draws what it is asked for: questions, answers read from its pictures, shares with error bars."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from library.scenes.drawing import Picture
+from library.scenes.making import placed
+from library.scenes.reading import read
+from library.scenes.wording import caption
+from library.scenes.world import COLOURS, NEW_SHAPES, PLACES, SHAPES, Figure, Place, Scene, Size, combinations
+
+PROPERTIES = ("ground", "count", "colour", "shape", "place", "size")
+TAUGHT_COLOURS = ("red", "yellow", "blue", "white")
+TAUGHT_GROUNDS = ("black", "green", "white", "brown")
+TAUGHT_PLACES: tuple[Place, ...] = ("centre", "left")
+"""What the pictures of a new subject show; questions about it ask for the others."""
+SURE = 1.96  # half the width of a 95 % interval in standard deviations
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt and the one flat figure that its picture has to show."""
+
+    prompt: str
+    scene: Scene
+
+    def answer(self, picture: Picture) -> dict[str, bool]:
+        """Which properties the picture (H, W, 3) has right. Without a figure all but the ground are wrong."""
+        wanted, seen = self.scene.figures[0], read(picture)
+        right = dict.fromkeys(PROPERTIES, False) | {"ground": seen.ground == self.scene.ground}
+        if seen.figures:
+            found = seen.figures[0]
+            right["count"] = len(seen.figures) == 1
+            right |= {name: getattr(found, name) == getattr(wanted, name) for name in PROPERTIES[2:]}
+        return right
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How many of ``asked`` were right."""
+
+    right: int
+    asked: int
+
+    @property
+    def value(self) -> float:
+        """The share, 0..1."""
+        return self.right / self.asked if self.asked else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the share (Wilson 1927, equation 4)."""
+        if not self.asked:
+            return 0.0, 1.0
+        z2 = SURE**2 / self.asked
+        middle = (self.value + z2 / 2) / (1 + z2)
+        half = SURE / (1 + z2) * math.sqrt(self.value * (1 - self.value) / self.asked + z2 / (4 * self.asked))
+        return max(0.0, middle - half), min(1.0, middle + half)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.value:5.1f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def questions(count: int, rng: random.Random) -> list[Question]:
+    """Prompts for one flat figure each, of combinations of shape, colour and ground that no training scene shows."""
+    held_out = combinations(held_out=True)
+    kinds = [kind for _ in range(-(-count // len(held_out))) for kind in rng.sample(held_out, len(held_out))]
+    return [_question(Figure(shape, colour), ground, rng) for shape, colour, ground in kinds[:count]]
+
+
+def _question(figure: Figure, ground: str, rng: random.Random, places: Sequence[Place] = tuple(PLACES)) -> Question:
+    size: Size = rng.choices(("small", "medium", "big"), (0.15, 0.65, 0.2))[0]
+    place: Place = "centre" if size == "big" or rng.random() < 0.5 else rng.choice(places)
+    scene = Scene((placed(figure, rng, size, place),), ground)
+    return Question(caption(scene, rng), scene)
+
+
+def subject_questions(shape: str, word: str, count: int, rng: random.Random) -> list[Question]:
+    """Prompts for a new subject by its ``word``, in colours, on grounds and at places that its pictures never show."""
+    asked: list[Question] = []
+    colours = [colour for colour in COLOURS if colour not in TAUGHT_COLOURS]
+    grounds = [ground for ground in COLOURS if ground not in TAUGHT_GROUNDS]
+    places: list[Place] = [place for place in PLACES if place not in TAUGHT_PLACES]
+    while len(asked) < count:
+        colour, ground = rng.choice(colours), rng.choice(grounds)
+        if colour != ground:
+            scene = Scene((placed(Figure(shape, colour), rng, "medium", rng.choice(places)),), ground)
+            asked.append(Question(caption(_named(scene, word), rng), scene))
+    return asked
+
+
+def subject_scenes(shape: str, count: int, rng: random.Random) -> list[Scene]:
+    """Pictures that teach a new subject: few colours, grounds and places, each about as often."""
+    scenes: list[Scene] = []
+    kinds = [(colour, ground) for colour in TAUGHT_COLOURS for ground in TAUGHT_GROUNDS if colour != ground]
+    for colour, ground in rng.sample(kinds * -(-count // len(kinds)), count):
+        figure = placed(Figure(shape, colour), rng, "medium", rng.choice(TAUGHT_PLACES))
+        scenes.append(Scene((figure,), ground))
+    return scenes
+
+
+def subject_caption(scene: Scene, word: str, rng: random.Random) -> str:
+    """The caption of a subject's picture, with its ``word`` in place of the shape."""
+    return caption(_named(scene, word), rng)
+
+
+def _named(scene: Scene, word: str) -> Scene:
+    return replace(scene, figures=tuple(replace(figure, shape=word) for figure in scene.figures))
+
+
+def shares(answers: Iterable[dict[str, bool]]) -> dict[str, Share]:
+    """The share of right answers for each property."""
+    given = list(answers)
+    return {name: Share(sum(answer[name] for answer in given), len(given)) for name in PROPERTIES}
+
+
+def shows(picture: Picture, shape: str) -> bool:
+    """True if the picture's largest figure has this shape more than any other."""
+    figures = read(picture, (*SHAPES, *NEW_SHAPES)).figures
+    return bool(figures) and figures[0].shape == shape

@@ -1,0 +1,84 @@
+"""What a scene is made of, as plain data: words, colours, sizes, places. Lengths are shares of the picture's side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+RGB = tuple[int, int, int]
+Style = Literal["flat", "outlined", "shaded"]
+Texture = Literal["plain", "striped", "spotted"]
+GroundTexture = Literal["plain", "striped", "checkered"]
+Size = Literal["small", "medium", "big"]
+Place = Literal["centre", "left", "right", "top", "bottom"]
+
+COLOURS: dict[str, RGB] = {
+    "red": (215, 35, 40),
+    "orange": (250, 140, 20),
+    "yellow": (250, 225, 50),
+    "green": (45, 160, 65),
+    "blue": (40, 85, 215),
+    "purple": (125, 45, 165),
+    "pink": (250, 150, 195),
+    "brown": (125, 75, 40),
+    "black": (20, 20, 20),
+    "white": (245, 245, 245),
+}
+SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
+"""The shapes that the built-in model learns."""
+NEW_SHAPES = ("house", "arrow", "moon", "fish")
+"""Shapes that it never sees: subjects to teach it."""
+STYLES: tuple[Style, ...] = ("flat", "outlined", "shaded")
+TEXTURES: tuple[Texture, ...] = ("plain", "striped", "spotted")
+GROUND_TEXTURES: tuple[GroundTexture, ...] = ("plain", "striped", "checkered")
+PLACES: dict[Place, tuple[float, float]] = {
+    "centre": (0.5, 0.5),
+    "left": (0.29, 0.5),
+    "right": (0.71, 0.5),
+    "top": (0.5, 0.29),
+    "bottom": (0.5, 0.71),
+}
+RADII: dict[Size, tuple[float, float]] = {"small": (0.13, 0.16), "medium": (0.21, 0.26), "big": (0.34, 0.4)}
+"""Half the side of the box around a shape, smallest and largest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One shape in a scene. ``centre`` is x, y from the upper left corner, ``radius`` half the side of its box."""
+
+    shape: str
+    colour: str
+    size: Size = "medium"
+    place: Place = "centre"
+    style: Style = "flat"
+    texture: Texture = "plain"
+    centre: tuple[float, float] = (0.5, 0.5)
+    radius: float = 0.24
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Figures on a ground. Several figures of one kind are a count; two of different kinds stand side by side."""
+
+    figures: tuple[Figure, ...]
+    ground: str
+    ground_texture: GroundTexture = "plain"
+
+
+def is_held_out(shape: str, colour: str, ground: str) -> bool:
+    """True for the combinations (one in ten) that no training scene shows as its figure and ground.
+
+    They are spread so that every word stays in use: along a diagonal of the table of all combinations.
+    """
+    shapes, colours = (*SHAPES, *NEW_SHAPES), tuple(COLOURS)
+    return (shapes.index(shape) + 3 * colours.index(colour) + colours.index(ground)) % 10 == 0
+
+
+def combinations(held_out: bool) -> list[tuple[str, str, str]]:
+    """All (shape, colour, ground) of the world with a ground of another colour, held out or not."""
+    return [
+        (shape, colour, ground)
+        for shape, colour, ground in product(SHAPES, COLOURS, COLOURS)
+        if colour != ground and is_held_out(shape, colour, ground) == held_out
+    ]

@@ -1,0 +1,170 @@
+"""The world of the built-in model: scenes, captions, and the reading of pictures that scores models."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from library.rng import stream
+from library.scenes.drawing import draw
+from library.scenes.making import placed, random_scene
+from library.scenes.reading import MIXED, UNKNOWN, read
+from library.scenes.scoring import (
+    TAUGHT_COLOURS,
+    TAUGHT_GROUNDS,
+    TAUGHT_PLACES,
+    Question,
+    Share,
+    questions,
+    shares,
+    shows,
+    subject_questions,
+    subject_scenes,
+)
+from library.scenes.wording import caption
+from library.scenes.world import COLOURS, NEW_SHAPES, PLACES, SHAPES, Figure, Scene, combinations, is_held_out
+from tools.make_scenes import main as make_scenes
+
+ALL_SHAPES = (*SHAPES, *NEW_SHAPES)
+
+
+def one(figure: Figure, ground: str, seed: int = 0, size: str = "medium", place: str = "centre") -> Scene:
+    return Scene((placed(figure, stream(seed, "test"), size, place),), ground)  # pyright: ignore[reportArgumentType]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(ALL_SHAPES),
+    st.permutations(list(COLOURS)),
+    st.sampled_from(list(PLACES)),
+    st.integers(0, 10_000),
+)
+def test_what_was_drawn_is_read(shape: str, colours: list[str], place: str, seed: int):
+    scene = one(Figure(shape, colours[0]), colours[1], seed, "medium", place)
+    answer = Question("", scene).answer(draw(scene, stream(seed, "shades")))
+    assert all(answer.values()), (scene, answer)
+
+
+def test_each_property_can_be_wrong():
+    wanted = one(Figure("star", "red"), "white")
+    question = Question("a red star on a white background", wanted)
+
+    def wrong(scene: Scene) -> set[str]:
+        return {name for name, right in question.answer(draw(scene, stream(0, "x"))).items() if not right}
+
+    figure = wanted.figures[0]
+    assert wrong(wanted) == set()
+    assert wrong(replace(wanted, ground="blue")) == {"ground"}
+    assert wrong(replace(wanted, figures=(replace(figure, colour="blue"),))) == {"colour"}
+    assert wrong(replace(wanted, figures=(replace(figure, shape="cross"),))) == {"shape"}
+    assert wrong(replace(wanted, figures=(replace(figure, centre=(0.72, 0.5)),))) == {"place"}
+    assert wrong(replace(wanted, figures=(replace(figure, radius=0.14),))) == {"size"}
+    two = (replace(figure, centre=(0.25, 0.3), radius=0.2), replace(figure, centre=(0.75, 0.7), radius=0.19))
+    assert "count" in wrong(replace(wanted, figures=two))
+    assert wrong(Scene((), "white")) == {"count", "colour", "shape", "place", "size"}
+
+
+def test_a_blurred_picture_is_still_read():
+    scene = one(Figure("heart", "green"), "yellow")
+    picture = cv2.GaussianBlur(draw(scene, stream(0, "x")), (0, 0), 1.0)
+    assert all(Question("", scene).answer(picture).values())
+
+
+def test_noise_has_no_colour_and_scribble_no_shape():
+    rng = np.random.default_rng(0)
+    assert {figure.colour for figure in read(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).figures} == {MIXED}
+    scribble = np.full((64, 64, 3), 255, np.uint8)
+    cv2.polylines(scribble, [rng.integers(8, 56, (12, 1, 2)).astype(np.int32)], True, (215, 35, 40), 2)
+    assert {figure.shape for figure in read(scribble).figures} == {UNKNOWN}
+
+
+def test_training_scenes_never_show_what_is_asked_for():
+    shown = Counter(
+        (figure.shape, figure.colour, scene.ground)
+        for index in range(3000)
+        for scene in [random_scene(stream(1, "scene", index))]
+        for figure in scene.figures
+    )
+    assert not any(is_held_out(*kind) for kind in shown)
+    asked = {
+        (question.scene.figures[0].shape, question.scene.figures[0].colour, question.scene.ground)
+        for question in questions(200, stream(1, "questions"))
+    }
+    assert asked == set(combinations(held_out=True))
+    words = {word for kind in asked for word in kind}
+    assert words == {*SHAPES, *COLOURS}
+    assert set(shown) <= set(combinations(held_out=False))
+    assert len(shown) > 600
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 100_000))
+def test_captions_name_what_is_there(seed: int):
+    rng = stream(seed, "caption")
+    scene = random_scene(rng)
+    text = caption(scene, rng)
+    for figure in scene.figures:
+        assert figure.colour in text
+        assert figure.shape in text
+        assert figure.style == "flat" or figure.style in text
+        assert figure.texture == "plain" or figure.texture in text
+    assert f"{scene.ground} background" in text
+    assert text.endswith("background") or " background with a" in text or " background with t" in text
+    assert "  " not in text
+    assert " a o" not in f" {text}"
+
+
+def test_a_subject_is_asked_for_as_it_was_never_shown():
+    taught = subject_scenes("house", 12, stream(1, "subject"))
+    assert len({(scene.figures[0].colour, scene.ground) for scene in taught}) == 12
+    for scene in taught:
+        assert scene.figures[0].colour in TAUGHT_COLOURS
+        assert scene.ground in TAUGHT_GROUNDS
+        assert scene.figures[0].place in TAUGHT_PLACES
+        assert shows(draw(scene, stream(0, "x")), "house")
+    for question in subject_questions("house", "sks", 50, stream(1, "questions")):
+        figure = question.scene.figures[0]
+        assert figure.colour not in TAUGHT_COLOURS
+        assert question.scene.ground not in TAUGHT_GROUNDS
+        assert figure.place not in TAUGHT_PLACES
+        assert "sks" in question.prompt
+        assert "house" not in question.prompt
+
+
+def test_shares_have_wilsons_interval():
+    # check value: Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263, method 3
+    low, high = Share(81, 263).interval
+    assert low == pytest.approx(0.2553, abs=5e-5)
+    assert high == pytest.approx(0.3662, abs=5e-5)
+    assert Share(0, 0).interval == (0.0, 1.0)
+    found = shares([{name: name == "shape" for name in ("ground", "count", "colour", "shape", "place", "size")}] * 3)
+    assert found["shape"] == Share(3, 3)
+    assert found["colour"] == Share(0, 3)
+
+
+def test_scenes_are_written_with_captions_and_again_the_same(tmp_path):
+    for name in ("one", "two"):
+        assert make_scenes(["--output_dir", str(tmp_path / name), "--count", "5", "--seed", "3"]) == 0
+    for first in sorted((tmp_path / "one").iterdir()):
+        assert first.read_bytes() == (tmp_path / "two" / first.name).read_bytes()
+    assert len(list((tmp_path / "one").glob("*.png"))) == len(list((tmp_path / "one").glob("*.txt"))) == 5
+    meta = tmp_path / "meta.json"
+    assert make_scenes(["--output_dir", str(tmp_path / "three"), "--count", "5", "--out_json", str(meta)]) == 0
+    texts = json.loads(meta.read_text("utf-8"))
+    assert sorted(texts) == sorted(path.stem for path in (tmp_path / "three").glob("*.png"))
+    assert not list((tmp_path / "three").glob("*.txt"))
+
+
+def test_a_subject_is_written_under_its_word(tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--count", "12", "--subject", "fish", "--subject_word", "zwx"]
+    assert make_scenes(argv) == 0
+    texts = [path.read_text("utf-8") for path in sorted(tmp_path.glob("*.txt"))]
+    assert len(texts) == 12
+    assert all("zwx" in text and "fish" not in text for text in texts)
