@@ -59,9 +59,10 @@ def test_every_form_gives_the_net_back(family: str, form: str, tmp_path: Path) -
 def test_the_table_covers_full_size_nets(full: Any) -> None:
     net = empty_control(control_config(full.unet))
     rows = list(control_rows(full.unet))
-    assert {key for _, key, _ in rows} == set(shapes_of(net))
+    of_key = shapes_of(net)
+    assert {key for _, key, _ in rows} == set(of_key)
     assert len({name for name, _, _ in rows}) == len(rows)
-    shapes = {name: shapes_of(net)[key] for name, key, _ in rows}
+    shapes = {name: of_key[key] for name, key, _ in rows}
     hint = [shapes[f"input_hint_block.{index}.weight"][:2] for index in range(0, 16, 2)]
     channels = [3, 16, 16, 32, 32, 96, 96, 256, 320]
     assert hint == [(after, before) for before, after in itertools.pairwise(channels)]
