@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
 from PIL import Image
 
-from library.checkpoint.io import atomic_path
+from library.checkpoint.io import atomic_path, atomic_write_json, atomic_write_text
 from library.log import progress
 from library.options.scenes import SceneOptions
 from library.rng import stream
@@ -30,13 +29,13 @@ def write_scenes(options: SceneOptions) -> int:
     for index, (scene, text) in enumerate(progress(scenes, "pictures")):
         name = f"{index:05d}"
         picture = Image.fromarray(draw(scene, stream(options.seed, "shades", index), options.size_px))
-        with atomic_path(folder / f"{name}.png") as part:
+        with atomic_path(folder / f"{name}.png", durable=False) as part:  # the seed draws it again
             picture.save(part, format="PNG")
         texts[name] = {"caption": text}
         if not options.out_json:
-            _write_text(folder / f"{name}.txt", text + "\n")
+            atomic_write_text(folder / f"{name}.txt", text + "\n", durable=False)
     if options.out_json:
-        _write_text(Path(options.out_json).expanduser(), json.dumps(texts, indent=1) + "\n")
+        atomic_write_json(Path(options.out_json).expanduser(), texts, indent=1)
     logger.info("%s: %d pictures", folder, len(texts))
     return 0
 
@@ -50,9 +49,3 @@ def _subjects(options: SceneOptions) -> list[tuple[Scene, str]]:
     rng = stream(options.seed, "subject")
     scenes = subject_scenes(str(options.subject), options.count, rng)
     return [(scene, subject_caption(scene, options.subject_word, rng)) for scene in scenes]
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as part:
-        part.write_text(text, "utf-8")

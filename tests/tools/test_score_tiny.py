@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import library.generation.app
+from library.generation import scoring
 from library.rng import stream
 from library.scenes.drawing import draw
 from library.scenes.scoring import questions, subject_questions
@@ -32,7 +32,7 @@ def paint(monkeypatch: pytest.MonkeyPatch, order: Sequence[int], subject: str | 
             picture.save(Path(argv[argv.index("--outdir") + 1]) / f"im_{place:06d}.png")
         return 0
 
-    monkeypatch.setattr(library.generation.app, "run", run)
+    monkeypatch.setattr(scoring, "run", run)
 
 
 def scores(tmp_path: Path, *more: str) -> dict[str, float]:
@@ -63,6 +63,23 @@ def test_pictures_of_a_model_are_read(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "guidance scale 1, 3 prompts" in said
     assert "guidance scale 3, 3 prompts" in said
     assert len(list((tmp_path / "pictures" / "3").glob("*.png"))) == 3
+
+
+def test_what_the_pictures_are_drawn_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr(scoring, "run", lambda script, argv: given.append(argv) or 1)
+    extras = ["--network_weights", "net.pt", "--network_module", "networks.lokr", "--sampler", "ddim"]
+    extras += ["--textual_inversion_embeddings", "word.pt", "--steps", "7", "--batch_size", "3"]
+    assert main(["--ckpt", "any", "--count", "2", "--outdir", str(tmp_path), *extras]) == 1
+    for name, value in zip(extras[::2], extras[1::2], strict=True):
+        assert given[0][given[0].index(name) + 1] == value
+
+
+def test_pictures_of_an_earlier_score_are_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "5").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "5" / "im_000000.png")
+    assert main(["--ckpt", "any", "--count", "1", "--outdir", str(tmp_path)]) == 1
+    assert "pictures in it already" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,9 +14,8 @@ from PIL import Image
 from library.models.build import canonical_state
 from library.models.control import fresh_control, load_control, save_control_file
 from library.models.load import Target
-from library.models.save import save_single_file
 from tests.control_fixtures import toy_control
-from tests.lllite_fixtures import TWO_STEPS, Pairs, run, same
+from tests.lllite_fixtures import TWO_STEPS, Pairs, control, same, write_stripes
 from tests.toy import toy_modules, toy_spec
 from tests.training.runs import CONTROL_SCRIPT, command, launch_two, state, stop_after, tensors, write_pairs
 
@@ -40,10 +38,6 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("net") / "net.safetensors"
     save_control_file(path, toy_control(), toy_spec().unet)
     return path
-
-
-def control(model: Path, data: Pairs, out: Path, *options: str) -> Path:
-    return run(model, data, out, *options, script=CONTROL_SCRIPT)
 
 
 def apart(one: Path, other: Path, start: Path) -> float:
@@ -135,22 +129,7 @@ def test_the_first_loss_is_the_model_s_own(model: Path, pairs: Pairs, tmp_path: 
 
 def test_it_learns_to_follow_its_pictures(tmp_path: Path, losses: list[float]) -> None:
     """At nearly pure noise the target (velocity) is the image, which only the conditioning picture tells."""
-    modules: dict[str, Any] = dict(toy_modules())
-    with torch.no_grad():
-        modules["vae"].quant_conv.weight[:4] *= 15  # latents of the size that trained VAEs have
-    model = tmp_path / "model.safetensors"
-    save_single_file(model, toy_spec(), modules, torch.float32, None)
-    images, edges, wrong = (tmp_path / name for name in ("images", "edges", "wrong"))
-    rows, columns = np.mgrid[0:64, 0:64]
-    for name, place in {"lying": rows, "standing": columns}.items():
-        picture = Image.fromarray(((place // 8) % 2 * 255).astype(np.uint8)).convert("RGB")
-        for folder in (images, edges):
-            folder.mkdir(exist_ok=True)
-            picture.save(folder / f"{name}.png")
-        (images / f"{name}.txt").write_text("stripes")
-    shutil.copytree(edges, wrong)
-    (wrong / "lying.png").write_bytes((edges / "standing.png").read_bytes())
-    (wrong / "standing.png").write_bytes((edges / "lying.png").read_bytes())
+    model, images, edges, wrong = write_stripes(tmp_path)
     shared = ("--train_batch_size", "2", "--cache_latents", "--v_parameterization", "--min_timestep", "980")
     learning = ("--max_train_steps", "18", "--learning_rate", "3e-3")
     file = control(model, Pairs(images, edges), tmp_path / "out", *shared, *learning)

@@ -22,7 +22,7 @@ from library.options import ModelOptions
 from library.options.scripts import GEN_IMG
 from library.training.app import run as run_script
 from tests.control_fixtures import toy_control
-from tests.lllite_fixtures import TWO_STEPS, Pairs, refusal, run, same
+from tests.lllite_fixtures import TWO_STEPS, Pairs, control, refusal, same
 from tests.text_diffusion_fixtures import diffusers_pipeline
 from tests.toy import toy_spec
 from tests.training.runs import CONTROL_SCRIPT, ROOT, metadata, tensors, train, write_pairs
@@ -49,10 +49,6 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("net") / "net.safetensors"
     save_control_file(path, toy_control(), toy_spec().unet)
     return path
-
-
-def control(model: Path, data: Pairs, out: Path, *options: str) -> Path:
-    return run(model, data, out, *options, script=CONTROL_SCRIPT)
 
 
 def picture(path: Path) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 
 from library.models.save import save_single_file
-from tests.lllite_fixtures import SMALL, TWO_STEPS, Pairs, apart, run, same
+from tests.lllite_fixtures import SMALL, TWO_STEPS, Pairs, apart, run, same, write_stripes
 from tests.toy import toy_modules, toy_spec
 from tests.training.runs import (
     LLLITE_SCRIPT,
@@ -80,22 +79,7 @@ def test_a_fresh_net_leaves_the_model_as_it_is(
 
 def test_it_learns_to_follow_its_pictures(tmp_path: Path, losses: list[float]) -> None:
     """At nearly pure noise the target (velocity) is the image, which only the conditioning picture tells."""
-    modules: dict[str, Any] = dict(toy_modules("sdxl"))
-    with torch.no_grad():
-        modules["vae"].quant_conv.weight[:4] *= 15  # latents of the size that trained VAEs have
-    model = tmp_path / "model.safetensors"
-    save_single_file(model, toy_spec("sdxl"), modules, torch.float32, None)
-    images, edges, wrong = (tmp_path / name for name in ("images", "edges", "wrong"))
-    rows, columns = np.mgrid[0:64, 0:64]
-    for name, place in {"lying": rows, "standing": columns}.items():
-        picture = Image.fromarray(((place // 8) % 2 * 255).astype(np.uint8)).convert("RGB")
-        for folder in (images, edges):
-            folder.mkdir(exist_ok=True)
-            picture.save(folder / f"{name}.png")
-        (images / f"{name}.txt").write_text("stripes")
-    shutil.copytree(edges, wrong)
-    (wrong / "lying.png").write_bytes((edges / "standing.png").read_bytes())
-    (wrong / "standing.png").write_bytes((edges / "lying.png").read_bytes())
+    model, images, edges, wrong = write_stripes(tmp_path, "sdxl")
     shared = ("--train_batch_size", "2", "--cache_latents", "--v_parameterization", "--min_timestep", "980")
     learning = ("--max_train_steps", "60", "--learning_rate", "1e-2", "--cond_emb_dim", "16", "--network_dim", "16")
     file = run(model, Pairs(images, edges), tmp_path / "out", *shared, *learning)

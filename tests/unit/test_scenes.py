@@ -160,6 +160,8 @@ def test_scenes_are_written_with_captions_and_again_the_same(tmp_path):
     texts = json.loads(meta.read_text("utf-8"))
     assert sorted(texts) == sorted(path.stem for path in (tmp_path / "three").glob("*.png"))
     assert not list((tmp_path / "three").glob("*.txt"))
+    assert make_scenes(["--output_dir", str(tmp_path / "large"), "--count", "1", "--size_px", "96"]) == 0
+    assert cv2.imread(str(tmp_path / "large" / "00000.png")).shape == (96, 96, 3)
 
 
 def test_a_subject_is_written_under_its_word(tmp_path):
