@@ -6,10 +6,8 @@ as before afterwards.
 
 from __future__ import annotations
 
-import glob
 import logging
 import random
-import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -18,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from library.checkpoint.io import atomic_path
 from library.families.base import ModelFamily, ModelParts
 from library.generation.denoise import Extension
 from library.generation.guided import generate_guided
@@ -26,6 +23,7 @@ from library.generation.pipeline import GenerationSettings, generate
 from library.generation.prompts import PromptSpec, load_prompts
 from library.log import UserError
 from library.training.clock import Clock, is_due
+from library.training.preview_files import START, PreviewFiles
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,8 +75,7 @@ class Previewer:
         self._family = family
         self._parts = parts
         self._settings = settings
-        self._folder = Path(output_dir) / "sample"
-        self._stem = f"{output_name}_" if output_name else ""
+        self._files = PreviewFiles(Path(output_dir) / "sample", f"{output_name}_" if output_name else "")
         self._modules = (*parts.modules(), *trained)
         self._rank, self._processes = rank, processes
         self._trackers = trackers
@@ -92,8 +89,10 @@ class Previewer:
 
     def at_start(self, clock: Clock) -> None:
         """Before the first step; a resumed run had it already."""
-        if self._options.sample_at_first and clock.step == 0:
-            self._draw_all("e000000", clock)
+        if clock.step:
+            self._files.include_earlier()
+        elif self._options.sample_at_first:
+            self._draw_all(START, clock)
 
     def after_step(self, clock: Clock, report: object = None) -> None:
         """After each optimizer step; what the step reports does not matter here."""
@@ -106,15 +105,14 @@ class Previewer:
             self._draw_all(f"e{clock.epoch:06d}", clock)
 
     def _draw_all(self, moment: str, clock: Clock) -> None:
-        began = time.time()
         prompts = self._current_prompts()
         with evaluating(self._modules), untouched_random_states(self._settings.device), self._in_use():
             for index in range(self._rank, len(prompts), self._processes):
                 self._draw(index, prompts[index], moment)
         if self._barrier is not None:
             self._barrier()
-        if self._trackers:
-            self._log_images(len(prompts), moment, clock.step, began)
+        if self._rank == 0:
+            self._show(prompts, moment, clock.step)
 
     def _current_prompts(self) -> Sequence[PromptSpec]:
         try:
@@ -125,7 +123,8 @@ class Previewer:
 
     def _draw(self, index: int, prompt: PromptSpec, moment: str) -> None:
         try:
-            self._write(self._picture(prompt), self._file_name(index, prompt, moment))
+            file = self._files.write(self._picture(prompt), index, prompt.seed, moment)
+            logger.info("preview: %s", file)
         except (KeyboardInterrupt, SystemExit):
             raise
         except Exception as error:  # whatever goes wrong in a preview must not end the training
@@ -137,31 +136,24 @@ class Previewer:
             return generate_guided(self._family, self._parts, prompt, self._settings, self._net)
         return generate(self._family, self._parts, prompt, self._settings)
 
-    def _file_name(self, index: int, prompt: PromptSpec, moment: str) -> str:
-        stamp = time.strftime("%Y%m%d%H%M%S", time.localtime())
-        seed = "" if prompt.seed is None else f"_{prompt.seed}"
-        return f"{self._stem}{moment}_{index:02d}_{stamp}{seed}.png"
+    def _show(self, prompts: Sequence[PromptSpec], moment: str, step: int) -> None:
+        """Put the pictures of all processes on the sheet, and give them to the trackers."""
+        try:
+            logger.info("all previews so far: %s", self._files.write_sheet(prompts))
+        except (OSError, ValueError) as error:
+            logger.warning("the sheet of previews could not be written: %s", error)
+        if self._trackers:
+            self._log_images(self._files.newest().get(moment, {}), step)
 
-    def _write(self, picture: Image, name: str) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self._folder / name) as temporary:
-            picture.save(temporary, format="PNG")
-        logger.info("preview: %s", self._folder / name)
-
-    def _log_images(self, count: int, moment: str, step: int, began: float) -> None:
-        """Give the pictures of all processes to the trackers (which only the main process has)."""
+    def _log_images(self, files: dict[int, Path], step: int) -> None:
         import numpy as np
         from PIL import Image as PilImage
 
-        for index in range(count):
-            pattern = f"{glob.escape(self._stem)}{moment}_{index:02d}_*.png"
-            files = [file for file in self._folder.glob(pattern) if file.stat().st_mtime >= began - 1]
-            if files:
-                newest = max(files, key=lambda file: file.stat().st_mtime)
-                pixels_1HWC = np.asarray(PilImage.open(newest).convert("RGB"))[None]
-                for tracker in self._trackers:
-                    extra = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({f"sample_{index}": pixels_1HWC}, step=step, **extra)
+        for index, file in sorted(files.items()):
+            pixels_1HWC = np.asarray(PilImage.open(file).convert("RGB"))[None]
+            for tracker in self._trackers:
+                extra = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({f"sample_{index}": pixels_1HWC}, step=step, **extra)
 
 
 @contextmanager

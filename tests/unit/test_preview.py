@@ -1,6 +1,7 @@
 """When previews are drawn, by whom, under which names; and that they disturb nothing."""
 
 import logging
+import os
 import random
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from library.log import UserError
 from library.training import preview
 from library.training.clock import Clock
 from library.training.preview import Previewer, evaluating
+from library.training.preview_files import in_words, spread
 from tests.text_diffusion_fixtures import toy_parts
 
 PARTS = toy_parts()
@@ -50,7 +52,11 @@ def previewer(folder: Path, options: Options, **extra: Any) -> Previewer:
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "out" / "sample").glob("*"))
+    """The pictures; every run with pictures has one sheet of them."""
+    pictures = sorted(path.name for path in (folder / "out" / "sample").glob("*"))
+    sheets = [name for name in pictures if name.endswith("sheet.png")]
+    assert len(sheets) == bool(pictures)
+    return [name for name in pictures if name not in sheets]
 
 
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -262,3 +268,72 @@ def test_text_encoders_are_on_the_device_while_they_work(fails: bool) -> None:
         encode_prompt(Family(), parts, PromptSpec("a cat"), settings)
     assert seen == [["meta", "meta"]]
     assert [str(encoder.place) for encoder in encoders] == ["cpu", "meta"]
+
+
+def solid(monkeypatch: pytest.MonkeyPatch, colour: tuple[int, int, int]) -> None:
+    """Let every picture be of one colour."""
+    monkeypatch.setattr(preview, "generate", lambda *_: Image.new("RGB", (16, 16), colour))
+
+
+def sheet_colours(folder: Path) -> list[tuple[int, int, int]]:
+    """The pure colours that the sheet shows in its first row of pictures, from left to right."""
+    pure = {(255, 0, 0), (0, 255, 0), (0, 0, 255)}
+    sheet = np.asarray(Image.open(folder / "out" / "sample" / "my_sheet.png"))
+    for row in sheet:
+        seen = [tuple(pixel) for pixel in row.tolist() if tuple(pixel) in pure]
+        if seen:
+            return list(dict.fromkeys(seen))
+    return []
+
+
+def test_the_sheet_shows_the_course_of_the_run(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Options(str(prompts), sample_at_first=True, sample_every_n_steps=1)
+    solid(monkeypatch, (255, 0, 0))
+    drawer = previewer(tmp_path, options)
+    drawer.at_start(Clock(9, 1))
+    solid(monkeypatch, (0, 255, 0))
+    drawer.after_step(Clock(9, 1, step=1))
+    assert sheet_colours(tmp_path) == [(255, 0, 0), (0, 255, 0)]
+
+    solid(monkeypatch, (0, 0, 255))
+    resumed = previewer(tmp_path, options)
+    resumed.at_start(Clock(9, 1, step=1))
+    resumed.after_step(Clock(9, 1, step=2))
+    assert sheet_colours(tmp_path) == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+
+
+def test_the_sheet_leaves_an_earlier_run_out(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solid(monkeypatch, (255, 0, 0))
+    previewer(tmp_path, Options(str(prompts), sample_at_first=True)).at_start(Clock(9, 1))
+    for file in (tmp_path / "out" / "sample").glob("*"):
+        os.utime(file, (1e9, 1e9))
+    solid(monkeypatch, (0, 0, 255))
+    again = previewer(tmp_path, Options(str(prompts), sample_every_n_steps=5))
+    again.at_start(Clock(9, 1))
+    again.after_step(Clock(9, 1, step=5))
+    assert sheet_colours(tmp_path) == [(0, 0, 255)]
+
+
+def test_moments_in_words_and_few_columns() -> None:
+    assert [in_words(moment) for moment in ("e000000", "e000012", "000400")] == [
+        "before training",
+        "epoch 12",
+        "step 400",
+    ]
+    many = [f"{step:06d}" for step in range(100, 3100, 100)]
+    chosen = spread(many, 8)
+    assert chosen[0] == many[0]
+    assert chosen[-1] == many[-1]
+    assert sorted(set(chosen)) == chosen
+    assert len(chosen) == 8
+    assert spread(many[:8], 8) == many[:8]
+
+
+def test_an_unwritable_sheet_is_a_warning(
+    tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    solid(monkeypatch, (255, 0, 0))
+    (tmp_path / "out" / "sample" / "my_sheet.png").mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        previewer(tmp_path, Options(str(prompts), sample_at_first=True)).at_start(Clock(9, 1))
+    assert "sheet of previews" in caplog.text
