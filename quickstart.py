@@ -113,17 +113,16 @@ def train_and_draw(python: Path, output_dir: Path) -> None:
 def report(output_dir: Path, started: float, command: list[str | Path]) -> None:
     """Print the files that this run made."""
     made = sorted(file for file in output_dir.rglob("*") if file.is_file() and file.stat().st_mtime >= started - 1)
-    pictures = [file for file in made if file.suffix == ".png"]
-    before = [file for file in pictures if re.search(r"_e?000000_", file.name)]
-    if not before or len(before) == len(pictures):
+    previews = [file for file in made if re.search(r"_e?[0-9]{6}_[0-9]{2}_", file.name)]
+    before = [file for file in previews if "_e000000_" in file.name]
+    sheets = [file for file in made if file.name.endswith("sheet.png")]
+    if not before or len(before) == len(previews) or not sheets:
         raise SetupError(f"the training left no pictures before and after in {output_dir / 'sample'}")
     print(f"\nDone in {time.time() - started:.0f} s. The same by hand:")
     print("  " + " ".join(str(part) for part in command))
-    models = [file for file in made if file.suffix == ".safetensors"]
     for title, files in (
-        ("LoRA", models),
-        ("Pictures before training", before),
-        ("Pictures after training", [file for file in pictures if file not in before]),
+        ("LoRA", [file for file in made if file.suffix == ".safetensors"]),
+        ("Pictures before and after, side by side", sheets),
     ):
         print(f"{title}:")
         for file in files:

@@ -18,42 +18,60 @@ from library.options.scenes import ScoreOptions
 from library.options.scripts import GEN_IMG
 from library.rng import stream
 from library.scenes.drawing import Picture
-from library.scenes.scoring import Question, Share, questions, shares, subject_questions
+from library.scenes.scoring import Question, Share, questions, shares, shows, subject_questions
 
 SIDE_PX = "64"
 USUAL_SCALE = 5.0
+SUBJECT, OTHERS = "subject", "others"
+TITLES = {SUBJECT: "with the subject's word", OTHERS: "of known shapes"}
 
 
 def print_scores(options: ScoreOptions) -> int:
     """Print (and write, if asked) the share of right answers for each guidance scale; returns the exit status."""
-    figures: dict[str, dict[str, tuple[float, float, float]]] = {}
+    figures: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {}
     for scale in options.scales or [USUAL_SCALE]:
         found = score(options, scale)
-        print(f"guidance scale {scale:g}, {options.count} prompts (95 % interval)")
-        for name, share in found.items():
-            print(f"  {name:<8}{share}")
-        figures[f"{scale:g}"] = {name: (share.value, *share.interval) for name, share in found.items()}
+        for kind, answers in found.items():
+            print(f"guidance scale {scale:g}, {options.count} prompts {TITLES[kind]} (95 % interval)")
+            for name, share in answers.items():
+                print(f"  {name:<8}{share}")
+        figures[f"{scale:g}"] = {
+            kind: {name: (share.value, *share.interval) for name, share in answers.items()}
+            for kind, answers in found.items()
+        }
     if options.out_json:
         atomic_write_json(Path(options.out_json).expanduser(), figures)
     return 0
 
 
-def score(options: ScoreOptions, scale: float) -> dict[str, Share]:
-    """The share of right answers for each property, at one guidance scale. Raises UserError."""
+def score(options: ScoreOptions, scale: float) -> dict[str, dict[str, Share]]:
+    """For each kind of prompts the share of right answers for each property, at one guidance scale. Raises UserError.
+
+    With a subject the prompts without its word get one more "answer": how many pictures show the subject all the same.
+    """
     asked = _questions(options)
+    everything = [question for group in asked.values() for question in group]
     if options.outdir:
-        pictures = _draw(options, asked, scale, Path(options.outdir).expanduser() / f"{scale:g}")
+        pictures = iter(_draw(options, everything, scale, Path(options.outdir).expanduser() / f"{scale:g}"))
     else:
         with tempfile.TemporaryDirectory() as folder:
-            pictures = _draw(options, asked, scale, Path(folder))
-    return shares(question.answer(picture) for question, picture in zip(asked, pictures, strict=True))
+            pictures = iter(_draw(options, everything, scale, Path(folder)))
+    found: dict[str, dict[str, Share]] = {}
+    for kind, group in asked.items():
+        shown = [next(pictures) for _ in group]
+        found[kind] = shares(question.answer(picture) for question, picture in zip(group, shown, strict=True))
+        if options.subject and kind == OTHERS:
+            strange = sum(shows(picture, options.subject) for picture in shown)
+            found[kind][options.subject] = Share(strange, len(shown))
+    return found
 
 
-def _questions(options: ScoreOptions) -> list[Question]:
-    rng = stream(options.seed, "questions")
-    if options.subject:
-        return subject_questions(options.subject, options.subject_word, options.count, rng)
-    return questions(options.count, rng)
+def _questions(options: ScoreOptions) -> dict[str, list[Question]]:
+    others = {OTHERS: questions(options.count, stream(options.seed, "questions"))}
+    if not options.subject:
+        return others
+    rng = stream(options.seed, "subject questions")
+    return {SUBJECT: subject_questions(options.subject, options.subject_word, options.count, rng), **others}
 
 
 def _draw(options: ScoreOptions, asked: list[Question], scale: float, folder: Path) -> list[Picture]:

@@ -38,7 +38,7 @@ class ScoreOptions(OptionGroup):
     network_weights: str | None = option(None, help="network file to draw with", metavar="FILE")
     network_module: str = option("networks.lora", help="module of the network")
     textual_inversion_embeddings: str | None = option(None, help="embedding file to draw with", metavar="FILE")
-    count: int = option(200, ge=1, help="number of prompts")
+    count: int = option(200, ge=1, help="number of prompts; with a subject as many again without its word")
     seed: int = option(1, ge=0, help="seed of prompts and pictures")
     scales: list[float] | None = option(None, ge=0, help="guidance scales, all prompts with each; default: 5")
     steps: int = option(16, ge=1, help="sampling steps")

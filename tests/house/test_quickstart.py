@@ -92,14 +92,20 @@ def test_every_check_runs_even_if_one_fails(quickstart: ModuleType, monkeypatch)
 
 def test_reports_pictures_before_and_after(quickstart: ModuleType, tmp_path: Path, capsys):
     (tmp_path / "sample").mkdir()
-    for name in ("x_e000000_00_20260101000000_1.png", "x_000400_00_20260101000100_1.png"):
+    for name in ("x_e000000_00_20260101000000_1.png", "x_000400_00_20260101000100_1.png", "x_sheet.png"):
         (tmp_path / "sample" / name).write_bytes(b"")
     (tmp_path / "x.safetensors").write_bytes(b"")
     quickstart.report(tmp_path, 0.0, ["accelerate", "launch"])
     lines = capsys.readouterr().out.splitlines()
-    before, after = lines.index("Pictures before training:"), lines.index("Pictures after training:")
-    assert "e000000" in lines[before + 1]
-    assert "000400" in lines[after + 1]
+    assert "x.safetensors" in lines[lines.index("LoRA:") + 1]
+    assert "x_sheet.png" in lines[lines.index("Pictures before and after, side by side:") + 1]
+
+
+def test_pictures_of_one_time_only_are_a_failure(quickstart: ModuleType, tmp_path: Path):
+    for name in ("x_000400_00_20260101000100_1.png", "x_sheet.png"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(quickstart.SetupError, match="no pictures"):
+        quickstart.report(tmp_path, 0.0, [])
 
 
 def test_no_pictures_is_a_failure(quickstart: ModuleType, tmp_path: Path):

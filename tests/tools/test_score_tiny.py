@@ -21,8 +21,9 @@ COUNT = 30
 
 def paint(monkeypatch: pytest.MonkeyPatch, order: Sequence[int], subject: str | None = None) -> None:
     """Let the asked-for scenes be drawn in this order instead of a model's pictures."""
-    rng = stream(1, "questions")
-    asked = subject_questions(subject, "sks", COUNT, rng) if subject else questions(COUNT, rng)
+    asked = questions(COUNT, stream(1, "questions"))
+    if subject:
+        asked = [*subject_questions(subject, "sks", COUNT, stream(1, "subject questions")), *asked]
 
     def run(script: object, argv: list[str]) -> int:
         lines = Path(argv[argv.index("--from_file") + 1]).read_text("utf-8").splitlines()
@@ -35,24 +36,33 @@ def paint(monkeypatch: pytest.MonkeyPatch, order: Sequence[int], subject: str | 
     monkeypatch.setattr(scoring, "run", run)
 
 
-def scores(tmp_path: Path, *more: str) -> dict[str, float]:
+def scores(tmp_path: Path, *more: str) -> dict[str, dict[str, float]]:
     out = tmp_path / "score.json"
     assert main(["--ckpt", "any", "--count", str(COUNT), "--out_json", str(out), *more]) == 0
-    return {name: value[0] for name, value in json.loads(out.read_text("utf-8"))["5"].items()}
+    found = json.loads(out.read_text("utf-8"))["5"]
+    return {kind: {name: value[0] for name, value in answers.items()} for kind, answers in found.items()}
 
 
 def test_a_perfect_painter_and_a_confused_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paint(monkeypatch, range(COUNT))
-    assert set(scores(tmp_path).values()) == {1.0}
+    assert set(scores(tmp_path)["others"].values()) == {1.0}
     paint(monkeypatch, [(index + 7) % COUNT for index in range(COUNT)])
-    confused = scores(tmp_path)
+    confused = scores(tmp_path)["others"]
     assert confused["count"] == 1.0
     assert max(confused[name] for name in ("ground", "colour", "shape")) < 0.4
 
 
-def test_a_subject_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paint(monkeypatch, range(COUNT), "moon")
-    assert scores(tmp_path, "--subject", "moon")["shape"] == 1.0
+def test_a_subject_is_found_where_its_word_is_and_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paint(monkeypatch, range(2 * COUNT), "moon")
+    taught = scores(tmp_path, "--subject", "moon")
+    assert set(taught["subject"].values()) == {1.0}
+    assert taught["others"]["shape"] == 1.0
+    assert taught["others"]["moon"] == 0.0
+    paint(monkeypatch, [index % COUNT for index in range(2 * COUNT)], "moon")  # moons, whatever was asked for
+    spoilt = scores(tmp_path, "--subject", "moon")
+    assert spoilt["subject"]["shape"] == 1.0
+    assert spoilt["others"]["shape"] == 0.0
+    assert spoilt["others"]["moon"] == 1.0
 
 
 def test_pictures_of_a_model_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
