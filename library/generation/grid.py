@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CELL_PX = 256
+SMALL_CELL_PX = 128
 MARGIN_PX = 8
 LABEL_PX = 160
 MOST_CELLS = 400
@@ -49,8 +50,9 @@ class Sheet:
         from PIL import ImageDraw, ImageFont
 
         font = ImageFont.load_default(size=14)
-        width = max((cell.width for cell in self.cells.values()), default=CELL_PX)
-        height = max((cell.height for cell in self.cells.values()), default=CELL_PX)
+        cells = enlarged(self.cells)
+        width = max((cell.width for cell in cells.values()), default=CELL_PX)
+        height = max((cell.height for cell in cells.values()), default=CELL_PX)
         top = MARGIN_PX + _text_height(self.columns, width, font)
         size = (LABEL_PX + len(self.columns) * (width + MARGIN_PX), top + len(self.rows) * (height + MARGIN_PX))
         sheet = PilImage.new("RGB", size, "white")
@@ -63,9 +65,21 @@ class Sheet:
             text = wrapped(row, LABEL_PX - 2 * MARGIN_PX, font, most_lines=height // 18)
             pen.multiline_text((MARGIN_PX, y), text, fill="black", font=font)
             for number, column in enumerate(self.columns):
-                if (row, column) in self.cells:
-                    sheet.paste(self.cells[row, column], (LABEL_PX + number * (width + MARGIN_PX), y))
+                if (row, column) in cells:
+                    sheet.paste(cells[row, column], (LABEL_PX + number * (width + MARGIN_PX), y))
         return sheet
+
+
+def enlarged(cells: dict[tuple[str, str], Image]) -> dict[tuple[str, str], Image]:
+    """Small pictures of small models, all by one whole factor, so that one sees something; others as they are."""
+    largest = max((max(cell.size) for cell in cells.values()), default=CELL_PX)
+    factor = max(1, SMALL_CELL_PX // largest)
+    if factor == 1:
+        return cells
+    return {
+        place: cell.resize((cell.width * factor, cell.height * factor), resample=0)  # nearest: no invented pixels
+        for place, cell in cells.items()
+    }
 
 
 def _text_height(texts: Sequence[str], width: int, font: object) -> int:
