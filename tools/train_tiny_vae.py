@@ -36,19 +36,20 @@ from library.rng import seed_of, stream, torch_stream
 from library.scenes.drawing import Picture, draw, polygon_mask
 from library.scenes.making import random_scene
 from library.scenes.world import COLOURS
+from library.training.muon import Muon
 
 PIXELS = 64
-BATCH = 8
+BATCH = 16
 LATENT_SCALE = 0.18215
 KL_WEIGHT = 1e-4
-PEAK_RATE = 1.5e-3
+PEAK_RATE = 1e-2
 SAVE_EVERY_N_STEPS = 100
-PHOTO_SHARE, POLYGON_SHARE = 0.12, 0.25
+PHOTO_SHARE, POLYGON_SHARE = 0.05, 0.25
 TINY = ArchitectureSpec(
     "sd1",
     UNetSpec(widths=(64, 96, 96, 32), context_width=64, sample_size=PIXELS // 8),
     (TextEncoderSpec(width=64, mlp_width=256, heads=1, layers=4),),
-    VaeSpec(widths=(64, 64, 96, 96), layers_per_level=1),
+    VaeSpec(widths=(16, 32, 64, 96), layers_per_level=1),
 )
 
 
@@ -70,7 +71,7 @@ class VaeTraining:
         torch.manual_seed(seed_of(options.seed, "vae"))
         self.vae: Any = AutoencoderKL(**vae_config(TINY.vae))
         self.averaged: Any = copy.deepcopy(self.vae).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.vae.parameters(), lr=PEAK_RATE, weight_decay=0.0, fused=True)
+        self.optimizer = Muon(self.vae.parameters(), lr=PEAK_RATE)
         self.step = 0
         self.file = options.work_dir / "vae.pt"
         if self.file.exists():
@@ -197,7 +198,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, default=Path("examples/photos"), help="some photos, for variety")
     parser.add_argument("--work_dir", type=Path, default=Path("output/tiny"), help="where the work is kept")
     parser.add_argument("--target", type=Path, default=Path("output/tiny/start.safetensors"), help="file to write")
-    parser.add_argument("--steps", type=int, default=7000, help="steps of the VAE's training")
+    parser.add_argument("--steps", type=int, default=3600, help="steps of the VAE's training")
     parser.add_argument("--seed", type=int, default=1, help="seed of everything that is drawn")
     options = TinyVaeOptions(**vars(parser.parse_args()))
     setup_logging()

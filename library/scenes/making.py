@@ -23,7 +23,7 @@ from library.scenes.world import (
 PLAIN_SHARE = 0.8  # scenes of flat, plain figures
 PAIR_SHARE = 0.08  # two figures of different kinds
 COUNT_SHARE = 0.12  # two or three figures of one kind
-COUNT_PLACES = {2: ((0.28, 0.5), (0.72, 0.5)), 3: ((0.22, 0.3), (0.78, 0.3), (0.5, 0.74))}
+COUNT_PLACES = {2: ((0.26, 0.5), (0.74, 0.5)), 3: ((0.25, 0.28), (0.75, 0.28), (0.5, 0.74))}
 
 
 def random_scene(rng: random.Random, shapes: tuple[str, ...] = SHAPES) -> Scene:
@@ -53,7 +53,7 @@ def random_kind(rng: random.Random, shapes: tuple[str, ...], ground: str | None 
 def placed(figure: Figure, rng: random.Random, size: Size, place: Place) -> Figure:
     """The figure with a size and a place, both a little off as hands draw."""
     x, y = PLACES[place]
-    centre = (x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03))
+    centre = (x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02))
     return replace(figure, size=size, place=place, centre=centre, radius=rng.uniform(*RADII[size]))
 
 
@@ -67,7 +67,7 @@ def _placed(rng: random.Random, figure: Figure) -> Figure:
 
 def _spread(rng: random.Random, figures: tuple[Figure, ...]) -> tuple[Figure, ...]:
     """The figures side by side, all of one size."""
-    radius = rng.uniform(0.15, 0.19)
+    radius = rng.uniform(0.18, 0.21)
     return tuple(
         replace(figure, centre=(x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02)), radius=radius)
         for figure, (x, y) in zip(figures, COUNT_PLACES[len(figures)], strict=True)

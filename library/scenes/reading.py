@@ -24,7 +24,7 @@ KNOWN_OVERLAP = 0.6  # with less the figure is none of the shapes
 MIXED, UNKNOWN = "mixed", "unknown"
 SMALLEST_SHARE = 0.006  # of the picture's area: less is a speck
 TEMPLATE_PX = 48
-SMALL_BELOW, MEDIUM_BELOW = 0.185, 0.3
+SMALL_BELOW, MEDIUM_BELOW = 0.23, 0.35
 """Largest radius (half the longer side of the box, share of the picture's side) of these sizes."""
 
 

@@ -34,12 +34,12 @@ TEXTURES: tuple[Texture, ...] = ("plain", "striped", "spotted")
 GROUND_TEXTURES: tuple[GroundTexture, ...] = ("plain", "striped", "checkered")
 PLACES: dict[Place, tuple[float, float]] = {
     "centre": (0.5, 0.5),
-    "left": (0.29, 0.5),
-    "right": (0.71, 0.5),
-    "top": (0.5, 0.29),
-    "bottom": (0.5, 0.71),
+    "left": (0.32, 0.5),
+    "right": (0.68, 0.5),
+    "top": (0.5, 0.32),
+    "bottom": (0.5, 0.68),
 }
-RADII: dict[Size, tuple[float, float]] = {"small": (0.13, 0.16), "medium": (0.21, 0.26), "big": (0.34, 0.4)}
+RADII: dict[Size, tuple[float, float]] = {"small": (0.17, 0.2), "medium": (0.26, 0.3), "big": (0.4, 0.45)}
 """Half the side of the box around a shape, smallest and largest."""
 
 

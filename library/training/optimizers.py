@@ -258,6 +258,7 @@ _RECIPES: Mapping[str, _Recipe] = {
     "AdamW": _Recipe("torch.optim.AdamW", check=_check_adamw),
     "SGDNesterov": _Recipe("torch.optim.SGD", fixed=_NESTEROV, defaults=_MOMENTUM),
     "SGDNesterov8bit": _Recipe("bitsandbytes.optim.SGD8bit", "bitsandbytes", _NESTEROV, _MOMENTUM),
+    "Muon": _Recipe("library.training.muon.Muon"),  # torch's own takes matrices only, so no convolution
     "Lion": _Recipe("lion_pytorch.Lion", "lion-pytorch"),
     "Prodigy": _Recipe("prodigyopt.Prodigy", "prodigyopt", check=_check_adaptive),
     "AdaFactor": _Recipe("transformers.optimization.Adafactor", "transformers", check=_check_adafactor),
