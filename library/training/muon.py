@@ -92,7 +92,8 @@ def is_matrix(parameter: Tensor) -> bool:
 def orthogonal(matrix: Tensor) -> Tensor:
     """About the orthogonal factor of the polar decomposition: singular values between 0.7 and 1.2 instead of any.
 
-    (Those that are thousands of times smaller than the largest one reach less.) Five rounds of a Newton-Schulz iteration of degree five, with the coefficients of K. Jordan et al.
+    Five rounds of a Newton-Schulz iteration of degree five, with the coefficients of K. Jordan et al. Values that are
+    thousands of times smaller than the largest one end lower.
     """
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
