@@ -23,7 +23,8 @@ EVEN_SHARE = 0.6  # of a figure's pixels must be near its median colour, else it
 KNOWN_OVERLAP = 0.6  # with less the figure is none of the shapes
 MIXED, UNKNOWN = "mixed", "unknown"
 SMALLEST_SHARE = 0.006  # of the picture's area: less is a speck
-TEMPLATE_PX = 48
+TEMPLATE_PX, CANVAS_PX, SHIFT_PX = 48, 80, 4
+FACTORS = (1.0, 1.1, 1.2)
 SMALL_BELOW, MEDIUM_BELOW = 0.23, 0.35
 """Largest radius (half the longer side of the box, share of the picture's side) of these sizes."""
 
@@ -107,34 +108,37 @@ def size_name(radius: float) -> Size:
 
 
 def best_shape(inside: NDArray[np.bool_], shapes: tuple[str, ...]) -> tuple[str, float]:
-    """The shape whose template overlaps best with a mask cut to its box (or UNKNOWN), and the overlap (0..1)."""
+    """The shape whose template overlaps best with a mask cut to its box (or UNKNOWN), and the overlap (0..1).
+
+    Templates are also tried larger than the box and a little beside it: soft pictures lose the tips of stars first,
+    and with them the box.
+    """
     scale = TEMPLATE_PX / max(inside.shape)
     height, width = (max(1, round(length * scale)) for length in inside.shape)
     grown = cv2.resize(inside.astype(np.uint8), (width, height), interpolation=cv2.INTER_LINEAR)
-    padded = np.zeros((TEMPLATE_PX, TEMPLATE_PX), bool)
-    top, left = (TEMPLATE_PX - height) // 2, (TEMPLATE_PX - width) // 2
-    padded[top : top + height, left : left + width] = grown.astype(bool)
-    overlaps = {shape: overlap(padded, template(shape)) for shape in shapes}
+    canvas = np.zeros((CANVAS_PX, CANVAS_PX), np.float32)
+    top, left = (CANVAS_PX - height) // 2, (CANVAS_PX - width) // 2
+    canvas[top : top + height, left : left + width] = grown
+    overlaps = {shape: max(overlap(canvas, template(shape, factor)) for factor in FACTORS) for shape in shapes}
     best = max(overlaps, key=lambda shape: overlaps[shape])
     return best if overlaps[best] >= KNOWN_OVERLAP else UNKNOWN, overlaps[best]
 
 
 @cache
-def template(shape: str) -> NDArray[np.bool_]:
-    """The shape's mask, cut to its box and put in the middle of a square of TEMPLATE_PX with the longer side full."""
+def template(shape: str, factor: float) -> NDArray[np.float32]:
+    """The shape's mask (1 inside), cut to its box; the longer side is ``factor`` times TEMPLATE_PX."""
     mask: Mask = shape_mask(shape, (0.5, 0.5), 0.45, 4 * TEMPLATE_PX)
     rows, columns = np.nonzero(mask > 0.5)
     cut = mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-    scale = TEMPLATE_PX / max(cut.shape)
+    scale = factor * TEMPLATE_PX / max(cut.shape)
     height, width = (max(1, round(length * scale)) for length in cut.shape)
-    square = np.zeros((TEMPLATE_PX, TEMPLATE_PX), bool)
-    top, left = (TEMPLATE_PX - height) // 2, (TEMPLATE_PX - width) // 2
-    fitted = cv2.resize(cut, (width, height), interpolation=cv2.INTER_AREA)
-    square[top : top + height, left : left + width] = fitted > 0.5
-    return square
+    return (cv2.resize(cut, (width, height), interpolation=cv2.INTER_AREA) > 0.5).astype(np.float32)
 
 
-def overlap(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
-    """Intersection over union of two masks."""
-    union = int(np.logical_or(first, second).sum())
-    return int(np.logical_and(first, second).sum()) / union if union else 0.0
+def overlap(canvas: NDArray[np.float32], mask: NDArray[np.float32]) -> float:
+    """Largest intersection over union of a figure in the middle of a canvas and a mask, shifted up to SHIFT_PX."""
+    top, left = ((CANVAS_PX - length) // 2 - SHIFT_PX for length in mask.shape)
+    height, width = (length + 2 * SHIFT_PX for length in mask.shape)
+    near = canvas[top : top + height, left : left + width]
+    common = float(cv2.matchTemplate(near, mask, cv2.TM_CCORR).max())
+    return common / (float(canvas.sum() + mask.sum()) - common)
