@@ -15,6 +15,7 @@ from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
+MOST_AT_ONCE = 2**24  # numbers of one shape, which bounds the extra memory
 LONGEST_RATIO = 100
 """Matrices with sides of a larger ratio are tables of words or outputs, where orthogonal updates have no meaning."""
 
@@ -47,26 +48,38 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            matrices: dict[tuple[int, int], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 if group["weight_decay"]:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 if is_matrix(parameter):
-                    self._muon(parameter, parameter.grad, group)
+                    shape = (parameter.shape[0], parameter[0].numel())
+                    matrices.setdefault(shape, []).append(parameter)
                 else:
                     self._adam(parameter, parameter.grad, group)
+            for (rows, columns), alike in matrices.items():
+                at_once = max(1, MOST_AT_ONCE // (rows * columns))
+                for first in range(0, len(alike), at_once):
+                    self._muon(alike[first : first + at_once], group)
         return loss
 
-    def _muon(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        update = orthogonal(gradient.lerp(buffer, group["momentum"]).flatten(1))
+    def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Update weights of one shape together: small matrices one by one are slow."""
+        directions: list[Tensor] = []
+        for parameter in parameters:
+            state, gradient = self.state[parameter], parameter.grad
+            assert gradient is not None
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            directions.append(gradient.lerp(buffer, group["momentum"]).flatten(1))
+        updates = orthogonal(torch.stack(directions))
         # The mean square of an orthogonal matrix falls with its longer side; 0.2 is what AdamW's updates have.
-        scale = 0.2 * math.sqrt(max(update.shape))
-        parameter.add_(update.view_as(parameter).to(parameter.dtype), alpha=-group["lr"] * scale)
+        scale = 0.2 * math.sqrt(max(updates.shape[1:]))
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.add_(update.view_as(parameter).to(parameter.dtype), alpha=-group["lr"] * scale)
 
     def _adam(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
@@ -89,17 +102,17 @@ def is_matrix(parameter: Tensor) -> bool:
     return max(rows, columns) <= LONGEST_RATIO * min(rows, columns)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """About the orthogonal factor of the polar decomposition: singular values between 0.7 and 1.2 instead of any.
+def orthogonal(matrices: Tensor) -> Tensor:
+    """About the orthogonal factors of the polar decompositions of matrices (N, rows, columns).
 
-    Five rounds of a Newton-Schulz iteration of degree five, with the coefficients of K. Jordan et al. Values that are
-    thousands of times smaller than the largest one end lower.
+    Singular values become 0.7 to 1.2, whatever they were, by five rounds of a Newton-Schulz iteration of degree five,
+    with the coefficients of K. Jordan et al. Values thousands of times smaller than the largest one end lower.
     """
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    wide = (matrix.T if tall else matrix).float()
-    wide = wide / (wide.norm() + 1e-7)
+    tall = matrices.shape[1] > matrices.shape[2]
+    wide = (matrices.mT if tall else matrices).float()
+    wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(ROUNDS):
-        square = wide @ wide.T
-        wide = a * wide + (b * square + c * square @ square) @ wide
-    return wide.T if tall else wide
+        square = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(square, square, square, beta=b, alpha=c), wide, beta=a)
+    return wide.mT if tall else wide

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from library.training import muon
 from library.training.muon import Muon, is_matrix, orthogonal
 
 
@@ -15,7 +16,7 @@ from library.training.muon import Muon, is_matrix, orthogonal
 def test_updates_are_nearly_orthogonal_and_keep_the_singular_directions(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     matrix = torch.randn(shape)
-    update = orthogonal(matrix)
+    update = orthogonal(torch.stack([torch.ones(shape), 100 * matrix]))[1]
     values = torch.linalg.svdvals(update)
     assert values.min() > 0.6
     assert values.max() < 1.25
@@ -36,7 +37,7 @@ def test_a_step_is_the_formula() -> None:
     torch.manual_seed(0)
     kernel, bias = nn.Parameter(torch.randn(6, 3, 3, 3)), nn.Parameter(torch.randn(6))
     old_kernel, twin = kernel.detach().clone(), nn.Parameter(bias.detach().clone())
-    muon = Muon([kernel, bias], lr=0.02, momentum=0.9, adam_ratio=0.05, betas=(0.8, 0.95))
+    optimizer = Muon([kernel, bias], lr=0.02, momentum=0.9, adam_ratio=0.05, betas=(0.8, 0.95))
     adam = torch.optim.AdamW([twin], lr=0.001, betas=(0.8, 0.95), weight_decay=0.0)
     mean = torch.zeros_like(kernel)
     wanted = old_kernel
@@ -44,9 +45,9 @@ def test_a_step_is_the_formula() -> None:
         kernel.grad, bias.grad = torch.randn_like(kernel), torch.randn_like(bias)
         twin.grad = bias.grad.clone()
         mean = 0.9 * mean + 0.1 * kernel.grad
-        direction = orthogonal((0.1 * kernel.grad + 0.9 * mean).reshape(6, 27)).reshape(kernel.shape)
+        direction = orthogonal((0.1 * kernel.grad + 0.9 * mean).reshape(1, 6, 27)).reshape(kernel.shape)
         wanted = wanted - 0.02 * 0.2 * math.sqrt(27) * direction
-        muon.step()
+        optimizer.step()
         adam.step()
     torch.testing.assert_close(kernel.detach(), wanted)
     torch.testing.assert_close(bias.detach(), twin.detach())
@@ -60,18 +61,32 @@ def test_weight_decay_and_absent_gradients() -> None:
     assert torch.equal(still.detach(), torch.ones(3))
 
 
+def test_weights_of_one_shape_learn_together_as_they_would_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def after(most_at_once: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(muon, "MOST_AT_ONCE", most_at_once)
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(6, 4)) for _ in range(5)]
+        for weight in weights:
+            weight.grad = torch.randn(6, 4)
+        Muon(weights, lr=0.1).step()
+        return [weight.detach() for weight in weights]
+
+    for together, alone in zip(after(48), after(1), strict=True):
+        torch.testing.assert_close(together, alone)
+
+
 def train(steps: int, resume_at: int | None = None) -> list[torch.Tensor]:
     torch.manual_seed(3)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 4, 5))
-    muon = Muon(net.parameters(), lr=0.01)
+    optimizer = Muon(net.parameters(), lr=0.01)
     for step in range(steps):
         if step == resume_at:
-            saved, muon = muon.state_dict(), Muon(net.parameters(), lr=0.01)
-            muon.load_state_dict(saved)
+            saved, optimizer = optimizer.state_dict(), Muon(net.parameters(), lr=0.01)
+            optimizer.load_state_dict(saved)
         torch.manual_seed(step)
-        muon.zero_grad()
+        optimizer.zero_grad()
         net(torch.randn(2, 3, 4, 4)).square().mean().backward()
-        muon.step()
+        optimizer.step()
     return [parameter.detach() for parameter in net.parameters()]
 
 
