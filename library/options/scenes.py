@@ -10,7 +10,7 @@ from library.options.base import OptionGroup, option
 from library.options.saving import ConsoleOptions
 from library.options.settings import ScriptOptions
 
-NewShape = Literal["house", "arrow", "moon", "fish"]
+Subject = Literal["house", "arrow", "moon", "fish", "turquoise", "grey"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class SceneOptions(OptionGroup):
     seed: int = option(1, ge=0, help="seed of all random draws")
     size_px: int = option(64, ge=16, le=1024, help="side of the pictures in pixels")
     out_json: str | None = option(None, help="write one metadata file instead of caption files", metavar="FILE")
-    subject: NewShape | None = option(None, help="draw this shape, which the built-in model does not know")
+    subject: Subject | None = option(None, help="draw this shape or colour, which the built-in model does not know")
     subject_word: str = option("sks", help="word for the subject in the captions")
 
 
@@ -44,7 +44,7 @@ class ScoreOptions(OptionGroup):
     steps: int = option(16, ge=1, help="sampling steps")
     sampler: str = option("euler", help="sampler")
     batch_size: int = option(16, ge=1, help="pictures drawn at once")
-    subject: NewShape | None = option(None, help="ask for this new shape by subject_word")
+    subject: Subject | None = option(None, help="ask for this new shape or colour by subject_word")
     subject_word: str = option("sks", help="word for the subject in the prompts")
     outdir: str | None = option(None, help="keep the pictures here", metavar="DIR")
     out_json: str | None = option(None, help="write the figures as JSON", metavar="FILE")

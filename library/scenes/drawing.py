@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from library.scenes.world import COLOURS, RGB, Figure, Scene
+from library.scenes.world import ALL_COLOURS, RGB, Figure, Scene
 
 Mask = NDArray[np.float32]
 Picture = NDArray[np.uint8]
@@ -106,12 +106,12 @@ def _smaller(mask: Picture, side_px: int) -> Mask:
 def draw(scene: Scene, rng: random.Random, side_px: int = 64) -> Picture:
     """The scene's picture, a square. ``rng`` draws the shades within a colour's spread."""
     canvas = np.empty((side_px, side_px, 3), np.float32)
-    canvas[:] = near(COLOURS[scene.ground], rng)
+    canvas[:] = near(ALL_COLOURS[scene.ground], rng)
     if scene.ground_texture != "plain":
         step = side_px // 4
         rows, columns = np.indices((side_px, side_px))
         odd = (columns // step) % 2 == 1 if scene.ground_texture == "striped" else (rows // step + columns // step) % 2
-        canvas[odd.astype(bool)] = mixed(COLOURS[scene.ground])
+        canvas[odd.astype(bool)] = mixed(ALL_COLOURS[scene.ground])
     for figure in scene.figures:
         paint(canvas, shape_mask(figure.shape, figure.centre, figure.radius, side_px), figure, rng)
     return canvas.round().clip(0, 255).astype(np.uint8)
@@ -122,14 +122,14 @@ def paint(canvas: NDArray[np.float32], mask: Mask, figure: Figure, rng: random.R
     side_px = canvas.shape[0]
     rows, columns = np.indices((side_px, side_px), dtype=np.float32) / side_px
     colour = np.empty_like(canvas)
-    colour[:] = near(COLOURS[figure.colour], rng)
+    colour[:] = near(ALL_COLOURS[figure.colour], rng)
     unit = figure.radius * 2
     across, down = (columns - figure.centre[0]) / unit, (rows - figure.centre[1]) / unit
     if figure.texture == "striped":
-        colour[np.floor((down + 0.5) * 5) % 2 == 1] = mixed(COLOURS[figure.colour])
+        colour[np.floor((down + 0.5) * 5) % 2 == 1] = mixed(ALL_COLOURS[figure.colour])
     elif figure.texture == "spotted":
         spots = ((across * 3.2) % 1 - 0.5) ** 2 + ((down * 3.2) % 1 - 0.5) ** 2 < 0.09
-        colour[spots] = mixed(COLOURS[figure.colour])
+        colour[spots] = mixed(ALL_COLOURS[figure.colour])
     if figure.style == "shaded":
         light = np.clip(1.25 - 0.9 * (across + down + 0.6), 0.35, 1.25)[..., None]
         colour = np.clip(colour * light + np.clip(light - 1, 0, 1) * 160, 0, 255)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from library.scenes.drawing import Mask, Picture, shape_mask
-from library.scenes.world import COLOURS, NEW_SHAPES, PLACES, RGB, SHAPES, Place, Size
+from library.scenes.world import ALL_COLOURS, ALL_SHAPES, PLACES, RGB, Place, Size
 
 DIFFERENT = 70.0  # distance of two colours in steps of 255: less is a shade of the same
 EVEN_SHARE = 0.6  # of a figure's pixels must be near its median colour, else it has no colour
@@ -49,7 +49,7 @@ class Reading:
     figures: tuple[Seen, ...]
 
 
-def read(picture: Picture, shapes: tuple[str, ...] = (*SHAPES, *NEW_SHAPES)) -> Reading:
+def read(picture: Picture, shapes: tuple[str, ...] = ALL_SHAPES) -> Reading:
     """Read a square picture of flat figures on a plain ground; ``shapes`` are the candidates."""
     side = picture.shape[0]
     ground = _ground(picture)
@@ -81,13 +81,13 @@ def _ground(picture: Picture) -> NDArray[np.float32]:
 
 
 def _nearest(pixels: NDArray[np.float32]) -> NDArray[np.intp]:
-    named = np.array(list(COLOURS.values()), np.float32)
+    named = np.array(list(ALL_COLOURS.values()), np.float32)
     return np.linalg.norm(pixels[:, None] - named[None], axis=-1).argmin(axis=1)
 
 
 def colour_name(colour: NDArray[np.floating] | RGB) -> str:
     """The word of the nearest colour."""
-    return tuple(COLOURS)[int(_nearest(np.asarray(colour, np.float32)[None])[0])]
+    return tuple(ALL_COLOURS)[int(_nearest(np.asarray(colour, np.float32)[None])[0])]
 
 
 def flat_colour(pixels: NDArray[np.float32]) -> str:

@@ -11,13 +11,14 @@ from library.scenes.drawing import Picture
 from library.scenes.making import placed
 from library.scenes.reading import read
 from library.scenes.wording import caption
-from library.scenes.world import COLOURS, NEW_SHAPES, PLACES, SHAPES, Figure, Place, Scene, Size, combinations
+from library.scenes.world import COLOURS, NEW_COLOURS, PLACES, SHAPES, Figure, Place, Scene, Size, combinations
 
 PROPERTIES = ("ground", "count", "colour", "shape", "place", "size")
 TAUGHT_COLOURS = ("red", "yellow", "blue", "white")
+TAUGHT_SHAPES = ("circle", "square", "heart", "diamond")
 TAUGHT_GROUNDS = ("black", "green", "white", "brown")
 TAUGHT_PLACES: tuple[Place, ...] = ("centre", "left")
-"""What the pictures of a new subject show; questions about it ask for the others."""
+"""What the pictures of a new shape or colour show; questions about it ask for the others."""
 SURE = 1.96  # half the width of a 95 % interval in standard deviations
 
 
@@ -73,44 +74,48 @@ def questions(count: int, rng: random.Random) -> list[Question]:
     return [_question(Figure(shape, colour), ground, rng) for shape, colour, ground in kinds[:count]]
 
 
-def _question(figure: Figure, ground: str, rng: random.Random, places: Sequence[Place] = tuple(PLACES)) -> Question:
+def _question(figure: Figure, ground: str, rng: random.Random) -> Question:
     size: Size = rng.choices(("small", "medium", "big"), (0.15, 0.65, 0.2))[0]
-    place: Place = "centre" if size == "big" or rng.random() < 0.5 else rng.choice(places)
+    place: Place = "centre" if size == "big" or rng.random() < 0.5 else rng.choice(tuple(PLACES))
     scene = Scene((placed(figure, rng, size, place),), ground)
     return Question(caption(scene, rng), scene)
 
 
-def subject_questions(shape: str, word: str, count: int, rng: random.Random) -> list[Question]:
-    """Prompts for a new subject by its ``word``, in colours, on grounds and at places that its pictures never show."""
-    asked: list[Question] = []
-    colours = [colour for colour in COLOURS if colour not in TAUGHT_COLOURS]
-    grounds = [ground for ground in COLOURS if ground not in TAUGHT_GROUNDS]
+def subject_questions(subject: str, word: str, count: int, rng: random.Random) -> list[Question]:
+    """Prompts for a new shape or colour by its ``word``, with things, on grounds and at places that its pictures never
+    show.
+    """
     places: list[Place] = [place for place in PLACES if place not in TAUGHT_PLACES]
-    while len(asked) < count:
-        colour, ground = rng.choice(colours), rng.choice(grounds)
-        if colour != ground:
-            scene = Scene((placed(Figure(shape, colour), rng, "medium", rng.choice(places)),), ground)
-            asked.append(Question(caption(_named(scene, word), rng), scene))
-    return asked
+    scenes = [_subject_scene(rng.choice(_kinds(subject, taught=False)), places, rng) for _ in range(count)]
+    return [Question(subject_caption(scene, word, rng), scene) for scene in scenes]
 
 
-def subject_scenes(shape: str, count: int, rng: random.Random) -> list[Scene]:
-    """Pictures that teach a new subject: few colours, grounds and places, each about as often."""
-    scenes: list[Scene] = []
-    kinds = [(colour, ground) for colour in TAUGHT_COLOURS for ground in TAUGHT_GROUNDS if colour != ground]
-    for colour, ground in rng.sample(kinds * -(-count // len(kinds)), count):
-        figure = placed(Figure(shape, colour), rng, "medium", rng.choice(TAUGHT_PLACES))
-        scenes.append(Scene((figure,), ground))
-    return scenes
+def subject_scenes(subject: str, count: int, rng: random.Random) -> list[Scene]:
+    """Pictures that teach a new shape or colour: with few things, grounds and places, each about as often."""
+    kinds = _kinds(subject, taught=True)
+    return [_subject_scene(kind, TAUGHT_PLACES, rng) for kind in rng.sample(kinds * -(-count // len(kinds)), count)]
+
+
+def _kinds(subject: str, taught: bool) -> list[tuple[Figure, str]]:
+    """Figures of the subject and their grounds: all that its pictures may show, or all that they never show."""
+    grounds = [ground for ground in COLOURS if (ground in TAUGHT_GROUNDS) == taught]
+    if subject in NEW_COLOURS:
+        figures = [Figure(shape, subject) for shape in SHAPES if (shape in TAUGHT_SHAPES) == taught]
+    else:
+        figures = [Figure(subject, colour) for colour in COLOURS if (colour in TAUGHT_COLOURS) == taught]
+    return [(figure, ground) for figure in figures for ground in grounds if figure.colour != ground]
+
+
+def _subject_scene(kind: tuple[Figure, str], places: Sequence[Place], rng: random.Random) -> Scene:
+    figure, ground = kind
+    return Scene((placed(figure, rng, "medium", rng.choice(places)),), ground)
 
 
 def subject_caption(scene: Scene, word: str, rng: random.Random) -> str:
-    """The caption of a subject's picture, with its ``word`` in place of the shape."""
-    return caption(_named(scene, word), rng)
-
-
-def _named(scene: Scene, word: str) -> Scene:
-    return replace(scene, figures=tuple(replace(figure, shape=word) for figure in scene.figures))
+    """The caption of a subject's picture, with its ``word`` in place of the new shape or colour."""
+    (figure,) = scene.figures
+    named = replace(figure, colour=word) if figure.colour in NEW_COLOURS else replace(figure, shape=word)
+    return caption(replace(scene, figures=(named,)), rng)
 
 
 def shares(answers: Iterable[dict[str, bool]]) -> dict[str, Share]:
@@ -119,7 +124,7 @@ def shares(answers: Iterable[dict[str, bool]]) -> dict[str, Share]:
     return {name: Share(sum(answer[name] for answer in given), len(given)) for name in PROPERTIES}
 
 
-def shows(picture: Picture, shape: str) -> bool:
-    """True if the picture's largest figure has this shape more than any other."""
-    figures = read(picture, (*SHAPES, *NEW_SHAPES)).figures
-    return bool(figures) and figures[0].shape == shape
+def shows(picture: Picture, subject: str) -> bool:
+    """True if the picture's largest figure has this shape or colour more than any other."""
+    figures = read(picture).figures
+    return bool(figures) and subject in (figures[0].shape, figures[0].colour)

@@ -25,10 +25,14 @@ COLOURS: dict[str, RGB] = {
     "black": (20, 20, 20),
     "white": (245, 245, 245),
 }
+NEW_COLOURS: dict[str, RGB] = {"turquoise": (40, 200, 190), "grey": (130, 130, 130)}
+"""Colours that the built-in model never sees: words to teach it."""
+ALL_COLOURS = COLOURS | NEW_COLOURS
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
 """The shapes that the built-in model learns."""
 NEW_SHAPES = ("house", "arrow", "moon", "fish")
 """Shapes that it never sees: subjects to teach it."""
+ALL_SHAPES = (*SHAPES, *NEW_SHAPES)
 STYLES: tuple[Style, ...] = ("flat", "outlined", "shaded")
 TEXTURES: tuple[Texture, ...] = ("plain", "striped", "spotted")
 GROUND_TEXTURES: tuple[GroundTexture, ...] = ("plain", "striped", "checkered")
@@ -71,7 +75,7 @@ def is_held_out(shape: str, colour: str, ground: str) -> bool:
 
     They are spread so that every word stays in use: along a diagonal of the table of all combinations.
     """
-    shapes, colours = (*SHAPES, *NEW_SHAPES), tuple(COLOURS)
+    shapes, colours = ALL_SHAPES, tuple(ALL_COLOURS)
     return (shapes.index(shape) + 3 * colours.index(colour) + colours.index(ground)) % 10 == 0
 
 

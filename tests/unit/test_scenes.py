@@ -20,19 +20,28 @@ from library.scenes.scoring import (
     TAUGHT_COLOURS,
     TAUGHT_GROUNDS,
     TAUGHT_PLACES,
+    TAUGHT_SHAPES,
     Question,
     Share,
     questions,
     shares,
     shows,
+    subject_caption,
     subject_questions,
     subject_scenes,
 )
 from library.scenes.wording import caption
-from library.scenes.world import COLOURS, NEW_SHAPES, PLACES, SHAPES, Figure, Scene, combinations, is_held_out
+from library.scenes.world import (
+    ALL_SHAPES,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    Figure,
+    Scene,
+    combinations,
+    is_held_out,
+)
 from tools.make_scenes import main as make_scenes
-
-ALL_SHAPES = (*SHAPES, *NEW_SHAPES)
 
 
 def one(figure: Figure, ground: str, seed: int = 0, size: str = "medium", place: str = "centre") -> Scene:
@@ -136,6 +145,25 @@ def test_a_subject_is_asked_for_as_it_was_never_shown():
         assert figure.place not in TAUGHT_PLACES
         assert "sks" in question.prompt
         assert "house" not in question.prompt
+
+
+def test_a_new_colour_is_taught_on_some_shapes_and_asked_for_on_others():
+    taught = subject_scenes("turquoise", 12, stream(1, "subject"))
+    assert {scene.figures[0].shape for scene in taught} <= set(TAUGHT_SHAPES)
+    for scene in taught:
+        assert shows(draw(scene, stream(0, "x")), "turquoise")
+        assert "sks" in subject_caption(scene, "sks", stream(0, "words"))
+    asked = subject_questions("turquoise", "sks", 50, stream(1, "questions"))
+    for question in asked:
+        (figure,) = question.scene.figures
+        assert figure.shape not in TAUGHT_SHAPES
+        assert figure.shape in question.prompt
+        assert f"sks {figure.shape}" in question.prompt
+        assert "turquoise" not in question.prompt
+        answer = question.answer(draw(question.scene, stream(0, "shades")))
+        assert all(answer.values())
+    plain = questions(50, stream(1, "questions"))
+    assert not any(shows(draw(question.scene, stream(0, "shades")), "turquoise") for question in plain)
 
 
 def test_shares_have_wilsons_interval():
