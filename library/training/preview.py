@@ -75,7 +75,7 @@ class Previewer:
         self._family = family
         self._parts = parts
         self._settings = settings
-        self._files = PreviewFiles(Path(output_dir) / "sample", f"{output_name}_" if output_name else "")
+        self._files = PreviewFiles(Path(output_dir), output_name)
         self._modules = (*parts.modules(), *trained)
         self._rank, self._processes = rank, processes
         self._trackers = trackers

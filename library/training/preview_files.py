@@ -20,11 +20,12 @@ MOST_COLUMNS = 8
 
 
 class PreviewFiles:
-    """The previews of one run in ``folder``; their names begin with ``stem``."""
+    """The previews of one run: pictures in the folder ``sample`` of ``output_dir``, their sheet beside it."""
 
-    def __init__(self, folder: Path, stem: str) -> None:
-        self._folder = folder
-        self._stem = stem
+    def __init__(self, output_dir: Path, output_name: str | None) -> None:
+        self._folder = output_dir / "sample"
+        self._stem = stem = f"{output_name}_" if output_name else ""
+        self._sheet = output_dir / f"{stem}previews.png"
         self._name = re.compile(re.escape(stem) + r"(e?\d{6})_(\d{2,})_\d{14}(_-?\d+)?\.png")
         self._since = time.time()
 
@@ -36,13 +37,7 @@ class PreviewFiles:
         """Write a picture of prompt ``index``; the file."""
         stamp = time.strftime("%Y%m%d%H%M%S", time.localtime())
         ending = "" if seed is None else f"_{seed}"
-        return self._save(picture, f"{self._stem}{moment}_{index:02d}_{stamp}{ending}.png")
-
-    def _save(self, picture: Image, name: str) -> Path:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self._folder / name) as temporary:
-            picture.save(temporary, format="PNG")
-        return self._folder / name
+        return save(picture, self._folder / f"{self._stem}{moment}_{index:02d}_{stamp}{ending}.png")
 
     def newest(self) -> dict[str, dict[int, Path]]:
         """The newest file of this run for each moment and prompt, the moments in the order of time."""
@@ -64,7 +59,15 @@ class PreviewFiles:
                 if index in pictures[moment]:
                     with PilImage.open(pictures[moment][index]) as picture:
                         sheet.add(f"{index + 1}. {prompt.prompt}", in_words(moment), picture.convert("RGB"))
-        return self._save(sheet.draw(), f"{self._stem}sheet.png")
+        return save(sheet.draw(), self._sheet)
+
+
+def save(picture: Image, file: Path) -> Path:
+    """Write a PNG file, whole or not at all; the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(file) as temporary:
+        picture.save(temporary, format="PNG")
+    return file
 
 
 def in_words(moment: str) -> str:

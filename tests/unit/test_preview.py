@@ -52,11 +52,7 @@ def previewer(folder: Path, options: Options, **extra: Any) -> Previewer:
 
 
 def files(folder: Path) -> list[str]:
-    """The pictures; every run with pictures has one sheet of them."""
-    pictures = sorted(path.name for path in (folder / "out" / "sample").glob("*"))
-    sheets = [name for name in pictures if name.endswith("sheet.png")]
-    assert len(sheets) == bool(pictures)
-    return [name for name in pictures if name not in sheets]
+    return sorted(path.name for path in (folder / "out" / "sample").glob("*"))
 
 
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -278,7 +274,7 @@ def solid(monkeypatch: pytest.MonkeyPatch, colour: tuple[int, int, int]) -> None
 def sheet_colours(folder: Path) -> list[tuple[int, int, int]]:
     """The pure colours that the sheet shows in its first row of pictures, from left to right."""
     pure = {(255, 0, 0), (0, 255, 0), (0, 0, 255)}
-    sheet = np.asarray(Image.open(folder / "out" / "sample" / "my_sheet.png"))
+    sheet = np.asarray(Image.open(folder / "out" / "my_previews.png"))
     for row in sheet:
         seen = [tuple(pixel) for pixel in row.tolist() if tuple(pixel) in pure]
         if seen:
@@ -333,7 +329,7 @@ def test_an_unwritable_sheet_is_a_warning(
     tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     solid(monkeypatch, (255, 0, 0))
-    (tmp_path / "out" / "sample" / "my_sheet.png").mkdir(parents=True)
+    (tmp_path / "out" / "my_previews.png").mkdir(parents=True)
     with caplog.at_level(logging.WARNING):
         previewer(tmp_path, Options(str(prompts), sample_at_first=True)).at_start(Clock(9, 1))
     assert "sheet of previews" in caplog.text
