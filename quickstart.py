@@ -115,7 +115,7 @@ def report(output_dir: Path, started: float, command: list[str | Path]) -> None:
     made = sorted(file for file in output_dir.rglob("*") if file.is_file() and file.stat().st_mtime >= started - 1)
     previews = [file for file in made if re.search(r"_e?[0-9]{6}_[0-9]{2}_", file.name)]
     before = [file for file in previews if "_e000000_" in file.name]
-    sheets = [file for file in made if file.name.endswith("sheet.png")]
+    sheets = [file for file in made if file.name.endswith("previews.png")]
     if not before or len(before) == len(previews) or not sheets:
         raise SetupError(f"the training left no pictures before and after in {output_dir / 'sample'}")
     print(f"\nDone in {time.time() - started:.0f} s. The same by hand:")

@@ -91,18 +91,17 @@ def test_every_check_runs_even_if_one_fails(quickstart: ModuleType, monkeypatch)
 
 
 def test_reports_pictures_before_and_after(quickstart: ModuleType, tmp_path: Path, capsys):
-    (tmp_path / "sample").mkdir()
-    for name in ("x_e000000_00_20260101000000_1.png", "x_000400_00_20260101000100_1.png", "x_sheet.png"):
-        (tmp_path / "sample" / name).write_bytes(b"")
+    for name in ("x_e000000_00_20260101000000_1.png", "x_000400_00_20260101000100_1.png", "x_previews.png"):
+        (tmp_path / name).write_bytes(b"")
     (tmp_path / "x.safetensors").write_bytes(b"")
     quickstart.report(tmp_path, 0.0, ["accelerate", "launch"])
     lines = capsys.readouterr().out.splitlines()
     assert "x.safetensors" in lines[lines.index("LoRA:") + 1]
-    assert "x_sheet.png" in lines[lines.index("Pictures before and after, side by side:") + 1]
+    assert "x_previews.png" in lines[lines.index("Pictures before and after, side by side:") + 1]
 
 
 def test_pictures_of_one_time_only_are_a_failure(quickstart: ModuleType, tmp_path: Path):
-    for name in ("x_000400_00_20260101000100_1.png", "x_sheet.png"):
+    for name in ("x_000400_00_20260101000100_1.png", "x_previews.png"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(quickstart.SetupError, match="no pictures"):
         quickstart.report(tmp_path, 0.0, [])
