@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent
 OLDEST = (3, 10)
 DEFAULT_TORCH = "torch==2.13.0"
 CONFIG = Path("examples/quickstart.toml")
-BUILT_IN = (CONFIG, Path("examples/tiny/tiny-sd1.safetensors"), Path("examples/photos/cat"))
+BUILT_IN = (CONFIG, Path("examples/tiny/tiny-sd1.safetensors"), Path("examples/fish"))
 TORCH_HINT = (
     "No PyTorch in {venv} yet: installing {torch}, the default build for this system.\n"
     "  For another build (CUDA version, ROCm, CPU only) stop here, install it, and start again, for example:\n"
@@ -105,7 +105,7 @@ def train_and_draw(python: Path, output_dir: Path) -> None:
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--num_cpu_threads_per_process", str(max((os.cpu_count() or 1) // 2, 1))]
     command = [*launch, "train_network.py", "--config_file", CONFIG, "--output_dir", output_dir]
-    print(f"Training a LoRA on the photos of {BUILT_IN[2]} with the small built-in model", flush=True)
+    print(f"Teaching the small built-in model the shape of the pictures in {BUILT_IN[2]}", flush=True)
     run(command, "the training stopped: read its message above")
     report(output_dir, started, command)
 
