@@ -140,7 +140,7 @@ class Previewer:
         """Put the pictures of all processes on the sheet, and give them to the trackers."""
         try:
             logger.info("all previews so far: %s", self._files.write_sheet(prompts))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # as with single previews: also a Pillow without fonts must not end the training
             logger.warning("the sheet of previews could not be written: %s", error)
         if self._trackers:
             self._log_images(self._files.newest().get(moment, {}), step)

@@ -53,9 +53,11 @@ class PreviewFiles:
         """Write the sheet: a row for each prompt, a column for each moment (some of them if there are many)."""
         from PIL import Image as PilImage
 
-        sheet, pictures = Sheet(), self.newest()
+        pictures = self.newest()
+        moments = spread(list(pictures), MOST_COLUMNS)
+        sheet = Sheet(columns=[in_words(moment) for moment in moments])  # also where the first prompt has no picture
         for index, prompt in enumerate(prompts):
-            for moment in spread(list(pictures), MOST_COLUMNS):
+            for moment in moments:
                 if index in pictures[moment]:
                     with PilImage.open(pictures[moment][index]) as picture:
                         sheet.add(f"{index + 1}. {prompt.prompt}", in_words(moment), picture.convert("RGB"))

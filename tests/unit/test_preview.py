@@ -325,6 +325,38 @@ def test_moments_in_words_and_few_columns() -> None:
     assert spread(many[:8], 8) == many[:8]
 
 
+def test_columns_are_in_the_order_of_time_though_a_picture_failed(
+    tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def red_but_for_the_first(*args: Any) -> Image.Image:
+        if args[2].prompt == "a cat":
+            raise RuntimeError
+        return Image.new("RGB", (16, 16), (255, 0, 0))
+
+    drawer = previewer(tmp_path, Options(str(prompts), sample_at_first=True, sample_every_n_steps=1))
+    monkeypatch.setattr(preview, "generate", red_but_for_the_first)
+    drawer.at_start(Clock(9, 1))
+    solid(monkeypatch, (0, 255, 0))
+    drawer.after_step(Clock(9, 1, step=1))
+    sheet = np.asarray(Image.open(tmp_path / "out" / "my_previews.png"))
+    red, green = (np.nonzero((sheet == colour).all(axis=-1))[1] for colour in ((255, 0, 0), (0, 255, 0)))
+    assert red.max() < green.min()
+
+
+def test_a_pillow_without_fonts_is_a_warning(
+    tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_font(*args: Any, **more: Any) -> None:
+        raise ImportError("FreeType")
+
+    solid(monkeypatch, (255, 0, 0))
+    monkeypatch.setattr("PIL.ImageFont.load_default", no_font)
+    with caplog.at_level(logging.WARNING):
+        previewer(tmp_path, Options(str(prompts), sample_at_first=True)).at_start(Clock(1, 1))
+    assert "FreeType" in caplog.text
+    assert len(files(tmp_path)) == 3
+
+
 def test_an_unwritable_sheet_is_a_warning(
     tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
