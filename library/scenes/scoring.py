@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from library.scenes.drawing import Picture
@@ -17,7 +17,7 @@ PROPERTIES = ("ground", "count", "colour", "shape", "place", "size")
 TAUGHT_COLOURS = ("red", "yellow", "blue", "white")
 TAUGHT_SHAPES = ("circle", "square", "heart", "diamond")
 TAUGHT_GROUNDS = ("black", "green", "white", "brown")
-TAUGHT_PLACES: tuple[Place, ...] = ("centre", "left")
+TAUGHT_PLACES: tuple[Place, ...] = ("centre", "left", "top")
 """What the pictures of a new shape or colour show; questions about it ask for the others."""
 SURE = 1.96  # half the width of a 95 % interval in standard deviations
 
@@ -86,14 +86,16 @@ def subject_questions(subject: str, word: str, count: int, rng: random.Random) -
     show.
     """
     places: list[Place] = [place for place in PLACES if place not in TAUGHT_PLACES]
-    scenes = [_subject_scene(rng.choice(_kinds(subject, taught=False)), places, rng) for _ in range(count)]
+    scenes = [_subject_scene(rng.choice(_kinds(subject, taught=False)), rng.choice(places), rng) for _ in range(count)]
     return [Question(subject_caption(scene, word, rng), scene) for scene in scenes]
 
 
 def subject_scenes(subject: str, count: int, rng: random.Random) -> list[Scene]:
     """Pictures that teach a new shape or colour: with few things, grounds and places, each about as often."""
-    kinds = _kinds(subject, taught=True)
-    return [_subject_scene(kind, TAUGHT_PLACES, rng) for kind in rng.sample(kinds * -(-count // len(kinds)), count)]
+    kinds, places = _kinds(subject, taught=True), list(TAUGHT_PLACES)
+    chosen = rng.sample(kinds * -(-count // len(kinds)), count)
+    where = rng.sample((places * -(-count // len(places)))[:count], count)
+    return [_subject_scene(kind, place, rng) for kind, place in zip(chosen, where, strict=True)]
 
 
 def _kinds(subject: str, taught: bool) -> list[tuple[Figure, str]]:
@@ -106,9 +108,9 @@ def _kinds(subject: str, taught: bool) -> list[tuple[Figure, str]]:
     return [(figure, ground) for figure in figures for ground in grounds if figure.colour != ground]
 
 
-def _subject_scene(kind: tuple[Figure, str], places: Sequence[Place], rng: random.Random) -> Scene:
+def _subject_scene(kind: tuple[Figure, str], place: Place, rng: random.Random) -> Scene:
     figure, ground = kind
-    return Scene((placed(figure, rng, "medium", rng.choice(places)),), ground)
+    return Scene((placed(figure, rng, "medium", place),), ground)
 
 
 def subject_caption(scene: Scene, word: str, rng: random.Random) -> str:
