@@ -95,6 +95,11 @@ def install(venv: Path, torch: str, with_dev: bool) -> Path:
     return python
 
 
+def threads(processors: int) -> int:
+    """Threads for computing: half of the processors, as two often share one core, but both if there are two."""
+    return max(processors // 2, min(processors, 2))
+
+
 def train_and_draw(python: Path, output_dir: Path) -> None:
     """Train a LoRA on the built-in model and photos, with pictures before and after; print where everything is."""
     for needed in BUILT_IN:
@@ -103,7 +108,7 @@ def train_and_draw(python: Path, output_dir: Path) -> None:
     started = time.time()
     launch: list[str | Path] = [python, "-m", "accelerate.commands.launch", "--num_processes", "1"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--num_cpu_threads_per_process", str(max((os.cpu_count() or 1) // 2, 1))]
+    launch += ["--num_cpu_threads_per_process", str(threads(os.cpu_count() or 1))]
     command = [*launch, "train_network.py", "--config_file", CONFIG, "--output_dir", output_dir]
     print(f"Teaching the small built-in model the shape of the pictures in {BUILT_IN[2]}", flush=True)
     run(command, "the training stopped: read its message above")

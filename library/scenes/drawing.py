@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from library.rng import stream
 from library.scenes.world import ALL_COLOURS, RGB, Figure, Scene
 
 Mask = NDArray[np.float32]
@@ -61,7 +62,7 @@ SOLIDS: dict[str, list[Points]] = {
     "ring": [_circle()],
     "house": [[(-0.7, -0.05), (0.7, -0.05), (0.7, 0.95), (-0.7, 0.95)], [(0, -1), (1, 0), (-1, 0)]],
     "arrow": [[(-1, -0.28), (0.1, -0.28), (0.1, -0.85), (1, 0), (0.1, 0.85), (0.1, 0.28), (-1, 0.28)]],
-    "moon": [_circle()],
+    "moon": [_circle(centre=(0.22, 0.0))],
     "fish": [
         [(0.45 + 0.65 * (x - 0.3), 0.55 * y) for x, y in _circle()],
         [(-0.1, 0), (-1, -0.65), (-1, 0.65)],
@@ -70,10 +71,40 @@ SOLIDS: dict[str, list[Points]] = {
 """Polygons of each shape, in a box from -1 to 1."""
 HOLES: dict[str, Points] = {
     "ring": _circle(0.55),
-    "moon": _circle(0.85, (0.5, -0.1)),
+    "moon": _circle(0.85, (0.72, -0.1)),
     "house": [(-0.2, 0.4), (0.2, 0.4), (0.2, 0.95), (-0.2, 0.95)],
 }
 """What is cut out of a shape."""
+
+
+def freehand(seed: int) -> tuple[list[Points], Points | None]:
+    """The polygons and the hole of a random outline, in a box from -1 to 1: up to three ellipses and many-cornered parts."""
+    rng = stream(seed, "outline")
+    parts = [_random_part(rng) for _ in range(rng.choice((1, 2, 2, 3)))]
+    corners = np.concatenate([np.array(part) for part in parts])
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    middle, half = (low + high) / 2, float((high - low).max()) / 2
+    solids = [[((x - middle[0]) / half, (y - middle[1]) / half) for x, y in part] for part in parts]
+    hole = _circle(rng.uniform(0.2, 0.4), (rng.uniform(-0.6, 0.6), rng.uniform(-0.6, 0.6)))
+    return solids, hole if rng.random() < 0.3 else None
+
+
+def _random_part(rng: random.Random) -> Points:
+    x, y = rng.uniform(-0.6, 0.6), rng.uniform(-0.6, 0.6)
+    width, height = rng.uniform(0.25, 0.8), rng.uniform(0.25, 0.8)
+    if rng.random() < 0.35:
+        outline = _circle()
+    else:
+        turns = sorted(rng.uniform(0, 2 * math.pi) for _ in range(rng.choice((3, 4, 5, 7))))
+        outline = [(math.cos(turn), math.sin(turn)) for turn in turns]
+    return [(x + width * across, y + height * down) for across, down in outline]
+
+
+def figure_mask(figure: Figure, side_px: int) -> Mask:
+    """Where the figure is: 1 inside, 0 outside, between on the edge."""
+    if figure.outline is None:
+        return shape_mask(figure.shape, figure.centre, figure.radius, side_px)
+    return polygon_mask(*freehand(figure.outline), figure.centre, figure.radius, side_px)
 
 
 def shape_mask(shape: str, centre: tuple[float, float], radius: float, side_px: int) -> Mask:
@@ -113,7 +144,7 @@ def draw(scene: Scene, rng: random.Random, side_px: int = 64) -> Picture:
         odd = (columns // step) % 2 == 1 if scene.ground_texture == "striped" else (rows // step + columns // step) % 2
         canvas[odd.astype(bool)] = mixed(ALL_COLOURS[scene.ground])
     for figure in scene.figures:
-        paint(canvas, shape_mask(figure.shape, figure.centre, figure.radius, side_px), figure, rng)
+        paint(canvas, figure_mask(figure, side_px), figure, rng)
     return canvas.round().clip(0, 255).astype(np.uint8)
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+from library.scenes.drawing import draw
+from library.scenes.reading import read
 from library.scenes.world import (
     COLOURS,
+    FREEHAND,
     GROUND_TEXTURES,
     PLACES,
     RADII,
@@ -23,6 +26,9 @@ from library.scenes.world import (
 PLAIN_SHARE = 0.8  # scenes of flat, plain figures
 PAIR_SHARE = 0.08  # two figures of different kinds
 COUNT_SHARE = 0.12  # two or three figures of one kind
+FREEHAND_SHARE = 0.35  # of the scenes of one figure: a figure without a name
+SMALLEST_OUTLINE, MOST_ALIKE = 0.2, 0.8  # share of the picture; intersection over union with a shape that has a name
+OFF = 0.05  # how far from its place a figure is, as hands draw; share of the picture's side
 COUNT_PLACES = {2: ((0.26, 0.5), (0.74, 0.5)), 3: ((0.25, 0.28), (0.75, 0.28), (0.5, 0.74))}
 
 
@@ -38,6 +44,8 @@ def random_scene(rng: random.Random, shapes: tuple[str, ...] = SHAPES) -> Scene:
         return Scene(_spread(rng, (figure, other)), ground, texture)
     if kind < PAIR_SHARE + COUNT_SHARE:
         return Scene(_spread(rng, (figure,) * rng.choice((2, 3))), ground, texture)
+    if rng.random() < FREEHAND_SHARE:
+        figure = replace(figure, shape=FREEHAND, outline=_outline(rng))
     return Scene((_placed(rng, figure),), ground, texture)
 
 
@@ -50,11 +58,21 @@ def random_kind(rng: random.Random, shapes: tuple[str, ...], ground: str | None 
             return Figure(shape, colour), behind
 
 
+def _outline(rng: random.Random) -> int:
+    """The seed of an outline in one piece, neither thin nor like a shape that has a name."""
+    while True:
+        outline = rng.getrandbits(32)
+        scene = Scene((Figure(FREEHAND, "black", centre=(0.5, 0.5), radius=0.45, outline=outline),), "white")
+        seen = read(draw(scene, rng)).figures
+        if len(seen) == 1 and seen[0].area > SMALLEST_OUTLINE and seen[0].overlap < MOST_ALIKE:
+            return outline
+
+
 def placed(figure: Figure, rng: random.Random, size: Size, place: Place) -> Figure:
-    """The figure with a size and a place, both a little off as hands draw."""
-    x, y = PLACES[place]
-    centre = (x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02))
-    return replace(figure, size=size, place=place, centre=centre, radius=rng.uniform(*RADII[size]))
+    """The figure with a size and a place, both a little off as hands draw, and all of it in the picture."""
+    radius = rng.uniform(*RADII[size])
+    x, y = (min(max(middle + rng.uniform(-OFF, OFF), radius), 1 - radius) for middle in PLACES[place])
+    return replace(figure, size=size, place=place, centre=(x, y), radius=radius)
 
 
 def _placed(rng: random.Random, figure: Figure) -> Figure:

@@ -33,6 +33,8 @@ SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "
 NEW_SHAPES = ("house", "arrow", "moon", "fish")
 """Shapes that it never sees: subjects to teach it."""
 ALL_SHAPES = (*SHAPES, *NEW_SHAPES)
+FREEHAND = "shape"
+"""The word for figures that have no name of their own: with them the model learns to draw any outline anywhere."""
 STYLES: tuple[Style, ...] = ("flat", "outlined", "shaded")
 TEXTURES: tuple[Texture, ...] = ("plain", "striped", "spotted")
 GROUND_TEXTURES: tuple[GroundTexture, ...] = ("plain", "striped", "checkered")
@@ -49,7 +51,10 @@ RADII: dict[Size, tuple[float, float]] = {"small": (0.17, 0.2), "medium": (0.26,
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One shape in a scene. ``centre`` is x, y from the upper left corner, ``radius`` half the side of its box."""
+    """One shape in a scene. ``centre`` is x, y from the upper left corner, ``radius`` half the side of its box.
+
+    ``outline`` is the seed of a freehand figure's outline.
+    """
 
     shape: str
     colour: str
@@ -59,6 +64,7 @@ class Figure:
     texture: Texture = "plain"
     centre: tuple[float, float] = (0.5, 0.5)
     radius: float = 0.24
+    outline: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

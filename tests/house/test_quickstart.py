@@ -110,3 +110,7 @@ def test_pictures_of_one_time_only_are_a_failure(quickstart: ModuleType, tmp_pat
 def test_no_pictures_is_a_failure(quickstart: ModuleType, tmp_path: Path):
     with pytest.raises(quickstart.SetupError, match="no pictures"):
         quickstart.report(tmp_path, 0.0, [])
+
+
+def test_threads_are_half_of_many_processors_and_all_of_few(quickstart: ModuleType):
+    assert [quickstart.threads(count) for count in (1, 2, 3, 4, 8, 24)] == [1, 2, 2, 2, 4, 12]

@@ -34,6 +34,7 @@ from library.scenes.wording import caption
 from library.scenes.world import (
     ALL_SHAPES,
     COLOURS,
+    FREEHAND,
     PLACES,
     SHAPES,
     Figure,
@@ -95,12 +96,14 @@ def test_noise_has_no_colour_and_scribble_no_shape():
 
 
 def test_training_scenes_never_show_what_is_asked_for():
-    shown = Counter(
-        (figure.shape, figure.colour, scene.ground)
+    figures = [
+        (figure, scene.ground)
         for index in range(3000)
         for scene in [random_scene(stream(1, "scene", index))]
         for figure in scene.figures
-    )
+    ]
+    assert {figure.shape for figure, _ in figures} == {*SHAPES, FREEHAND}
+    shown = Counter((figure.shape, figure.colour, ground) for figure, ground in figures if figure.shape != FREEHAND)
     assert not any(is_held_out(*kind) for kind in shown)
     asked = {
         (question.scene.figures[0].shape, question.scene.figures[0].colour, question.scene.ground)
@@ -111,6 +114,25 @@ def test_training_scenes_never_show_what_is_asked_for():
     assert words == {*SHAPES, *COLOURS}
     assert set(shown) <= set(combinations(held_out=False))
     assert len(shown) > 600
+
+
+def test_figures_without_a_name_are_like_no_named_shape():
+    scenes = (random_scene(stream(1, "scene", index)) for index in range(400))
+    outlines = [scene.figures[0].outline for scene in scenes if scene.figures[0].outline is not None]
+    assert len(set(outlines)) > 60
+    for outline in outlines:
+        scene = Scene((Figure(FREEHAND, "red", radius=0.45, outline=outline),), "white")
+        (seen,) = read(draw(scene, stream(0, "shades"))).figures
+        assert seen.overlap < 0.85
+        assert seen.area > 0.15
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 100_000))
+def test_every_figure_lies_within_the_picture(seed: int):
+    (figure, *others) = random_scene(stream(seed, "scene")).figures
+    for one_of_them in (figure, *others):
+        assert all(one_of_them.radius <= middle <= 1 - one_of_them.radius for middle in one_of_them.centre)
 
 
 @settings(max_examples=100, deadline=None)
