@@ -39,7 +39,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import library.generation.session
 print("imported", flush=True)
 """
-DRAWING = "gen_img.py --ckpt examples/tiny/tiny-sd1.safetensors --prompt cat --W 64 --H 64 --steps 2"
+DRAWING = "gen_img.py --ckpt examples/tiny/tiny-sd1.safetensors --prompt star --W 64 --H 64 --steps 2"
 
 
 def until_line(command: list[str], beginning: str, limit_s: float = 300) -> Turn:
