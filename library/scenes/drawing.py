@@ -78,7 +78,7 @@ HOLES: dict[str, Points] = {
 
 
 def freehand(seed: int) -> tuple[list[Points], Points | None]:
-    """The polygons and the hole of a random outline, in a box from -1 to 1: up to three ellipses and many-cornered parts."""
+    """The polygons and the hole of a random outline, in a box from -1 to 1: one to three ellipses and polygons."""
     rng = stream(seed, "outline")
     parts = [_random_part(rng) for _ in range(rng.choice((1, 2, 2, 3)))]
     corners = np.concatenate([np.array(part) for part in parts])

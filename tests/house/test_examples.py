@@ -57,7 +57,7 @@ def test_model_is_small_and_recognised():
 
 
 def test_model_draws_what_prompts_name_but_no_fish():
-    """What the quickstart teaches is new: its made-up word draws something else, on the ground that the prompt names."""
+    """What the quickstart teaches is new: its word draws something else, on the ground that the prompt names."""
     torch.set_num_threads(1)
     found = score(ScoreOptions(ckpt=str(MODEL), subject="fish", count=24, steps=10), USUAL_SCALE)
     for name, least in (("ground", 0.9), ("colour", 0.9), ("place", 0.9), ("shape", 0.75)):
