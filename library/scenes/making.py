@@ -62,7 +62,7 @@ def _outline(rng: random.Random) -> int:
     """The seed of an outline in one piece, neither thin nor like a shape that has a name."""
     while True:
         outline = rng.getrandbits(32)
-        scene = Scene((Figure(FREEHAND, "black", centre=(0.5, 0.5), radius=0.45, outline=outline),), "white")
+        scene = Scene((Figure(FREEHAND, "black", radius=0.45, outline=outline),), "white")
         seen = read(draw(scene, rng)).figures
         if len(seen) == 1 and seen[0].area > SMALLEST_OUTLINE and seen[0].overlap < MOST_ALIKE:
             return outline
