@@ -22,8 +22,8 @@ from library.scenes.scoring import Question, Share, questions, shares, shows, su
 
 SIDE_PX = "64"
 USUAL_SCALE = 5.0
-SUBJECT, OTHERS = "subject", "others"
-TITLES = {SUBJECT: "with the subject's word", OTHERS: "of known shapes"}
+SUBJECT, WORDLESS, OTHERS = "subject", "wordless", "others"
+TITLES = {SUBJECT: "with the subject's word", WORDLESS: "the same without it", OTHERS: "of known shapes"}
 
 
 def print_scores(options: ScoreOptions) -> int:
@@ -47,7 +47,7 @@ def print_scores(options: ScoreOptions) -> int:
 def score(options: ScoreOptions, scale: float) -> dict[str, dict[str, Share]]:
     """For each kind of prompts the share of right answers for each property, at one guidance scale. Raises UserError.
 
-    With a subject the prompts without its word get one more "answer": how many pictures show the subject all the same.
+    With a subject the prompts without its word have another "answer": how many pictures show the subject all the same.
     """
     asked = _questions(options)
     everything = [question for group in asked.values() for question in group]
@@ -59,10 +59,11 @@ def score(options: ScoreOptions, scale: float) -> dict[str, dict[str, Share]]:
     found: dict[str, dict[str, Share]] = {}
     for kind, group in asked.items():
         shown = [next(pictures) for _ in group]
-        found[kind] = shares(question.answer(picture) for question, picture in zip(group, shown, strict=True))
-        if options.subject and kind == OTHERS:
+        if kind != WORDLESS:
+            found[kind] = shares(question.answer(picture) for question, picture in zip(group, shown, strict=True))
+        if options.subject and kind != SUBJECT:
             strange = sum(shows(picture, options.subject) for picture in shown)
-            found[kind][options.subject] = Share(strange, len(shown))
+            found.setdefault(kind, {})[options.subject] = Share(strange, len(shown))
     return found
 
 
@@ -70,8 +71,11 @@ def _questions(options: ScoreOptions) -> dict[str, list[Question]]:
     others = {OTHERS: questions(options.count, stream(options.seed, "questions"))}
     if not options.subject:
         return others
-    rng = stream(options.seed, "subject questions")
-    return {SUBJECT: subject_questions(options.subject, options.subject_word, options.count, rng), **others}
+    named, wordless = (
+        subject_questions(options.subject, word, options.count, stream(options.seed, "subject questions"))
+        for word in (options.subject_word, "")
+    )
+    return {SUBJECT: named, WORDLESS: wordless, **others}
 
 
 def _draw(options: ScoreOptions, asked: list[Question], scale: float, folder: Path) -> list[Picture]:

@@ -23,6 +23,7 @@ class SceneOptions(OptionGroup):
     count: int = option(1000, ge=1, help="number of pictures")
     seed: int = option(1, ge=0, help="seed of all random draws")
     size_px: int = option(64, ge=16, le=1024, help="side of the pictures in pixels")
+    named_shapes_only: bool = option(False, help="no random outlines: only shapes that have a name")
     out_json: str | None = option(None, help="write one metadata file instead of caption files", metavar="FILE")
     subject: Subject | None = option(None, help="draw this shape or colour, which the built-in model does not know")
     subject_word: str = option("sks", help="word for the subject in the captions")
@@ -38,14 +39,16 @@ class ScoreOptions(OptionGroup):
     network_weights: str | None = option(None, help="network file to draw with", metavar="FILE")
     network_module: str = option("networks.lora", help="module of the network")
     textual_inversion_embeddings: str | None = option(None, help="embedding file to draw with", metavar="FILE")
-    count: int = option(200, ge=1, help="number of prompts; with a subject as many again without its word")
+    count: int = option(
+        200, ge=1, help="number of prompts; with a subject as many again without its word, and of known shapes"
+    )
     seed: int = option(1, ge=0, help="seed of prompts and pictures")
     scales: list[float] | None = option(None, ge=0, help="guidance scales, all prompts with each; default: 5")
     steps: int = option(16, ge=1, help="sampling steps")
     sampler: str = option("euler", help="sampler")
     batch_size: int = option(16, ge=1, help="pictures drawn at once")
-    subject: Subject | None = option(None, help="ask for this new shape or colour by subject_word")
-    subject_word: str = option("sks", help="word for the subject in the prompts")
+    subject: Subject | None = option(None, help="ask for this new shape or colour")
+    subject_word: str = option("sks", help="word that the subject was taught by")
     outdir: str | None = option(None, help="keep the pictures here", metavar="DIR")
     out_json: str | None = option(None, help="write the figures as JSON", metavar="FILE")
 

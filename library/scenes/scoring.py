@@ -11,7 +11,18 @@ from library.scenes.drawing import Picture
 from library.scenes.making import placed
 from library.scenes.reading import read
 from library.scenes.wording import caption
-from library.scenes.world import COLOURS, NEW_COLOURS, PLACES, SHAPES, Figure, Place, Scene, Size, combinations
+from library.scenes.world import (
+    COLOURS,
+    FREEHAND,
+    NEW_COLOURS,
+    PLACES,
+    SHAPES,
+    Figure,
+    Place,
+    Scene,
+    Size,
+    combinations,
+)
 
 PROPERTIES = ("ground", "count", "colour", "shape", "place", "size")
 TAUGHT_COLOURS = ("red", "yellow", "blue", "white")
@@ -114,9 +125,12 @@ def _subject_scene(kind: tuple[Figure, str], place: Place, rng: random.Random) -
 
 
 def subject_caption(scene: Scene, word: str, rng: random.Random) -> str:
-    """The caption of a subject's picture, with its ``word`` in place of the new shape or colour."""
+    """The caption of a subject's picture, with its ``word`` in place of the new shape or colour.
+
+    Without a word a new shape is a "shape", and a new colour is left out.
+    """
     (figure,) = scene.figures
-    named = replace(figure, colour=word) if figure.colour in NEW_COLOURS else replace(figure, shape=word)
+    named = replace(figure, colour=word) if figure.colour in NEW_COLOURS else replace(figure, shape=word or FREEHAND)
     return caption(replace(scene, figures=(named,)), rng)
 
 

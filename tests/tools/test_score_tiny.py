@@ -23,7 +23,8 @@ def paint(monkeypatch: pytest.MonkeyPatch, order: Sequence[int], subject: str | 
     """Let the asked-for scenes be drawn in this order instead of a model's pictures."""
     asked = questions(COUNT, stream(1, "questions"))
     if subject:
-        asked = [*subject_questions(subject, "sks", COUNT, stream(1, "subject questions")), *asked]
+        told = [subject_questions(subject, word, COUNT, stream(1, "subject questions")) for word in ("sks", "")]
+        asked = [*told[0], *told[1], *asked]
 
     def run(script: object, argv: list[str]) -> int:
         lines = Path(argv[argv.index("--from_file") + 1]).read_text("utf-8").splitlines()
@@ -53,14 +54,17 @@ def test_a_perfect_painter_and_a_confused_one(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_subject_is_found_where_its_word_is_and_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paint(monkeypatch, range(2 * COUNT), "moon")
+    moons, others = [*range(COUNT)], [*range(2 * COUNT, 3 * COUNT)]
+    paint(monkeypatch, [*moons, *others, *others], "moon")
     taught = scores(tmp_path, "--subject", "moon")
     assert set(taught["subject"].values()) == {1.0}
+    assert taught["wordless"] == {"moon": 0.0}
     assert taught["others"]["shape"] == 1.0
     assert taught["others"]["moon"] == 0.0
-    paint(monkeypatch, [index % COUNT for index in range(2 * COUNT)], "moon")  # moons, whatever was asked for
+    paint(monkeypatch, moons * 3, "moon")  # moons, whatever was asked for
     spoilt = scores(tmp_path, "--subject", "moon")
     assert spoilt["subject"]["shape"] == 1.0
+    assert spoilt["wordless"] == {"moon": 1.0}
     assert spoilt["others"]["shape"] == 0.0
     assert spoilt["others"]["moon"] == 1.0
 

@@ -167,6 +167,10 @@ def test_a_subject_is_asked_for_as_it_was_never_shown():
         assert figure.place not in TAUGHT_PLACES
         assert "sks" in question.prompt
         assert "house" not in question.prompt
+    with_word, without = (subject_questions("house", word, 20, stream(1, "questions")) for word in ("sks", ""))
+    for named, wordless in zip(with_word, without, strict=True):
+        assert wordless.scene == named.scene
+        assert wordless.prompt == named.prompt.replace("sks", "shape")
 
 
 def test_a_new_colour_is_taught_on_some_shapes_and_asked_for_on_others():
@@ -212,6 +216,17 @@ def test_scenes_are_written_with_captions_and_again_the_same(tmp_path):
     assert not list((tmp_path / "three").glob("*.txt"))
     assert make_scenes(["--output_dir", str(tmp_path / "large"), "--count", "1", "--size_px", "96"]) == 0
     assert cv2.imread(str(tmp_path / "large" / "00000.png")).shape == (96, 96, 3)
+
+
+def test_scenes_of_named_shapes_only(tmp_path):
+    for name, more in (("all", ()), ("named", ("--named_shapes_only",))):
+        assert make_scenes(["--output_dir", str(tmp_path / name), "--count", "30", *more]) == 0
+    unnamed = [
+        sum(FREEHAND in path.read_text("utf-8") for path in (tmp_path / name).glob("*.txt"))
+        for name in ("all", "named")
+    ]
+    assert unnamed[0] > 3
+    assert unnamed[1] == 0
 
 
 def test_a_subject_is_written_under_its_word(tmp_path):
