@@ -23,7 +23,6 @@ class SceneOptions(OptionGroup):
     count: int = option(1000, ge=1, help="number of pictures")
     seed: int = option(1, ge=0, help="seed of all random draws")
     size_px: int = option(64, ge=16, le=1024, help="side of the pictures in pixels")
-    named_shapes_only: bool = option(False, help="no random outlines: only shapes that have a name")
     out_json: str | None = option(None, help="write one metadata file instead of caption files", metavar="FILE")
     subject: Subject | None = option(None, help="draw this shape or colour, which the built-in model does not know")
     subject_word: str = option("sks", help="word for the subject in the captions")

@@ -15,7 +15,7 @@ from library.scenes.drawing import draw
 from library.scenes.making import random_scene
 from library.scenes.scoring import subject_caption, subject_scenes
 from library.scenes.wording import caption
-from library.scenes.world import FREEHAND_SHARE, Scene
+from library.scenes.world import Scene
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,7 @@ def write_scenes(options: SceneOptions) -> int:
 
 def _scenes(options: SceneOptions) -> list[tuple[Scene, str]]:
     streams = [stream(options.seed, "scene", index) for index in range(options.count)]
-    share = 0.0 if options.named_shapes_only else FREEHAND_SHARE
-    scenes = [random_scene(rng, freehand_share=share) for rng in streams]
-    return [(scene, caption(scene, rng)) for scene, rng in zip(scenes, streams, strict=True)]
+    return [(scene, caption(scene, rng)) for rng in streams for scene in [random_scene(rng)]]
 
 
 def _subjects(options: SceneOptions) -> list[tuple[Scene, str]]:

@@ -10,7 +10,6 @@ from library.scenes.reading import read
 from library.scenes.world import (
     COLOURS,
     FREEHAND,
-    FREEHAND_SHARE,
     GROUND_TEXTURES,
     PLACES,
     RADII,
@@ -27,16 +26,14 @@ from library.scenes.world import (
 PLAIN_SHARE = 0.8  # scenes of flat, plain figures
 PAIR_SHARE = 0.08  # two figures of different kinds
 COUNT_SHARE = 0.12  # two or three figures of one kind
+FREEHAND_SHARE = 0.35  # of the scenes of one figure: a figure without a name
 SMALLEST_OUTLINE, MOST_ALIKE = 0.2, 0.8  # share of the picture; intersection over union with a shape that has a name
 OFF = 0.05  # how far from its place a figure is, as hands draw; share of the picture's side
 COUNT_PLACES = {2: ((0.26, 0.5), (0.74, 0.5)), 3: ((0.25, 0.28), (0.75, 0.28), (0.5, 0.74))}
 
 
-def random_scene(rng: random.Random, shapes: tuple[str, ...] = SHAPES, freehand_share: float = FREEHAND_SHARE) -> Scene:
-    """A scene of the training world; held-out combinations of shape, colour and ground never come.
-
-    ``freehand_share`` of the scenes of one figure have a random outline in place of a shape with a name.
-    """
+def random_scene(rng: random.Random, shapes: tuple[str, ...] = SHAPES) -> Scene:
+    """A scene of the training world; held-out combinations of shape, colour and ground never come."""
     figure, ground = random_kind(rng, shapes)
     if rng.random() > PLAIN_SHARE:
         figure = replace(figure, style=rng.choice(STYLES), texture=rng.choice(TEXTURES))
@@ -47,7 +44,7 @@ def random_scene(rng: random.Random, shapes: tuple[str, ...] = SHAPES, freehand_
         return Scene(_spread(rng, (figure, other)), ground, texture)
     if kind < PAIR_SHARE + COUNT_SHARE:
         return Scene(_spread(rng, (figure,) * rng.choice((2, 3))), ground, texture)
-    if rng.random() < freehand_share:
+    if rng.random() < FREEHAND_SHARE:
         figure = replace(figure, shape=FREEHAND, outline=_outline(rng))
     return Scene((_placed(rng, figure),), ground, texture)
 

@@ -35,7 +35,6 @@ NEW_SHAPES = ("house", "arrow", "moon", "fish")
 ALL_SHAPES = (*SHAPES, *NEW_SHAPES)
 FREEHAND = "shape"
 """The word for figures that have no name of their own: with them the model learns to draw any outline anywhere."""
-FREEHAND_SHARE = 0.35  # of the training scenes of one figure
 STYLES: tuple[Style, ...] = ("flat", "outlined", "shaded")
 TEXTURES: tuple[Texture, ...] = ("plain", "striped", "spotted")
 GROUND_TEXTURES: tuple[GroundTexture, ...] = ("plain", "striped", "checkered")

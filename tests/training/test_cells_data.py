@@ -61,6 +61,7 @@ def fit(tmp_path, model, model_sd2, photos, monkeypatch) -> Runner:
             "NAdam",
             "--optimizer_type NAdam --lr_scheduler piecewise_constant --lr_scheduler_args step_rules='1:1,0.1:2,0.01'",
         ),
+        ("1e-3", "Muon(adam_ratio=0.2)", "--optimizer_type Muon --optimizer_args adam_ratio=0.2"),
         ("1e-3", "AdamW", "--lr_scheduler warmup_stable_decay --lr_warmup_steps 0.4"),
     ],
 )

@@ -123,7 +123,7 @@ def test_blocks_cover_the_unet() -> None:
     assert blocks["conv_norm_out.weight"] == blocks["conv_out.bias"] == 22
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "AdaFactor"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdaFactor", "Muon"])
 def test_fused_backward_pass_gives_the_same_model(sdxl: Path, pictures: Path, tmp_path: Path, optimizer: str) -> None:
     more = ("--optimizer_type", optimizer, "--max_grad_norm", "0", "--gradient_checkpointing", "--train_text_encoder")
     more += ("--optimizer_args", "relative_step=False") if optimizer == "AdaFactor" else ()

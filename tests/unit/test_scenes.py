@@ -218,17 +218,6 @@ def test_scenes_are_written_with_captions_and_again_the_same(tmp_path):
     assert cv2.imread(str(tmp_path / "large" / "00000.png")).shape == (96, 96, 3)
 
 
-def test_scenes_of_named_shapes_only(tmp_path):
-    for name, more in (("all", ()), ("named", ("--named_shapes_only",))):
-        assert make_scenes(["--output_dir", str(tmp_path / name), "--count", "30", *more]) == 0
-    unnamed = [
-        sum(FREEHAND in path.read_text("utf-8") for path in (tmp_path / name).glob("*.txt"))
-        for name in ("all", "named")
-    ]
-    assert unnamed[0] > 3
-    assert unnamed[1] == 0
-
-
 def test_a_subject_is_written_under_its_word(tmp_path):
     argv = ["--output_dir", str(tmp_path), "--count", "12", "--subject", "fish", "--subject_word", "zwx"]
     assert make_scenes(argv) == 0
