@@ -12,7 +12,7 @@ from tests.house.source_map import ROOT, files_of_tests, source_files
 MOST_LINES = 450
 MOST_ENTRY_LINES = 60
 MOST_FUNCTION_LINES = 80
-MOST_FILE_BYTES = 14_000_000
+MOST_FILE_BYTES = 25_000_000
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".lock", ".cfg", ""}
 # Joined here so that this file does not hold what it looks for.
 MACHINE_TRACES = [
