@@ -61,11 +61,11 @@ class VaeSpec:
 
     @property
     def norm_groups(self) -> int:
-        """Groups of the group norms: 32 as published, fewer in small ones, so that a group has four channels there too.
+        """Groups of the group norms: 32 as published. Where the widths do not allow that, a group has four channels.
 
         A group of one channel loses its mean; the last norm before the pixels then loses a picture's mean colour.
         """
-        return min(32, self.widths[0] // 4)
+        return 32 if self.widths[0] % 32 == 0 else self.widths[0] // 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ def visits(data: ResolvedDataset, epoch: int) -> Counter[int]:
 IMAGES = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2)), min_size=1, max_size=12)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.lists(IMAGES, min_size=1, max_size=3), IMAGES, st.integers(1, 4), st.integers(1, 3), st.integers(1, 4))
 def test_every_visit_once_and_counts_agree(
     sets: list[list[tuple[int, int]]], reg: list[tuple[int, int]], batch: int, processes: int, accumulation: int
