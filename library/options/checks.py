@@ -50,7 +50,6 @@ NO_EFFECT_WITHOUT = (
     ("sample_every_n_steps", ("sample_prompts",)),
     ("sample_every_n_epochs", ("sample_prompts",)),
     ("sample_at_first", ("sample_prompts",)),
-    ("sample_prompts", ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")),
     ("save_last_n_epochs", ("save_every_n_epochs", "save_n_epoch_ratio")),
     ("save_last_n_steps", ("save_every_n_steps",)),
     ("save_last_n_epochs_state", ("save_state",)),

@@ -111,7 +111,9 @@ def _file_lines(settings: Settings, clock: Clock) -> list[str]:
         f"models after epochs: {_counts(epochs)}; after steps: {_counts(steps)} ({state}){average}",
         f"at the end: the final model{last_state}",
         f"previews {'before the first step; ' if sample.sample_at_first else ''}"
-        f"after epochs: {_counts(drawn_epochs)}; after steps: {_counts(drawn_steps)}",
+        f"after epochs: {_counts(drawn_epochs)}; after steps: {_counts(drawn_steps)}; at the end"
+        if sample.sample_prompts
+        else "no previews",
     ]
 
 

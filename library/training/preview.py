@@ -83,9 +83,10 @@ class Previewer:
         self._in_use = in_use
         self._net = net
         wanted = options.sample_at_first or options.sample_every_n_steps or options.sample_every_n_epochs
-        if wanted and not options.sample_prompts:
+        if wanted and options.sample_prompts is None:
             raise UserError("--sample_prompts: previews are asked for, so name a file of prompts")
-        self._prompts = load_prompts(options.sample_prompts) if wanted and options.sample_prompts else ()
+        self._prompts = load_prompts(options.sample_prompts) if options.sample_prompts else ()
+        self._drawn_at_step: int | None = None
 
     def at_start(self, clock: Clock) -> None:
         """Before the first step; a resumed run had it already."""
@@ -104,7 +105,16 @@ class Previewer:
         if is_due(clock.epoch, self._options.sample_every_n_epochs):
             self._draw_all(f"e{clock.epoch:06d}", clock)
 
+    def at_end(self, clock: Clock) -> None:
+        """When the training is finished and its result is saved, however long ago the last preview was."""
+        if self._drawn_at_step != clock.step:
+            by_epoch = bool(self._options.sample_every_n_epochs)
+            self._draw_all(f"e{clock.epoch:06d}" if by_epoch else f"{clock.step:06d}", clock)
+
     def _draw_all(self, moment: str, clock: Clock) -> None:
+        if not self._prompts:
+            return
+        self._drawn_at_step = clock.step
         prompts = self._current_prompts()
         with evaluating(self._modules), untouched_random_states(self._settings.device), self._in_use():
             for index in range(self._rank, len(prompts), self._processes):

@@ -101,7 +101,11 @@ def _train(
                 raise
             if run.validator and run.clock.is_finished:
                 run.validator.at_end(run.clock)
-        path = run.output.saver.at_end(run.clock) if run.clock.is_finished else _save_stopped(run)
+        if run.clock.is_finished:
+            path = run.output.saver.at_end(run.clock)
+            run.previewer.at_end(run.clock)
+        else:
+            path = _save_stopped(run)
         run.output.finish(path)
         run.trackers.finish()
     return 0

@@ -120,7 +120,7 @@ def build_run(
         guard=FiniteGuard(settings[LoopOptions].on_nan, machine.accelerator.scaler is not None, models.images.path_of),
         plan=arrangement.plan,
         batches=arrangement.batches,
-        effects=tuple(effect for effect in (average, reporter, validator, previewer, output.saver) if effect),
+        effects=tuple(effect for effect in (average, reporter, validator, output.saver, previewer) if effect),
         stop=stop,
         seed=seed,
         rank=machine.rank,

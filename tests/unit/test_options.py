@@ -284,7 +284,7 @@ def test_combinations_refused(argv: str, part: str):
         ("--dataset_config a.toml --train_data_dir b", "--train_data_dir ignored"),
         ("--in_json a --color_aug", "latents prepared ahead are not used"),
         ("--max_train_epochs 3 --max_train_steps 3", "--max_train_epochs decides"),
-        ("--sample_prompts a", "has no effect without"),
+        ("--sample_at_first", "has no effect without"),
         ("--save_last_n_epochs 2", "has no effect without"),
         ("--fused_backward_pass", "ignored"),
         ("--initial_epoch 1", "ignored"),

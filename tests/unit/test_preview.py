@@ -91,18 +91,26 @@ def moments(folder: Path, options: Options, **extra: Any) -> list[str]:
             clock.advance()
             drawer.after_step(clock)
         drawer.after_epoch(clock)
-        clock.next_epoch()
+        if not clock.is_finished:
+            clock.next_epoch()
+    drawer.at_end(clock)
     return sorted({name.split("_")[0] for name in files(folder)})
 
 
 def test_cadence(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    no_drawing(monkeypatch)
+    drawn = no_drawing(monkeypatch)
     steps = Options(str(prompts), sample_every_n_steps=4)
-    assert moments(tmp_path / "a", steps) == ["000004", "000008"]
+    assert moments(tmp_path / "a", steps) == ["000004", "000008", "000010"]  # the last one shows the result
+    assert len(drawn) == 9
     both = replace(steps, sample_every_n_epochs=1, sample_at_first=True)
     assert moments(tmp_path / "b", both) == ["e000000", "e000001", "e000002"]  # the step rule is off
     assert moments(tmp_path / "c", replace(steps, sample_every_n_steps=None, sample_every_n_epochs=2)) == ["e000002"]
-    assert moments(tmp_path / "d", Options(str(prompts))) == []
+    assert moments(tmp_path / "d", Options(str(prompts))) == ["000010"]
+    drawn.clear()
+    assert moments(tmp_path / "e", replace(steps, sample_every_n_steps=5)) == ["000005", "000010"]
+    assert moments(tmp_path / "f", replace(both, sample_every_n_epochs=3)) == ["e000000", "e000002"]
+    assert len(drawn) == 12  # the result is not drawn twice
+    assert moments(tmp_path / "g", replace(both, sample_prompts="")) == []
 
 
 def test_a_resumed_run_does_not_begin_again(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
