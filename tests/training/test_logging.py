@@ -64,7 +64,7 @@ def test_tensorboard_reads_a_run(fit, prompts, tmp_path):
     for name in ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm", "grad_norm"):
         assert [step for step, _ in scalars(name)] == list(steps)
     pictures = {tag: [(image.step, image.width) for image in events.Images(tag)] for tag in events.Tags()["images"]}
-    assert pictures == {"sample_0": [(4, 64)], "sample_1": [(4, 72)]}
+    assert pictures == {"sample_0": [(4, 64), (5, 64)], "sample_1": [(4, 72), (5, 72)]}
 
 
 def test_rate_of_an_adaptive_optimizer_is_logged(fit, tmp_path):
@@ -101,8 +101,8 @@ def moments(file: Path) -> Counter[str]:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--sample_every_n_steps", "2"), ["000002", "000004"]),
-        (("--sample_at_first", "--sample_every_n_steps", "4"), ["e000000", "000004"]),
+        (("--sample_every_n_steps", "2"), ["000002", "000004", "000005"]),
+        (("--sample_at_first", "--sample_every_n_steps", "4"), ["e000000", "000004", "000005"]),
         (("--sample_every_n_epochs", "1", "--sample_every_n_steps", "1"), ["e000001", "e000002", "e000003"]),
     ],
     ids=["steps", "at_first", "epochs"],

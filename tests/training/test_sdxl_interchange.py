@@ -34,9 +34,9 @@ def preview(tmp_path) -> tuple[str, ...]:
     return "--sample_prompts", str(tmp_path / "prompts.txt")
 
 
-def pixels(done: Outcome) -> np.ndarray:
-    """The run's only preview, (64, 96, 3) of 0..255."""
-    (picture,) = (done.file.parent / "sample").glob("*.png")
+def pixels(done: Outcome, moment: str) -> np.ndarray:
+    """The run's preview of a moment, (64, 96, 3) of 0..255."""
+    (picture,) = (done.file.parent / "sample").glob(f"*_{moment}_*.png")
     return np.asarray(Image.open(picture)).astype(float)
 
 
@@ -93,7 +93,7 @@ def assert_same_picture(ours: np.ndarray, lora: Path) -> None:
 def test_diffusers_draws_our_preview(fit, preview, options):
     pytest.importorskip("peft")
     done = fit(*preview, "--sample_every_n_steps", "3", "--learning_rate", "3e-2", *options)
-    assert_same_picture(pixels(done), done.file)
+    assert_same_picture(pixels(done, "000003"), done.file)
 
 
 def test_we_draw_what_diffusers_draws_with_a_file_of_others(fit, preview, model_sdxl, tmp_path):
@@ -103,7 +103,7 @@ def test_we_draw_what_diffusers_draws_with_a_file_of_others(fit, preview, model_
     save_file(reference_lora(model_sdxl), file)
     given = ("--network_weights", str(file), "--dim_from_weights")
     done = fit(*preview, "--sample_at_first", *given, "--learning_rate", "1e-9", steps=1)
-    assert_same_picture(pixels(done), file)
+    assert_same_picture(pixels(done, "e000000"), file)
     before, after = load_file(file), done.tensors
     assert after.keys() == before.keys()
     assert all(torch.allclose(after[key], before[key], atol=1e-6) for key in before)
