@@ -70,7 +70,8 @@ class NetworkCheck:
         if self.unmoved and len(self.unmoved) == self.modules:
             found.append(f"{self.file}: no layer moved, the network has no effect; was the learning rate 0?")
         elif self.unmoved:
-            found.append(f"{self.file}: {len(self.unmoved)} layers did not move, first {self.unmoved[0]}")
+            share = f"{len(self.unmoved)} of {self.modules} layers did not move"
+            found.append(f"{self.file}: {share}, first {self.unmoved[0]}")
         if self.sha256_said is not None and self.sha256 != self.sha256_said:
             found.append(
                 f"{self.file}: its metadata give another hash of its tensors: it was changed after it was made"

@@ -195,7 +195,7 @@ def test_self_check_finds_what_is_wrong(tmp_path: Path) -> None:
     expected = sum(a.delta_weight().norm().item() ** 2 for a in network.adapters if "mid_block" in a.name) ** 0.5
     assert blocks["mid_block"].norm == pytest.approx(expected, rel=1e-4)
     assert (blocks["mid_block"].modules, blocks["text encoder"].modules) == (12, 12)
-    assert "1 layers did not move" in "\n".join(check.lines())
+    assert "1 of 204 layers did not move" in "\n".join(check.lines())
     with torch.no_grad():
         network.adapters[5].lora_up.weight[0, 0] = float("nan")
     network.save_weights(str(path), None, None)
