@@ -105,7 +105,10 @@ def with_hash(check: NetworkCheck, path: str | Path, metadata: Mapping[str, str]
     """The same with what is known of the hash of the file at ``path``; pickles have none."""
     if not is_safetensors(path):
         return check
-    return replace(check, sha256=data_sha256(path), sha256_said=metadata.get(MODEL_HASH_KEY))
+    said = metadata.get(MODEL_HASH_KEY)
+    if said and said.startswith("0x"):  # LyCORIS' own kind of hash, of the tensors one by one
+        said = None
+    return replace(check, sha256=data_sha256(path), sha256_said=said)
 
 
 def check_network(

@@ -73,12 +73,14 @@ class StoreNotes:
     """What was noticed while looking for archives; lists hold file names.
 
     ``foreign``: used although they carry no fingerprint (written by another program). ``broken``: unreadable.
+    ``unlike``: without a fingerprint, and not used since the run's own models give something else.
     ``stale``: made for the same purpose from an older state of the image, or without the mirrored latents.
     """
 
     foreign: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
+    unlike: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,8 +331,12 @@ def describe_notes(notes: StoreNotes, what: str = "latent", maker: str = "anothe
         lines.append(
             f"{len(notes.broken)} {what} archives were unreadable and are made again (first: {notes.broken[0]})"
         )
-    if notes.stale:
+    if notes.unlike:
         lines.append(
-            f"{len(notes.stale)} {what} archives were out of date and are made again (first: {notes.stale[0]})"
+            f"{len(notes.unlike)} {what} archives of another program hold something else than this model gives, and are"
+            f" made again (first: {notes.unlike[0]})"
         )
+    stale = [path for path in notes.stale if path not in notes.unlike]
+    if stale:
+        lines.append(f"{len(stale)} {what} archives were out of date and are made again (first: {stale[0]})")
     return lines

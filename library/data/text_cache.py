@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from library.log import UserError
 
 _FORMAT = 1
 _SUFFIX = "_te_outputs.npz"
+_ALIKE = 0.1  # relative distance: half precision stays far below it, other encoders or a wrong projection far above
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,13 @@ class TextOutputs:
     def is_finite(self) -> bool:
         """True if no number is infinite or undefined."""
         return all(bool(one.isfinite().all()) for one in (self.hidden_TD, self.pooled_P) if one is not None)
+
+    def is_like(self, other: TextOutputs) -> bool:
+        """True if both were made by the same encoders, be it in other types. Shapes must be equal."""
+        pairs = [(self.hidden_TD, other.hidden_TD)]
+        if self.pooled_P is not None and other.pooled_P is not None:
+            pairs.append((self.pooled_P, other.pooled_P))
+        return all(float((a.float() - b.float()).norm()) <= _ALIKE * float(b.float().norm()) for a, b in pairs)
 
     def to(self, dtype: torch.dtype) -> TextOutputs:
         """A copy in another type, not a view of a batch."""
@@ -131,7 +139,8 @@ class _Slot:
 class TextStore:
     """Text encoder outputs by caption. ``maker`` says what makes them (encoders, tokenizer), for the fingerprint.
 
-    ``memory_dtype`` is the type of what is kept in memory.
+    ``memory_dtype`` is the type of what is kept in memory. ``encode`` is the maker itself: archives of other programs
+    do not say what made them, so the first one is compared with what it gives, and answers for all.
     """
 
     def __init__(
@@ -141,12 +150,15 @@ class TextStore:
         *,
         to_disk: bool = False,
         memory_dtype: torch.dtype = torch.float32,
+        encode: Callable[[str], TextOutputs] | None = None,
     ) -> None:
         self.to_disk = to_disk
         self.notes = StoreNotes()
         self._layout = layout
         self._maker = dict(maker)
         self._memory_dtype = memory_dtype
+        self._encode = encode
+        self._believes_others: bool | None = None if encode else True
         self._entries: dict[str, TextOutputs | _Slot] = {}
         self._bound: dict[TextTarget, Path] = {}
         self._write_paths: dict[TextTarget, Path] = {}
@@ -253,8 +265,18 @@ class TextStore:
             return facts.fingerprint == self._fingerprint(target) and facts.names.issuperset(members)
         if not self._is_of_stored_caption(facts, target) or not _is_newer(path, target):
             return False
-        self.notes.foreign.append(str(path))
-        return True
+        believed = self._is_by_our_encoders(path, target.stored)
+        (self.notes.foreign if believed else self.notes.unlike).append(str(path))
+        return believed
+
+    def _is_by_our_encoders(self, path: Path, text: str) -> bool:
+        if self._believes_others is None and self._encode is not None:
+            try:
+                found = self._read(_Slot(path, 0, None))
+            except UserError:  # damaged: made again, and the next one answers
+                return False
+            self._believes_others = found.is_like(self._encode(text))
+        return bool(self._believes_others)
 
     def _is_of_stored_caption(self, facts: ArchiveFacts, target: TextTarget) -> bool:
         """True for an archive of another program if this image is used with the caption that such programs encode."""

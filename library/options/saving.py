@@ -39,7 +39,7 @@ class SaveOptions(OptionGroup):
     )
     save_every_n_epochs: int | None = option(None, ge=1, help="save a model after every N-th epoch")
     save_every_n_steps: int | None = option(None, ge=1, help="save a model after every N-th optimizer step")
-    save_n_epoch_ratio: int | None = option(None, ge=1, help="save about N models, evenly over the epochs")
+    save_n_epoch_ratio: int | None = option(None, ge=0, help="save about N models, evenly over the epochs; 0 for none")
     save_last_n_epochs: int | None = option(None, ge=1, help="keep only the newest N models of epochs")
     save_last_n_epochs_state: int | None = option(
         None, ge=1, help="keep only the newest N states of epochs; save_last_n_epochs when absent"

@@ -128,6 +128,7 @@ def cache_captions(
         encode.fingerprint() if to_disk else {},
         to_disk=to_disk,
         memory_dtype=memory_dtype,
+        encode=lambda text: encode([text])[0],
     )
     targets = targets_of(datasets, options.cache_text_encoder_outputs_variants or 0, to_disk=to_disk)
     missing = [targets[index] for index in store.find(targets)]

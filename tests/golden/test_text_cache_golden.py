@@ -67,3 +67,29 @@ def test_what_we_write_differs_only_in_the_fingerprint(target: TextTarget) -> No
         assert set(ours.files) == {*theirs.files, "fingerprint"}
         for name in theirs.files:
             assert (ours[name].dtype, ours[name].shape) == (theirs[name].dtype, theirs[name].shape)
+
+
+@pytest.mark.parametrize(("fault", "used"), [("none", True), ("half", True), ("projection", False), ("text", False)])
+def test_it_is_believed_only_if_the_encoders_give_the_same(target: TextTarget, fault: str, used: bool) -> None:
+    """The reference does not transpose the projection of single files, so its pooled vectors are other ones."""
+    with np.load(DATA / "chelsea_te_outputs.npz") as archive:
+        hidden_TD = torch.from_numpy(np.concatenate([archive["hidden_state1"], archive["hidden_state2"]], axis=1))
+        pooled_P = torch.from_numpy(archive["pool2"])
+    if fault == "half":
+        hidden_TD, pooled_P = hidden_TD.bfloat16(), pooled_P.bfloat16()
+    elif fault == "projection":
+        pooled_P = pooled_P.flip(0)
+    elif fault == "text":
+        hidden_TD = hidden_TD.flip(1)
+    asked: list[str] = []
+
+    def encode(text: str) -> TextOutputs:
+        asked.append(text)
+        return TextOutputs(hidden_TD, pooled_P)
+
+    store = TextStore(LAYOUT, {}, to_disk=True, encode=encode)
+    assert store.find([target]) == ([] if used else [0])
+    file = str(archive_of(target))
+    assert (store.notes.foreign, store.notes.unlike) == (([file], []) if used else ([], [file]))
+    assert store.fetch(target) == used
+    assert asked == [CAPTION]  # one answers for all

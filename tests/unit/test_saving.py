@@ -85,6 +85,7 @@ def test_the_last_epoch_writes_only_the_final_file(tmp_path):
 def test_epoch_ratio_becomes_an_interval(tmp_path):
     plan = SavePlan.of(options(tmp_path, save_n_epoch_ratio=4), num_epochs=10)
     assert plan.epoch_saves(10) == [2, 4, 6, 8]
+    assert SavePlan.of(options(tmp_path, save_n_epoch_ratio=0), num_epochs=10).epoch_saves(10) == []
 
 
 def test_an_earlier_runs_file_is_kept_under_a_numbered_name(tmp_path):
