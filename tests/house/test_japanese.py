@@ -13,7 +13,7 @@ from tests.house.test_docs import FENCE, LINK, relative
 from tools import make_option_docs
 
 # Pages for those who change the code or measure it; they have no Japanese counterpart.
-ENGLISH_ONLY = {"architecture.md", "migrating.md", "performance.md"}
+ENGLISH_ONLY = {"architecture.md", "performance.md"}
 GUIDES = {path.name for path in (ROOT / "docs").glob("*.md")} - ENGLISH_ONLY
 JAPANESE_OF = {
     ROOT / "README.md": ROOT / "README-ja.md",
