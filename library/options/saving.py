@@ -130,7 +130,11 @@ class SampleOptions(OptionGroup):
 
     title: ClassVar[str] = "Previews"
 
-    sample_prompts: str | None = option(None, help="file of prompts, .txt, .toml or .json, to draw at the end, and when the next options say so", metavar="FILE")
+    sample_prompts: str | None = option(
+        None,
+        help="file of prompts, .txt, .toml or .json, to draw at the end, and when the next options say so",
+        metavar="FILE",
+    )
     sample_at_first: bool = option(False, help="draw previews before the first step")
     sample_every_n_steps: int | None = option(None, ge=1, help="draw previews after every N-th optimizer step")
     sample_every_n_epochs: int | None = option(
