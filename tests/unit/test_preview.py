@@ -125,9 +125,7 @@ def test_prompts_are_shared_out_over_processes(tmp_path: Path, prompts: Path, mo
     assert len(files(tmp_path)) == 3
 
 
-def test_modes_and_random_states_are_untouched(
-    tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_modes_and_random_states_are_untouched(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2))
     network.train()
     network[1].eval()
