@@ -30,7 +30,7 @@ class Bench:
         self.stop = StopRequest("stopping")
         self.bad, self.stop_at, self.clock = bad, stop_at, clock
         trainable: Any = SimpleNamespace(
-            on_epoch_start=lambda: self.notes.append(f"epoch {clock.epoch}"),
+            on_epoch_start=self._begin_epoch,
             on_step_start=lambda step: self.notes.append(f"step {step}"),
             on_micro_batch=lambda multiplier: None,
             after_update=lambda: {"norm": 1.0},
@@ -52,6 +52,10 @@ class Bench:
     def run(self) -> list[str]:
         train(self.job)
         return self.notes
+
+    def _begin_epoch(self) -> None:
+        assert len(self.notes) < 200, "the run does not end"
+        self.notes.append(f"epoch {self.clock.epoch}")
 
     def _plan(self, epoch: int) -> Sequence[StepPlan]:
         return [
