@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from library.generation.denoise import Guidance
 from library.generation.engine import geometry_of
 from library.generation.jobs import (
     DeepShrink,
@@ -46,6 +47,16 @@ def test_sizes_are_told_height_first_and_only_the_negative_prompts_have_their_ow
     plain = geometry_of(replace(shared, sizes=SizeCondition()), 1, 2, torch.device("cpu"))
     assert plain.original_sizes_hw_B2.tolist() == [[384, 640]] * 2
     assert plain.crop_top_lefts_B2.tolist() == [[0, 0]] * 2
+
+
+def test_guidance_is_its_formula() -> None:
+    negative, positive, empty = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert [Guidance(*of).copies for of in ((1.0,), (1.0, 2.0), (7.5,), (7.5, 0.0))] == [1, 1, 2, 3]
+    assert torch.equal(Guidance(1.0).combine(positive), positive)
+    guided = Guidance(7.5).combine(torch.cat([negative, positive]))
+    torch.testing.assert_close(guided, negative + 7.5 * (positive - negative))
+    apart = Guidance(7.5, 2.0).combine(torch.cat([negative, positive, empty]))
+    torch.testing.assert_close(apart, empty + 7.5 * (positive - empty) - 2 * (negative - empty))
 
 
 @given(st.text(max_size=80))
