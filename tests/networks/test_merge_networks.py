@@ -192,6 +192,8 @@ def test_balancing_and_rotation_keep_the_product() -> None:
     assert torch.allclose(lengths[[0, 1, 3]], torch.ones(3))
     turn = rotation(50, generator)
     torch.testing.assert_close(turn @ turn.T, torch.eye(50), atol=1e-6, rtol=0)
+    # of a plain QR the first of them never is
+    assert {bool(rotation(4, generator)[0, 0] > 0) for _ in range(20)} == {True, False}
 
 
 @pytest.mark.parametrize("kind", list(TYPES))

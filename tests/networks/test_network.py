@@ -140,7 +140,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_with_dropouts(models: M
 
 
 def test_module_dropout_is_one_draw_a_step(models: Models) -> None:
-    network = make(models, module_dropout="0.5")
+    network = make(models, module_dropout="0.2")
     network.train()
     patterns = []
     for seed in (1, 1, 2):
@@ -152,7 +152,7 @@ def test_module_dropout_is_one_draw_a_step(models: Models) -> None:
         torch.rand(len(patterns[-1]))
         assert torch.equal(after, torch.rand(1))
     assert patterns[0] == patterns[1] != patterns[2]
-    assert 0.35 < sum(patterns[0]) / len(patterns[0]) < 0.65
+    assert 0.1 < sum(patterns[0]) / len(patterns[0]) < 0.3
     skipped = outputs(models)
     network.eval()
     assert not torch.equal(outputs(models)[1], skipped[1])

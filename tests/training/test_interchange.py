@@ -226,5 +226,6 @@ def test_all_saves_are_uploaded(model, photos, tmp_path, monkeypatch):
     assert "hf_secret" not in text
     sent.clear()
     assert train(model, photos, tmp_path / "b", *hub, "--save_state") == 0
+    assert ("toy.safetensors", True) in sent
     assert not any("state" in name for name, _ in sent)
     assert tensors(tmp_path / "a" / "toy.safetensors").keys() == tensors(tmp_path / "b" / "toy.safetensors").keys()

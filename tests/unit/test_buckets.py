@@ -109,6 +109,16 @@ def test_no_upscale_values(size: tuple[int, int], bucket: tuple[int, int], resiz
     assert (ours.bucket, ours.resized) == (bucket, resized)
 
 
+def test_an_image_of_just_the_area_keeps_its_size_without_upscaling() -> None:
+    ours = fit((500, 500), BucketRules((500, 500), True, bucket_no_upscale=True), ())
+    assert (ours.bucket, ours.resized) == ((448, 448), (500, 500))
+
+
+def test_the_square_of_the_table_is_within_the_area() -> None:
+    assert (448, 448) in (sizes := bucket_sizes(BucketRules((640, 409), True)))  # a side of 511.6
+    assert max(width * height for width, height in sizes) <= 640 * 409
+
+
 def test_without_buckets_every_image_covers_the_one_size() -> None:
     rules = BucketRules((500, 300))
     assert bucket_sizes(rules) == ((496, 296),)

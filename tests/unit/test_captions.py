@@ -40,6 +40,7 @@ def drawn(text: str, clock: CaptionClock = CLOCK, draws: int = 300, **rules: Any
                                            ("d", "a", "b"), ("d", "b", "a"))}),
         ({"caption_prefix": "a,", "caption_suffix": ", d"}, "b, c", {"a, b, c , d"}),
         ({"caption_prefix": "p", "caption_dropout_rate": 0.5}, "a", {"p a", ""}),
+        ({"caption_prefix": "{p|q}", "enable_wildcard": True}, "a", {"p a", "q a"}),
         ({"caption_tag_dropout_rate": 0.5, "keep_tokens": 1}, "a,b,c", {"a", "a, b", "a, c", "a, b, c"}),
         ({"caption_tag_dropout_rate": 1.0}, "a,b", {""}),
         ({"caption_separator": ".", "shuffle_caption": True, "keep_tokens": 2}, "a. b. c", {"a. b. c"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from library.checkpoint import hashes
-from library.checkpoint.hashes import file_hashes, network_hashes, weights_fingerprint
+from library.checkpoint.hashes import data_sha256, file_hashes, network_hashes, weights_fingerprint
 from library.checkpoint.io import read_header, save_safetensors
 from library.checkpoint.modelspec import Modelspec, current_time
 
@@ -34,6 +35,7 @@ def test_network_hashes_fit_the_final_bytes(tmp_path: Path, elements: int, dtype
     assert written["sshs_model_hash"] == hashlib.sha256(data[8 + length :]).hexdigest()
     assert written["sshs_legacy_hash"] == hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
     assert file_hashes(path).legacy == written["sshs_legacy_hash"]
+    assert data_sha256(path) == written["sshs_model_hash"]
 
 
 def test_legacy_hash_of_a_small_file_is_that_of_nothing() -> None:
@@ -66,9 +68,11 @@ def test_full_hash_is_remembered_and_forgotten_when_the_file_changes(
     monkeypatch.setattr(hashes, "sha256_of_file", counted)
     assert file_hashes(path).sha256 == first
     assert calls == []
-    path.write_bytes(b"other")
-    assert file_hashes(path).sha256 == hashlib.sha256(b"other").hexdigest()
-    assert calls == [path]
+    for content, second in ((b"other", 5), (b"again", 6)):  # of another length, and only of another time
+        path.write_bytes(content)
+        os.utime(path, ns=(second * 10**9, second * 10**9))
+        assert file_hashes(path).sha256 == hashlib.sha256(content).hexdigest()
+    assert calls == [path, path]
 
 
 def test_damaged_memory_costs_time_only(tmp_path: Path) -> None:

@@ -61,6 +61,24 @@ def test_atomic_path_replaces_makes_folders_and_keeps_the_suffix(tmp_path: Path,
     assert os.listdir(target.parent) == ["cat.npz"]
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_must_survive_a_power_cut_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    flushed: list[tuple[int, bool]] = []
+    target, real = tmp_path / "model.bin", os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.append((os.fstat(descriptor).st_ino, target.exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with atomic_path(target, durable=durable) as path:
+        path.write_bytes(b"x")
+    assert ((target.stat().st_ino, False) in flushed) == durable
+    assert len(flushed) <= 2 * durable  # the folder's entry after it, where the system can
+
+
 @pytest.mark.skipif(os.name == "nt", reason="file modes")
 def test_mode_follows_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o022)

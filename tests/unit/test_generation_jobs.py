@@ -6,9 +6,12 @@ import random
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from library.generation.denoise import Guidance
+from library.generation.engine import geometry_of
 from library.generation.jobs import (
     DeepShrink,
     GradualLatent,
@@ -27,6 +30,33 @@ from library.log import UserError
 
 PLAIN = Shared(512, 512, 20, "ddim", 7.5)
 WORDS = st.text(st.sampled_from("ab {}|$-1eE\\,:()[]n.w"), max_size=40)
+
+
+def test_sizes_are_told_height_first_and_only_the_negative_prompts_have_their_own() -> None:
+    sizes = SizeCondition(800, 600, original_width_negative=100, crop_top=3, crop_left=5)
+    shared = replace(PLAIN, width=640, height=384, sizes=sizes)
+    for copies, originals in (
+        (1, [[600, 800]] * 2),
+        (2, [[600, 100]] * 2 + [[600, 800]] * 2),
+        (3, [[600, 100]] * 2 + [[600, 800]] * 4),
+    ):
+        told = geometry_of(shared, 2, copies, torch.device("cpu"))
+        assert told.original_sizes_hw_B2.tolist() == originals
+        assert told.crop_top_lefts_B2.tolist() == [[3, 5]] * 2 * copies
+        assert told.target_sizes_hw_B2.tolist() == [[384, 640]] * 2 * copies
+    plain = geometry_of(replace(shared, sizes=SizeCondition()), 1, 2, torch.device("cpu"))
+    assert plain.original_sizes_hw_B2.tolist() == [[384, 640]] * 2
+    assert plain.crop_top_lefts_B2.tolist() == [[0, 0]] * 2
+
+
+def test_guidance_is_its_formula() -> None:
+    negative, positive, empty = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert [Guidance(*of).copies for of in ((1.0,), (1.0, 2.0), (7.5,), (7.5, 0.0))] == [1, 1, 2, 3]
+    assert torch.equal(Guidance(1.0).combine(positive), positive)
+    guided = Guidance(7.5).combine(torch.cat([negative, positive]))
+    torch.testing.assert_close(guided, negative + 7.5 * (positive - negative))
+    apart = Guidance(7.5, 2.0).combine(torch.cat([negative, positive, empty]))
+    torch.testing.assert_close(apart, empty + 7.5 * (positive - empty) - 2 * (negative - empty))
 
 
 @given(st.text(max_size=80))

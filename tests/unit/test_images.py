@@ -214,6 +214,12 @@ def test_random_crop_reports_the_cut_really_made() -> None:
     assert {fit_pixels(image, fit, Augmentation(flip_aug=True), seed).flipped for seed in SEEDS} == {True, False}
 
 
+def test_a_random_crop_can_be_anywhere_from_edge_to_edge() -> None:
+    image, fit = picture((66, 67)), Fit((64, 64), (66, 67), (0, 0, 64, 64), 0.0)
+    cuts = {fit_pixels(image, fit, Augmentation(random_crop=True), seed).crop_left_top for seed in SEEDS}
+    assert cuts == {(left, top) for left in range(3) for top in range(4)}
+
+
 def test_mirrored_cut_counts_from_the_mirrored_side() -> None:
     image = picture((65, 40))
     fit = Fit((48, 40), (65, 40), (0, 0, 48, 40), 0.0)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from library.data import cache
 from library.data.cache import LatentStore
 from library.data.cache_files import BrokenArchive, read_array, read_facts, write_archive
 from library.data.images import UnreadableImage
@@ -65,15 +66,16 @@ def test_disk_and_memory_hold_the_same_latents(tmp_path: Path) -> None:
     assert torch.equal(latents_of(data, disk), latents_of(data, memory))
 
 
-def test_memory_holds_one_compact_array_per_image(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_memory_holds_one_compact_array_per_image(tmp_path: Path, dtype: torch.dtype) -> None:
     paths = [write_picture(tmp_path / f"{index}.png", (64, 64), index) for index in range(4)]
     data = dataset([record(path, (64, 64)) for path in paths], [cover_fit((64, 64), (64, 64))] * 4)
-    store = LatentStore("sd", "v", memory_dtype=torch.float16)
+    store = LatentStore("sd", "v", memory_dtype=dtype)
     run([data], store, vae_batch_size=4)
     for index in range(4):
         latents = latents_of(data, store, index=index)
-        assert latents.dtype == torch.float16
-        assert latents.untyped_storage().nbytes() == 4 * 8 * 8 * 2  # no view that keeps the whole group
+        assert latents.dtype == dtype
+        assert latents.untyped_storage().nbytes() == 4 * 8 * 8 * dtype.itemsize  # no view that keeps the whole group
     assert archives(tmp_path) == []
 
 
@@ -122,6 +124,32 @@ def test_an_edited_image_of_the_same_size_is_encoded_again(tmp_path: Path) -> No
     assert not torch.equal(latents_of(data, second), old)
 
 
+def test_an_image_edited_without_a_change_of_its_length_is_encoded_again(tmp_path: Path) -> None:
+    data = one_image(tmp_path)
+    run([data], disk_store())
+    make_newer(tmp_path / "a.png", -3600)
+    assert run([data], disk_store())[1].encoded == 1
+    assert archives(tmp_path) == ["a.npz"]
+
+
+def test_archives_of_other_pixels_or_with_another_list_of_facts_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = one_image(tmp_path)
+    run([data], disk_store())
+    with np.load(tmp_path / "a.npz") as archive:
+        arrays = {name: archive[name] for name in archive.files if name != "fingerprint"}
+        facts = json.loads(str(archive["fingerprint"]))
+    for wrong in ({**facts, "new": 1}, {name: value for name, value in facts.items() if name != "resize"}):
+        write_archive(tmp_path / "a.npz", arrays, wrong)
+        assert run([data], disk_store())[1].encoded == 1
+        for path in tmp_path.glob("*.npz"):
+            path.unlink()
+    run([data], disk_store())
+    monkeypatch.setattr(cache, "RESIZE_VERSION", cache.RESIZE_VERSION + 1)
+    assert run([data], disk_store())[1].encoded == 1
+
+
 @pytest.mark.parametrize("change", ["vae", "family", "bucket", "resized"])
 def test_another_purpose_gets_its_own_file_and_both_stay_valid(tmp_path: Path, change: str) -> None:
     data = one_image(tmp_path)
@@ -134,7 +162,7 @@ def test_another_purpose_gets_its_own_file_and_both_stay_valid(tmp_path: Path, c
     elif change == "bucket":
         other = one_image(tmp_path, bucket=(32, 32))
     else:
-        other = replace(data, fits=(Fit((64, 64), (90, 72), (0, 0, 64, 64), 0.0),))
+        other = replace(data, fits=(Fit((64, 64), (81, 64), (0, 0, 64, 64), 0.0),))
     _, report = run([other], store)
     assert report.encoded == 1
     names = archives(tmp_path)

@@ -8,6 +8,7 @@ import torch
 from library.diffusion.noise import input_perturbation, pyramid_noise, sample_noise, sample_timesteps
 from library.diffusion.objective import Objective, training_inputs
 from library.diffusion.schedule import make_schedule
+from library.rng import stream, torch_stream
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,17 @@ def test_pyramid_noise_has_deviation_one_per_sample_and_more_coarse_share() -> N
     assert coarse(pyramid) > 3 * coarse(white)
     # level 0 is a second draw at full size with weight 1; normalised, one level is white noise again
     assert coarse(pyramid_noise(white, 5, iterations=1, discount=0.8)) < 2 * coarse(white)
+
+
+def test_levels_of_pyramid_noise_count_by_powers_of_the_discount() -> None:
+    white = torch.randn(4, 32, 32, generator=torch.Generator().manual_seed(0))
+    ratios, generator = stream(5, "multires_ratio"), torch_stream(5, "multires_noise")
+    total = white
+    for weight, power in ((1.0, 0), (0.5, 1), (0.25, 2)):
+        side = int(32 / (2 + 2 * ratios.random()) ** power)
+        coarse = torch.randn(1, 4, side, side, generator=generator)
+        total = total + weight * torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear")[0]
+    torch.testing.assert_close(pyramid_noise(white, 5, iterations=3, discount=0.5), total / total.std())
 
 
 @pytest.mark.parametrize(("low", "high"), [(None, None), (100, 200), (0, 1), (None, 3), (999, None)])

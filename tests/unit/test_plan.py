@@ -144,11 +144,16 @@ def test_a_regularisation_image_of_two_repeats_comes_twice_as_often() -> None:
     assert (found[1], found[2]) == (4, 2)
 
 
-def test_merging_keeps_every_bucket_from_end_to_end() -> None:
+def test_merging_mixes_the_buckets_anew_in_each_epoch() -> None:
     data = [dataset([(1, 0)] * 50 + [(1, 1)] * 50)]
-    order = [data[0].fits[step.micro_batches[0].samples[0].record].bucket for step in plan_epoch(data, 1, 1, 1, 1)]
-    first_half = Counter(order[:50])
+
+    def order(seed: int, epoch: int) -> list[tuple[int, int]]:
+        plan = plan_epoch(data, seed, epoch, 1, 1)
+        return [data[0].fits[step.micro_batches[0].samples[0].record].bucket for step in plan]
+
+    first_half = Counter(order(1, 1)[:50])
     assert 10 < first_half[BUCKETS[0]] < 40, "buckets are mixed, not taken one after the other"
+    assert order(1, 1) not in (order(1, 2), order(2, 1))
 
 
 def test_step_counts_its_samples() -> None:

@@ -133,22 +133,35 @@ def test_prompts_are_shared_out_over_processes(tmp_path: Path, prompts: Path, mo
     assert len(files(tmp_path)) == 3
 
 
-def test_modes_and_random_states_are_untouched(tmp_path: Path, prompts: Path) -> None:
+def test_modes_and_random_states_are_untouched(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2))
     network.train()
     network[1].eval()
+    modes: list[bool] = []
+
+    def draw(*args: Any) -> Image.Image:
+        modes.extend(part.training for model in (network, PARTS.unet) for part in model.modules())
+        torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
+        return preview_of(*args)
+
+    preview_of = preview.generate
+    monkeypatch.setattr(preview, "generate", draw)
     PARTS.unet.train()
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1:3]  # noqa: NPY002
     try:
         previewer(tmp_path, Options(str(prompts), sample_at_first=True), trained=[network]).at_start(Clock(1, 1))
-        assert PARTS.unet.training
+        assert len(files(tmp_path)) == 3
+        assert modes
+        assert not any(modes)
         assert all(part.training for part in PARTS.unet.modules())
     finally:
         PARTS.unet.eval()
     assert [part.training for part in network.modules()] == [True, True, False]
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
-    assert np.array_equal(np.random.get_state()[1], states[2])  # noqa: NPY002
+    keys, place = np.random.get_state()[1:3]  # noqa: NPY002
+    assert np.array_equal(keys, states[2][0])
+    assert place == states[2][1]
 
 
 def test_eval_mode_holds_inside_and_is_undone_after_an_error() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from library.diffusion.schedule import NoiseSchedule, make_schedule
 from library.generation.denoise import start_from
+from library.generation.from_picture import keep_outside
 from library.generation.multistep import multistep_coefficients
 from library.generation.samplers import SAMPLER_NAMES, Sampler, make_sampler
 from library.log import UserError
@@ -152,3 +153,19 @@ def test_levels_after_the_steps_fall_to_nothing() -> None:
             sigma = np.interp(timestep, np.arange(1000), ((1 - ac) / ac) ** 0.5)
             is_kept = name in ("ddim", "pndm", "dpmsolver++")
             assert level == pytest.approx(sigma / (1 + sigma**2) ** 0.5 if is_kept else sigma, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2"])
+def test_kept_parts_of_a_picture_take_part_at_levels_that_the_sampler_has(name: str) -> None:
+    """With a perfect model they are always where the sampler is; between two levels nobody touches them."""
+    schedule = SCHEDULES["epsilon"]
+    sampler = make_sampler(name, 5, schedule)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    keep = keep_outside(sampler, torch.zeros(1, 1, 8, 8), ANSWER, noise)
+    latents = sampler.add_noise(ANSWER, noise, 0)
+    for call, timestep in enumerate(sampler.timesteps):
+        noisy = sampler.model_input(latents, timestep)
+        latents = sampler.step(perfect_prediction(noisy, timestep, schedule), timestep, latents, [])
+        kept = keep(latents, call)
+        torch.testing.assert_close(kept, latents, atol=2e-3, rtol=2e-3)
+        assert (kept is latents) == (name == "dpm_2" and call % 2 == 0 and call + 1 < len(sampler.timesteps))

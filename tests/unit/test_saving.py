@@ -16,7 +16,7 @@ def options(folder: Path, **values) -> SaveOptions:
 
 def saver(opts: SaveOptions, num_epochs: int = 9) -> Saver:
     def write_model(path: Path, clock: Clock, finished_epochs: int) -> None:
-        path.write_text(f"step {clock.step}")
+        path.write_text(f"step {clock.step}, {finished_epochs} epochs")
 
     def write_state(folder: Path, clock: Clock) -> None:
         folder.mkdir(exist_ok=True)
@@ -74,6 +74,28 @@ def test_states_may_go_earlier_than_their_models(tmp_path):
     assert names(tmp_path / "same") == sorted([*models, *(f"cat-00000{epoch}-state" for epoch in (4, 6, 8))])
 
 
+def test_states_of_steps_have_a_limit_of_their_own(tmp_path):
+    often = {"save_every_n_steps": 10, "save_last_n_steps": 20, "save_state": True}
+    for name, more in {"own": {"save_last_n_steps_state": 10}, "same": {}}.items():
+        work = saver(options(tmp_path / name, **often, **more))
+        for step in range(5, 55, 5):
+            work.after_step(Clock(max_train_steps=90, num_epochs=9, step=step), REPORT)
+    models = [f"cat-step000000{step}.safetensors" for step in (30, 40, 50)]
+    assert names(tmp_path / "own") == sorted([*models, "cat-step00000040-state", "cat-step00000050-state"])
+    assert names(tmp_path / "same") == sorted([*models, *(f"cat-step000000{step}-state" for step in (30, 40, 50))])
+
+
+def test_a_file_is_told_how_many_epochs_are_whole(tmp_path):
+    work = saver(options(tmp_path, save_every_n_steps=5, save_every_n_epochs=1))
+    clock = Clock(max_train_steps=90, num_epochs=9, epoch=3, step=25)
+    work.after_step(clock, REPORT)
+    assert (tmp_path / "cat-step00000025.safetensors").read_text() == "step 25, 2 epochs"
+    work.after_epoch(clock)
+    assert (tmp_path / "cat-000003.safetensors").read_text() == "step 25, 3 epochs"
+    work.at_end(clock)
+    assert (tmp_path / "cat.safetensors").read_text() == "step 25, 3 epochs"
+
+
 def test_the_last_epoch_writes_only_the_final_file(tmp_path):
     work = saver(options(tmp_path, save_every_n_epochs=1), num_epochs=2)
     clock = Clock(max_train_steps=20, num_epochs=2, epoch=2, step=20)
@@ -94,7 +116,7 @@ def test_an_earlier_runs_file_is_kept_under_a_numbered_name(tmp_path):
     saver(options(tmp_path)).at_end(Clock(max_train_steps=1, num_epochs=1, step=1))
     assert (tmp_path / "cat.old2.safetensors").read_text() == "treasure"
     assert (tmp_path / "cat.old1.safetensors").read_text() == "older treasure"
-    assert (tmp_path / "cat.safetensors").read_text() == "step 1"
+    assert (tmp_path / "cat.safetensors").read_text() == "step 1, 1 epochs"
 
 
 def test_own_file_is_replaced_in_place(tmp_path):

@@ -70,10 +70,11 @@ def test_equal_captions_are_encoded_once_in_batches(tmp_path: Path, disk: bool) 
     assert_close(store.load("caption 7"), direct(encode, "caption 7"))
 
 
-def test_memory_keeps_the_weights_type_without_the_batch(tmp_path: Path) -> None:
-    store, _ = cache([captioned(tmp_path, TWO)], encoder(), False, memory_dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_memory_keeps_the_weights_type_without_the_batch(tmp_path: Path, dtype: torch.dtype) -> None:
+    store, _ = cache([captioned(tmp_path, TWO)], encoder(), False, memory_dtype=dtype)
     kept = store.load("two dogs")
-    assert kept.hidden_TD.dtype == torch.bfloat16
+    assert kept.hidden_TD.dtype == dtype
     assert kept.hidden_TD.untyped_storage().nbytes() == kept.hidden_TD.nbytes
 
 
