@@ -54,7 +54,7 @@ def test_every_weighting_is_finite_at_zero_snr(name: str, prediction: str) -> No
     assert bool((found >= 0).all())
     plain = loss_factors(every, make_schedule(prediction), options)
     assert plain is not None
-    assert found.max() <= plain.max() * 1.001  # the change of the schedule lets no weight explode
+    assert found.max() <= plain.max() * 1.01  # the change of the schedule lets no weight explode
 
 
 def test_weights_use_the_schedule_in_use() -> None:
