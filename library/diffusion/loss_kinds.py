@@ -14,34 +14,21 @@ Shapes: B samples, C latent channels, H W latent height and width.
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from library.diffusion.schedule import NoiseSchedule, at_timesteps
 
-LossKind = Literal["l2", "l1", "huber", "smooth_l1"]
-HuberSchedule = Literal["constant", "exponential", "snr"]
+if TYPE_CHECKING:
+    from library.options import LossOptions
 
 LOWEST_THRESHOLD = 1e-6  # squares of smaller ones vanish in float32, and with them the gradient where d is 0
 
 
-class LossKindSettings(Protocol):
-    """The options of the same names."""
-
-    @property
-    def loss_type(self) -> LossKind: ...
-    @property
-    def huber_schedule(self) -> HuberSchedule: ...
-    @property
-    def huber_c(self) -> float: ...
-    @property
-    def huber_scale(self) -> float: ...
-
-
 def errors(
-    pred_BCHW: Tensor, target_BCHW: Tensor, timesteps_B: Tensor, schedule: NoiseSchedule, settings: LossKindSettings
+    pred_BCHW: Tensor, target_BCHW: Tensor, timesteps_B: Tensor, schedule: NoiseSchedule, settings: LossOptions
 ) -> Tensor:
     """The error of every number, shaped like the prediction."""
     difference_BCHW = pred_BCHW.float() - target_BCHW.float()
@@ -59,7 +46,7 @@ def _pseudo_huber(difference: Tensor, c: Tensor) -> Tensor:
     return square / ((square + c**2).sqrt() + c)
 
 
-def huber_thresholds(timesteps_B: Tensor, schedule: NoiseSchedule, settings: LossKindSettings) -> Tensor:
+def huber_thresholds(timesteps_B: Tensor, schedule: NoiseSchedule, settings: LossOptions) -> Tensor:
     """The threshold c of each sample, by its own timestep t (T = 1000 of them), times ``huber_scale``.
 
     constant: ``huber_c``. exponential: huber_c^(t / T), from 1 where there is no noise down to huber_c. snr:

@@ -7,7 +7,7 @@ Shapes: B samples, C latent channels, H W latent height and width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,38 +16,18 @@ from torch import Tensor
 from library.diffusion.schedule import TIMESTEPS
 from library.rng import stream, torch_stream
 
-
-class NoiseSettings(Protocol):
-    """The options of the same names."""
-
-    @property
-    def noise_offset(self) -> float | None: ...
-    @property
-    def noise_offset_random_strength(self) -> bool: ...
-    @property
-    def adaptive_noise_scale(self) -> float | None: ...
-    @property
-    def multires_noise_iterations(self) -> int | None: ...
-    @property
-    def multires_noise_discount(self) -> float: ...
-    @property
-    def ip_noise_gamma(self) -> float | None: ...
-    @property
-    def ip_noise_gamma_random_strength(self) -> bool: ...
-    @property
-    def min_timestep(self) -> int | None: ...
-    @property
-    def max_timestep(self) -> int | None: ...
+if TYPE_CHECKING:
+    from library.options import NoiseOptions
 
 
-def sample_timesteps(seeds: Sequence[int], settings: NoiseSettings) -> Tensor:
+def sample_timesteps(seeds: Sequence[int], settings: NoiseOptions) -> Tensor:
     """One timestep per sample, uniform in [min_timestep, max_timestep), int64 on the CPU."""
     low = settings.min_timestep or 0
     high = TIMESTEPS if settings.max_timestep is None else settings.max_timestep
     return torch.tensor([stream(seed, "timestep").randrange(low, high) for seed in seeds], dtype=torch.int64)
 
 
-def sample_noise(latents_BCHW: Tensor, seeds: Sequence[int], settings: NoiseSettings) -> Tensor:
+def sample_noise(latents_BCHW: Tensor, seeds: Sequence[int], settings: NoiseOptions) -> Tensor:
     """The noise that the model must find: normal, plus offset, plus pyramid, by the settings."""
     means_BC = None
     if settings.noise_offset and settings.adaptive_noise_scale:
@@ -65,7 +45,7 @@ def sample_noise(latents_BCHW: Tensor, seeds: Sequence[int], settings: NoiseSett
     return torch.stack(samples).to(latents_BCHW.device)
 
 
-def input_perturbation(latents_BCHW: Tensor, seeds: Sequence[int], settings: NoiseSettings) -> Tensor:
+def input_perturbation(latents_BCHW: Tensor, seeds: Sequence[int], settings: NoiseOptions) -> Tensor:
     """Extra noise on the U-Net's input only, ``ip_noise_gamma`` strong.
 
     Ning et al. 2023, "Input Perturbation Reduces Exposure Bias in Diffusion Models" (arXiv:2301.11706).
@@ -99,7 +79,7 @@ def pyramid_noise(noise_CHW: Tensor, seed: int, iterations: int, discount: float
     return total_CHW / total_CHW.std()
 
 
-def _offset(noise_CHW: Tensor, seed: int, settings: NoiseSettings, mean_C: Tensor | None) -> Tensor:
+def _offset(noise_CHW: Tensor, seed: int, settings: NoiseOptions, mean_C: Tensor | None) -> Tensor:
     """A constant per channel: max(0, noise_offset + adaptive_noise_scale x |channel mean|) times normal noise.
 
     With random strength ``noise_offset`` is the upper end of a uniform draw, a new one for each sample.

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from library.diffusion.loss_kinds import LossKindSettings, errors
-from library.diffusion.noise import NoiseSettings, input_perturbation, sample_noise, sample_timesteps
+from library.diffusion.loss_kinds import errors
+from library.diffusion.noise import input_perturbation, sample_noise, sample_timesteps
 from library.diffusion.schedule import NoiseSchedule, at_timesteps
-from library.diffusion.weighting import WeightingSettings, loss_factors
+from library.diffusion.weighting import loss_factors
 
-
-class LossSettings(LossKindSettings, WeightingSettings, Protocol):
-    """All options of the loss: the error of a number, and the weight of a sample."""
+if TYPE_CHECKING:
+    from library.options import LossOptions, NoiseOptions
 
 
 class TrainingInputs(NamedTuple):
@@ -33,8 +32,8 @@ class TrainingInputs(NamedTuple):
 class Objective:
     """Noise, target and weighting with their settings bound: what the training step calls."""
 
-    noise: NoiseSettings
-    loss: LossSettings
+    noise: NoiseOptions
+    loss: LossOptions
 
     def training_inputs(self, latents_BCHW: Tensor, seeds: Sequence[int], schedule: NoiseSchedule) -> TrainingInputs:
         """See `training_inputs`."""
@@ -54,7 +53,7 @@ class Objective:
 
 
 def training_inputs(
-    latents_BCHW: Tensor, seeds: Sequence[int], schedule: NoiseSchedule, settings: NoiseSettings
+    latents_BCHW: Tensor, seeds: Sequence[int], schedule: NoiseSchedule, settings: NoiseOptions
 ) -> TrainingInputs:
     """Noise latents (already multiplied by the latent scale) at a random timestep each.
 
@@ -91,7 +90,7 @@ def weighted_losses(
     timesteps_B: Tensor,
     loss_weights_B: Tensor,
     schedule: NoiseSchedule,
-    settings: LossSettings,
+    settings: LossOptions,
     masks_BHW: Tensor | None = None,
 ) -> Tensor:
     """Error by its kind in float32, mean over C, H, W, times the sample's own weight and all weightings: (B,).

@@ -6,7 +6,7 @@ Every factor is finite at SNR 0 (the last step of a zero-terminal-SNR schedule).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,24 +14,14 @@ from torch import Tensor
 from library.diffusion.schedule import LAST_PLAIN_SNR, NoiseSchedule
 from library.models.spec import PredictionType
 
+if TYPE_CHECKING:
+    from library.options import LossOptions
+
 MAX_SNR = 1000.0
 
 
-class WeightingSettings(Protocol):
-    """The options of the same names."""
-
-    @property
-    def min_snr_gamma(self) -> float | None: ...
-    @property
-    def scale_v_pred_loss_like_noise_pred(self) -> bool: ...
-    @property
-    def v_pred_like_loss(self) -> float | None: ...
-    @property
-    def debiased_estimation_loss(self) -> bool: ...
-
-
-Weighting = Callable[[Tensor, float, PredictionType], Tensor]
-"""(snr_B, the option's value, what is predicted) -> factor_B."""
+Weighting = Callable[..., Tensor]
+"""(snr_B, the values of its options, what is predicted) -> factor_B."""
 
 
 def min_snr(snr_B: Tensor, gamma: float, prediction: PredictionType) -> Tensor:
@@ -65,22 +55,23 @@ def debiased(snr_B: Tensor, value: float, prediction: PredictionType) -> Tensor:
     return 1 / capped_B.clamp(min=LAST_PLAIN_SNR).sqrt()
 
 
-WEIGHTINGS: tuple[tuple[str, Weighting], ...] = (
-    ("min_snr_gamma", min_snr),
-    ("scale_v_pred_loss_like_noise_pred", scale_v_like_noise),
-    ("v_pred_like_loss", v_like),
-    ("debiased_estimation_loss", debiased),
+WEIGHTINGS: tuple[tuple[Weighting, tuple[str, ...]], ...] = (
+    (min_snr, ("min_snr_gamma",)),
+    (scale_v_like_noise, ("scale_v_pred_loss_like_noise_pred",)),
+    (v_like, ("v_pred_like_loss",)),
+    (debiased, ("debiased_estimation_loss",)),
 )
-"""Option -> weighting; active where the option is set (not None, False or 0). Factors multiply."""
+"""Weighting and the options that it takes; active where the first is set (not None, False or 0). Factors multiply."""
 
 
-def loss_factors(timesteps_B: Tensor, schedule: NoiseSchedule, settings: WeightingSettings) -> Tensor | None:
+def loss_factors(timesteps_B: Tensor, schedule: NoiseSchedule, settings: LossOptions) -> Tensor | None:
     """The product of all active weightings per sample, or None if none is active."""
-    active = [(function, value) for name, function in WEIGHTINGS if (value := getattr(settings, name))]
+    rows = [(function, [getattr(settings, name) for name in names]) for function, names in WEIGHTINGS]
+    active = [(function, values) for function, values in rows if values[0]]
     if not active:
         return None
     snr_B = schedule.snr_T[timesteps_B]
     factors_B = torch.ones_like(snr_B)
-    for function, value in active:
-        factors_B = factors_B * function(snr_B, float(value), schedule.prediction_type)
+    for function, values in active:
+        factors_B = factors_B * function(snr_B, *values, schedule.prediction_type)
     return factors_B

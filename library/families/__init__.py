@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def family_for(options: ModelOptions, choice: FamilyChoice = "sd") -> ModelFamily:
-    """The family that a script is for: ``sd`` (SD1, or SD2 with ``v2``) or ``sdxl``."""
-    name: FamilyName = "sdxl" if choice == "sdxl" else "sd2" if options.v2 else "sd1"
+    """The family that a script is for; ``sd`` is SD1, or SD2 with ``v2``."""
+    name: FamilyName = choice if choice != "sd" else "sd2" if options.v2 else "sd1"
     return family_named(name, options.tokenizer_cache_dir)
 
 

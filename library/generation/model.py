@@ -13,15 +13,17 @@ from torch import nn
 
 from library.device import choose_device, xformers_problem
 from library.diffusion.schedule import NoiseSchedule, make_schedule
-from library.families import family_for
+from library.families import family_named
 from library.families.base import ModelFamily, ModelParts
 from library.log import UserError
 from library.models.load import Recognised, recognise
 from library.models.memory import set_attention
+from library.models.spec import FamilyName
 from library.options import ModelOptions
 from library.options.generation import DrawOptions, GenModelOptions
 
 _FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+_FAMILIES_BY_OPTION: dict[str, FamilyName] = {"sdxl": "sdxl", "v1": "sd1", "v2": "sd2"}
 logger = logging.getLogger(__name__)
 
 
@@ -44,16 +46,15 @@ def load_model(options: GenModelOptions, draw: DrawOptions) -> LoadedModel:
     if not options.ckpt:
         raise UserError("--ckpt is missing: the model to draw with, a file, a Diffusers folder or a hub id")
     given, found = find_model(options.ckpt)
-    sdxl, v2 = _kind(options, given, found)
+    family = family_named(_kind(options, given, found), options.tokenizer_cache_dir)
     v_prediction = options.v_parameterization or (found is not None and found.prediction_type == "v_prediction")
     model = ModelOptions(
         pretrained_model_name_or_path=given,
-        v2=v2,
+        v2=family.name == "sd2",
         v_parameterization=v_prediction,
         vae=options.vae,
         tokenizer_cache_dir=options.tokenizer_cache_dir,
     )
-    family = family_for(model, "sdxl" if sdxl else "sd")
     vae_dtype = torch.float32 if options.no_half_vae else dtype
     parts = family.load(model, dtype=dtype, device=device, part_dtypes={"vae": vae_dtype})
     set_attention(parts.unet, "xformers" if options.xformers or options.diffusers_xformers else "sdpa")
@@ -78,9 +79,9 @@ def find_model(given: str) -> tuple[str, Recognised | None]:
     return given, None
 
 
-def _kind(options: GenModelOptions, given: str, found: Recognised | None) -> tuple[bool, bool]:
-    """Whether the model is SDXL, whether it is SD2: by its tensors, else as the options say. Raises UserError."""
-    asked = [name for name in ("sdxl", "v1", "v2") if getattr(options, name)]
+def _kind(options: GenModelOptions, given: str, found: Recognised | None) -> FamilyName:
+    """The model's family: by its tensors, else as the options say. Raises UserError."""
+    asked = [name for name in _FAMILIES_BY_OPTION if getattr(options, name)]
     if len(asked) > 1:
         raise UserError(f"--{' and --'.join(asked)} exclude each other: say one kind of model")
     if found is None:
@@ -88,11 +89,11 @@ def _kind(options: GenModelOptions, given: str, found: Recognised | None) -> tup
             raise UserError(f"--ckpt {given}: there is no such file or folder")
         if not asked:
             raise UserError(f"--ckpt {given}: say with --v1, --v2 or --sdxl what kind of model it is")
-        return options.sdxl, options.v2
+        return _FAMILIES_BY_OPTION[asked[0]]
     kind = found.spec.family
-    if asked and asked[0] != {"sd1": "v1", "sd2": "v2", "sdxl": "sdxl"}[kind]:
+    if asked and _FAMILIES_BY_OPTION[asked[0]] != kind:
         raise UserError(f"--{asked[0]}: {given} is another kind of model ({kind}); leave the option out")
-    return kind == "sdxl", kind == "sd2"
+    return kind
 
 
 def _check_device(options: GenModelOptions, device: torch.device) -> None:

@@ -93,11 +93,11 @@ def single_file_state(
 ) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """The same as `whole_state` from the tensors of the parts by canonical key, which may be read later."""
     tensors = key_map(spec).to_file(states)
-    if spec.family == "sd1":
-        return tensors, {}
     if spec.family == "sdxl":
         marks = {key: _constant(torch.zeros(0)) for key in markers}
         return {**tensors, **marks, **_kept_from(source, lambda key: key in (LOGIT_SCALE, *MARKERS))}, {}
+    if spec.family != "sd2":
+        return tensors, {}
     extras = (f"{OPENCLIP_PREFIX}text_projection", f"{OPENCLIP_PREFIX}logit_scale")
     kept = _kept_from(source, lambda key: key.startswith(_last_block(spec)) or key in extras)
     if kept:

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from library.models.spec import FamilyName
 from library.options.base import OptionGroup, OptionSpec, specs_by_name
 
 Group = TypeVar("Group", bound=OptionGroup)
 DEFAULT = "default"
 COMMAND_LINE = "command line"
-FamilyChoice = Literal["sd", "sdxl"]
+FamilyChoice = Literal["sd"] | FamilyName
+"""``sd`` is SD1, or SD2 with ``v2``."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What must not change between the sessions of one run: options that change the mathematics, the data, the model.
 
-`OPTION_ROLES` is the one table that says of every option of the trainer which kind it is; a test keeps it complete.
+An option changes the mathematics unless `OPTION_ROLES`, the one table of roles, says something else of it.
 """
 
 from __future__ import annotations
@@ -36,27 +36,6 @@ def _roles(**names: str) -> dict[str, Role]:
 
 
 OPTION_ROLES: Mapping[str, Role] = _roles(
-    mathematics="""
-        v2 v_parameterization max_token_length clip_skip weighted_captions caption_separator caption_prefix
-        caption_suffix shuffle_caption keep_tokens keep_tokens_separator secondary_separator enable_wildcard
-        caption_dropout_rate caption_dropout_every_n_epochs caption_tag_dropout_rate token_warmup_min
-        token_warmup_step train_batch_size resolution enable_bucket min_bucket_reso max_bucket_reso
-        bucket_reso_steps bucket_no_upscale color_aug flip_aug random_crop face_crop_aug_range
-        prior_loss_weight cache_latents mixed_precision full_fp16 full_bf16 fp8_base no_half_vae
-        gradient_accumulation_steps seed on_nan optimizer_type use_8bit_adam use_lion_optimizer learning_rate
-        max_grad_norm optimizer_args lr_scheduler lr_scheduler_type lr_scheduler_args lr_warmup_steps
-        lr_scheduler_num_cycles lr_scheduler_power noise_offset adaptive_noise_scale multires_noise_iterations
-        multires_noise_discount ip_noise_gamma min_timestep max_timestep zero_terminal_snr min_snr_gamma
-        debiased_estimation_loss scale_v_pred_loss_like_noise_pred v_pred_like_loss network_module network_dim
-        network_alpha network_dropout network_args dim_from_weights network_train_unet_only
-        network_train_text_encoder_only unet_lr text_encoder_lr scale_weight_norms base_weights_multiplier
-        cache_text_encoder_outputs_variants
-        token_string num_vectors_per_token init_word use_object_template use_style_template
-        train_text_encoder learning_rate_te learning_rate_te1 learning_rate_te2 block_lr fused_backward_pass
-        cond_emb_dim stop_text_encoder_training no_token_padding loss_type huber_schedule huber_c huber_scale
-        noise_offset_random_strength ip_noise_gamma_random_strength ema_decay
-        validation_split validation_seed masked_loss alpha_mask
-    """,
     length="max_train_steps max_train_epochs",
     data="""
         caption_extension caption_extention train_data_dir reg_data_dir in_json dataset_config dataset_class
@@ -94,6 +73,11 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
 _UNAFFECTED_BY_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", "piecewise_constant")
 
 
+def role_of(name: str) -> Role:
+    """The role of an option by its flat name; one that nobody classified could change the result."""
+    return OPTION_ROLES.get(name, Role.MATHEMATICS)
+
+
 def fingerprint(
     options: Mapping[str, Any], data: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -102,9 +86,9 @@ def fingerprint(
     ``options``: all options by flat name. ``data``: `data_facts`, and the number of processes. ``model``: content
     hashes of the base model, the VAE, and networks that were loaded or merged (never their paths).
     """
-    kept = {name: value for name, value in options.items() if OPTION_ROLES.get(name) is Role.MATHEMATICS}
+    kept = {name: value for name, value in options.items() if role_of(name) is Role.MATHEMATICS}
     if _length_matters(options):
-        kept |= {name: value for name, value in options.items() if OPTION_ROLES.get(name) is Role.LENGTH}
+        kept |= {name: value for name, value in options.items() if role_of(name) is Role.LENGTH}
     sections = {"options": dict(sorted(kept.items())), "data": dict(data or {}), "model": dict(model or {})}
     return json.loads(json.dumps(sections, default=str))
 

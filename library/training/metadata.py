@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from library.checkpoint.modelspec import CHECKPOINT_IMPLEMENTATION, Modelspec, current_time
 from library.checkpoint.privacy import without_folders
+from library.options import LossOptions, NoiseOptions
+from library.options.base import specs_of
 from library.rng import seed_of
 
 if TYPE_CHECKING:
@@ -38,8 +40,10 @@ MINIMAL_KEYS = (
 JSON_KEYS = ("ss_datasets", "ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_bucket_info")
 _VERSIONED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
 
-# Options that are recorded as they are, under ss_<name>.
+# Options that are recorded as they are, under ss_<name>, or under the name that the format has for them.
+_OTHER_NAMES = {"debiased_estimation_loss": "debiased_estimation"}
 _OPTIONS = [
+    *(spec.name for group in (NoiseOptions, LossOptions) for spec in specs_of(group)),
     "learning_rate",
     "unet_lr",
     "gradient_checkpointing",
@@ -57,12 +61,6 @@ _OPTIONS = [
     "clip_skip",
     "cache_latents",
     "lowram",
-    "noise_offset",
-    "multires_noise_iterations",
-    "multires_noise_discount",
-    "adaptive_noise_scale",
-    "ip_noise_gamma",
-    "zero_terminal_snr",
     "training_comment",
     "max_grad_norm",
     "caption_dropout_rate",
@@ -70,15 +68,10 @@ _OPTIONS = [
     "caption_tag_dropout_rate",
     "face_crop_aug_range",
     "prior_loss_weight",
-    "min_snr_gamma",
     "scale_weight_norms",
     "full_bf16",
     "fp8_base",
-    "min_timestep",
-    "max_timestep",
     "v_parameterization",
-    "v_pred_like_loss",
-    "scale_v_pred_loss_like_noise_pred",
     "weighted_captions",
     "no_half_vae",
     "lr_scheduler_type",
@@ -87,16 +80,9 @@ _OPTIONS = [
     "train_text_encoder",
     "stop_text_encoder_training",
     "no_token_padding",
-    "loss_type",
-    "masked_loss",
     "ema_decay",
     "validation_split",
     "validation_seed",
-    "huber_schedule",
-    "huber_c",
-    "huber_scale",
-    "noise_offset_random_strength",
-    "ip_noise_gamma_random_strength",
     "learning_rate_te",
     "learning_rate_te1",
     "learning_rate_te2",
@@ -260,10 +246,9 @@ def as_text(key: str, value: Any) -> str:
 
 
 def _of_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    result = {f"ss_{name}": options[name] for name in _OPTIONS if name in options}
+    result = {f"ss_{_OTHER_NAMES.get(name, name)}": options[name] for name in _OPTIONS if name in options}
     length = options.get("max_token_length")
     result["ss_max_token_length"] = None if length == 75 else length
-    result["ss_debiased_estimation"] = bool(options.get("debiased_estimation_loss"))
     if "text_encoder_lr" in options:
         rates = options["text_encoder_lr"]
         result["ss_text_encoder_lr"] = rates[0] if isinstance(rates, list) and len(rates) == 1 else rates
