@@ -24,7 +24,7 @@ import torch
 
 from library.data import cache_files
 from library.data.cache_files import ArchiveFacts, BrokenArchive, latent_shape
-from library.data.images import RESIZE_VERSION, UnreadableImage, center_crop_left_top
+from library.data.images import RESIZE_VERSION, UnreadableImage, centred_cut
 from library.data.records import Fit, ImageRecord, Size
 
 _FORMAT = 1
@@ -221,7 +221,7 @@ class LatentStore:
             "format": _FORMAT,
             "bucket": list(target.fit.bucket),
             "resized": list(target.fit.resized),
-            "crop": list(center_crop_left_top(target.fit)),
+            "crop": list(centred_cut(target.fit).left_top),
             "image": Path(target.path).name,
         }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from typing import Literal
 from library.data.buckets import bucket_sizes, fit, fit_to
 from library.data.bulk import many_objects
 from library.data.cache_files import ALPHA_MASK, BrokenArchive, read_facts
+from library.data.face_names import without_face
 from library.data.index import CAPTION_EXTENSIONS, FolderContent, read_folder
 from library.data.metadata_json import Entry, FileFinder, FoundFiles, read_metadata
 from library.data.pairs import CONDITIONING, MASK, pair
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 OnBad = Literal["skip", "error"]
 _NAMES_SHOWN = 5
 _NEVER_TRANSPARENT = (".jpg", ".jpeg", ".bmp")
-_FACE_SUFFIX = re.compile(r"(?<=.)_(\d+)_(\d+)_(\d+)_(\d+)$")
 
 
 def resolve(
@@ -56,17 +55,6 @@ def resolve(
     if search.errors:
         raise UserError.of(search.errors)
     return datasets
-
-
-def face_in_name(path: str) -> tuple[int, int, int, int] | None:
-    """Centre x, centre y, width and height of the face that a file name ``..._cx_cy_w_h.ext`` tells; None if it tells
-    none.
-    """
-    match = _FACE_SUFFIX.search(os.path.splitext(os.path.basename(path))[0])
-    if match is None:
-        return None
-    center_x, center_y, width, height = (int(group) for group in match.groups())
-    return center_x, center_y, width, height
 
 
 @dataclass
@@ -296,9 +284,7 @@ class _Search:
 def _caption_name(image: str, content: FolderContent, extensions: tuple[str, ...]) -> str | None:
     """The caption file of an image: of its own stem first, then of the stem without a face suffix."""
     stem = image.rpartition(".")[0]
-    return _caption_of_stem(stem, content, extensions) or _caption_of_stem(
-        _FACE_SUFFIX.sub("", stem), content, extensions
-    )
+    return _caption_of_stem(stem, content, extensions) or _caption_of_stem(without_face(stem), content, extensions)
 
 
 def _caption_of_stem(stem: str, content: FolderContent, extensions: tuple[str, ...]) -> str | None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from library.data.sources import face_in_name
+from library.data.face_names import FaceBox, face_box
 from library.log import UserError
 from library.options.preparation import FaceOptions
 from library.preparation.faces import CutRules, Face, cut_out, eye_angle, plan_cut, result_name
@@ -158,7 +158,7 @@ def test_turning_makes_the_eyes_level():
 def test_names_are_those_that_training_reads():
     name = result_name("a_b", FACE, None)
     assert name == "a_b_0060_0030_0020_0016"
-    assert face_in_name(f"x/{name}.png") == (60, 30, 20, 16)
+    assert face_box(f"x/{name}.png") == FaceBox((60, 30), (20, 16))
     assert result_name("a", FACE, 2) == "a_02_0060_0030_0020_0016"
 
 
