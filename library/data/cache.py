@@ -93,8 +93,7 @@ class LatentStore:
     ``family`` names the latent space ("sd", "sdxl"), ``vae`` is a hash of the VAE's weights: both are in the
     fingerprint. ``memory_dtype`` is the type of latents kept in memory. ``same_vae`` gives hashes of the same weights
     in other number types, with which the archives serve too; it is asked when the first archive is written.
-    ``takes_over``: the primary name is written in any case,
-    also over latents of another purpose.
+    ``takes_over``: the primary name is written in any case, also over latents of another purpose.
     """
 
     def __init__(
@@ -201,16 +200,9 @@ class LatentStore:
             self._entries[target] = path
         return path is not None
 
-    def bytes_to_write(self, missing: Sequence[LatentTarget], flips: Sequence[bool]) -> int:
-        """Disk space that archives of these targets take, in bytes."""
-        overhead = 2048  # zip and array headers, small members
-        sizes = (4 * int(np.prod(latent_shape(target.fit.bucket))) for target in missing)
-        return sum(size * (1 + flipped) + overhead for size, flipped in zip(sizes, flips, strict=True))
-
     def _compact(self, latents: torch.Tensor) -> torch.Tensor:
-        return (
-            latents.detach().to(self._memory_dtype).clone(memory_format=torch.contiguous_format)
-        )  # not a view of a batch
+        kept = latents.detach().to(self._memory_dtype)
+        return kept.clone(memory_format=torch.contiguous_format)  # not a view of a batch
 
     # ---- which archive is valid, which name is free
 
