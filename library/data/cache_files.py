@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from library.checkpoint.io import atomic_path
-from library.data.records import Size
+from library.data.records import LATENT_STRIDE, Size
 
 LATENTS = "latents"
 LATENTS_FLIPPED = "latents_flipped"
@@ -29,7 +29,6 @@ FINGERPRINT = "fingerprint"  # ours; other readers do not look for it
 REQUIRED = (LATENTS, ORIGINAL_SIZE, CROP_LTRB)
 
 LATENT_CHANNELS = 4
-LATENT_STRIDE = 8  # pixels per latent, in both directions
 
 _MAX_MEMBER_BYTES = 1 << 28  # latents of 16,000 x 16,000 pixels; guards against archives made to fill the memory
 _MAX_SMALL_BYTES = 1 << 16

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from library.data.index import IMAGE_EXTENSIONS, FolderContent
-from library.data.records import Size
+from library.data.records import LATENT_STRIDE, Size
 from library.log import UserError
 
 
@@ -69,8 +69,8 @@ def _read_size(value: Any) -> Size | None:
     match value:
         case None:
             return None
-        case [int(width), int(height)] if width >= 8 and height >= 8:
-            return width // 8 * 8, height // 8 * 8
+        case [int(width), int(height)] if min(width, height) >= LATENT_STRIDE:
+            return width // LATENT_STRIDE * LATENT_STRIDE, height // LATENT_STRIDE * LATENT_STRIDE
         case _:
             raise ValueError("train_resolution must be [width, height] in pixels")
 

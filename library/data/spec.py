@@ -16,8 +16,8 @@ from typing import Any
 
 from library.data.index import IMAGE_EXTENSIONS
 from library.data.records import Augmentation, BucketRules, CaptionRules, DatasetKind, DatasetSpec, SubsetSpec
-from library.data.spec_checks import ONLY_CONTROL, Finding, check_document, check_sizes, kind_of
-from library.data.spec_keys import CONDITIONING_KEY, KEYS
+from library.data.spec_checks import Finding, check_document, check_sizes, kind_of
+from library.data.spec_keys import CONDITIONING_KEY, KEYS, ONLY_CONTROL
 from library.data.spec_lines import describe_place, line_of
 from library.log import UserError
 from library.options.data import DataOptions
