@@ -80,6 +80,27 @@ class StoreNotes:
     broken: list[str] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
 
+    def facts_of(self, path: Path) -> ArchiveFacts | None:
+        """Facts about an archive; None if there is none, or a broken one, which is noted."""
+        try:
+            return cache_files.read_facts(path)
+        except BrokenArchive:
+            if str(path) not in self.broken:
+                self.broken.append(str(path))
+            return None
+
+    def may_overwrite(self, path: Path, is_outdated: Callable[[ArchiveFacts], bool]) -> bool:
+        """True if nothing of use is lost: no whole archive is there, or an older one of the same purpose, which is
+        noted.
+        """
+        facts = self.facts_of(path)
+        if facts is None:
+            return True
+        if not is_outdated(facts):
+            return False
+        self.stale.append(str(path))
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
@@ -235,22 +256,14 @@ class LatentStore:
         if not self.to_disk:
             return None
         for path in self._paths(target):
-            facts = self._facts(path)
+            facts = self.notes.facts_of(path)
             if facts is not None and self._is_valid(path, facts, target, flipped):
                 return path
         return None
 
-    def _facts(self, path: Path) -> ArchiveFacts | None:
-        try:
-            return cache_files.read_facts(path)
-        except BrokenArchive:
-            if str(path) not in self.notes.broken:
-                self.notes.broken.append(str(path))
-            return None
-
     def _is_prepared(self, path: Path, target: LatentTarget, flipped: bool) -> bool:
         """True for an archive that the metadata names, if it fits; the image itself may be absent."""
-        facts = self._facts(path)
+        facts = self.notes.facts_of(path)
         if facts is None:
             return False
         if not os.path.exists(target.path) or target.path == str(path):
@@ -294,7 +307,7 @@ class LatentStore:
                 return self._is_own(facts, target, flipped=False)
             return facts.fits(target.fit.bucket, flipped=False) and facts.original_size in (target.size, None)
 
-        return cache_files.may_overwrite(path, is_outdated, self.notes.stale)
+        return self.notes.may_overwrite(path, is_outdated)
 
 
 def _agree(found: dict[str, Any], wanted: dict[str, Any], free: frozenset[str]) -> bool:

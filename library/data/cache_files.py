@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,23 +90,6 @@ def read_facts(path: Path) -> ArchiveFacts | None:
         raise BrokenArchive(f"{path}: {error}", is_damaged=False) from error
     except _FORM_ERRORS as error:
         raise BrokenArchive(f"{path}: {error}") from error
-
-
-def may_overwrite(path: Path, is_outdated: Callable[[ArchiveFacts], bool], stale: list[str]) -> bool:
-    """True if nothing of use is lost: no file is there, it is broken, or it is an older one of the same purpose.
-
-    Such an older one is noted in ``stale``.
-    """
-    try:
-        facts = read_facts(path)
-    except BrokenArchive:
-        return True
-    if facts is None:
-        return True
-    same = is_outdated(facts)
-    if same:
-        stale.append(str(path))
-    return same
 
 
 def read_array(path: Path, name: str) -> NDArray[Any]:
