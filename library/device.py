@@ -12,7 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-from library.log import UserError
+from library.log import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +101,7 @@ def xformers_problem(device: torch.device) -> str | None:
         probe = torch.zeros(1, 8, 1, 40, device=device, dtype=torch.float16)
         memory_efficient_attention(probe, probe, probe)
     except Exception as error:  # a build for another torch fails in many ways
-        return f"the installed build does not run here ({str(error).splitlines()[0] if str(error) else error!r})"
+        return f"the installed build does not run here ({first_line(error)})"
     return None
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from library.log import UserError
+from library.log import UserError, first_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -119,12 +119,7 @@ def _told(action: Callable[[], Path], start: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # the client's HTTP library, and so its errors, change between versions
-        raise UserError(f"{start} ({_short(error)}); check the name, the network and HF_TOKEN") from error
-
-
-def _short(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+        raise UserError(f"{start} ({first_line(error)}); check the name, the network and HF_TOKEN") from error
 
 
 def download_files(repo_id: str, names: Sequence[str], folder: Path, option: str, token: str | None = None) -> None:
@@ -218,7 +213,7 @@ class Uploader:
             self._create()
         except Exception as error:  # see `_told`
             raise UserError(
-                f"--huggingface_repo_id {self._repo_id}: the hub does not accept uploads ({_short(error)}); "
+                f"--huggingface_repo_id {self._repo_id}: the hub does not accept uploads ({first_line(error)}); "
                 "check the name and the token (HF_TOKEN)"
             ) from error
 
@@ -264,4 +259,4 @@ class Uploader:
             logger.info("uploaded %s to %s/%s", path.name, self._repo_id, place)
         except Exception as error:  # whatever went wrong, the training goes on
             self.failures.append(path.name)
-            logger.warning("%s was not uploaded to %s: %s", path.name, self._repo_id, _short(error))
+            logger.warning("%s was not uploaded to %s: %s", path.name, self._repo_id, first_line(error))

@@ -37,6 +37,12 @@ class UserError(Exception):
         return cls("\n".join(problems))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, fit for a message of one line: its first line with text, or its kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def process_index() -> int:
     """This process's number among all of the run, as the launcher's environment tells it (0 without a launcher)."""
     text = os.environ.get("RANK", "0")

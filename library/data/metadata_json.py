@@ -34,12 +34,7 @@ class FoundFiles:
 
 def read_metadata(path: str) -> list[Entry]:
     """The entries in file order. Raises UserError with all problems of the file, one a line."""
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"metadata file {path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise UserError(f"metadata file {path}: {error}") from error
+    document = read_document(path)
     if not isinstance(document, dict) or not document:
         raise UserError(f"metadata file {path}: must be an object with one entry for each image")
     entries: list[Entry] = []
@@ -52,6 +47,16 @@ def read_metadata(path: str) -> list[Entry]:
     if problems:
         raise UserError.of(problems)
     return entries
+
+
+def read_document(path: str | Path) -> Any:
+    """What the JSON of a metadata file holds, whatever it is. Raises UserError."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"metadata file {path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise UserError(f"metadata file {path}: {error}") from error
 
 
 def _read_entry(key: str, fields: Any) -> Entry:
