@@ -224,7 +224,6 @@ def _build_subset(take: _Chain, masks: bool) -> SubsetSpec:
     texts = {"keep_tokens_separator", "secondary_separator", "caption_prefix", "caption_suffix"}
     captions = {field.name: take(field.name) for field in fields(CaptionRules) if field.name in KEYS}
     captions.update({name: captions[name] or "" for name in texts})
-    extension = take("caption_extension")
     folder = take(CONDITIONING_KEY)
     return SubsetSpec(
         image_dir=take("image_dir"),
@@ -235,7 +234,7 @@ def _build_subset(take: _Chain, masks: bool) -> SubsetSpec:
         num_repeats=take("num_repeats"),
         is_reg=take("is_reg"),
         class_tokens=take("class_tokens"),
-        caption_extension=f".{extension.lstrip('.')}" if extension else None,
+        caption_extension=take("caption_extension"),
         captions=CaptionRules(**captions),
         augmentation=Augmentation(**{field.name: take(field.name) for field in fields(Augmentation)}),
     )

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration, LogitsProc
 
 from library.data.images import Pixels, read_image
 from library.device import choose_device
-from library.options.preparation import CaptionOptions
+from library.options.preparation import BlipCaptionOptions
 from library.preparation.outcome import Outcome
 from library.preparation.pretrained import load_pretrained
 from library.preparation.text_files import TextTask, images_to_describe, write_texts
@@ -59,7 +59,7 @@ class BlipCaptioner:
 
     model: Any
     tokenizer: Any
-    options: CaptionOptions
+    options: BlipCaptionOptions
 
     @property
     def side(self) -> int:
@@ -96,7 +96,7 @@ class BlipCaptioner:
         return [text.strip() for text in texts]
 
 
-def load_captioner(options: CaptionOptions) -> BlipCaptioner:
+def load_captioner(options: BlipCaptionOptions) -> BlipCaptioner:
     """The model of ``--caption_weights``, on the device. Raises UserError."""
     where = (options.caption_weights, "--caption_weights", EXAMPLE)
     model = load_pretrained(BlipForConditionalGeneration.from_pretrained, *where)
@@ -104,7 +104,7 @@ def load_captioner(options: CaptionOptions) -> BlipCaptioner:
     return BlipCaptioner(model.float().eval().to(choose_device()), tokenizer, options)
 
 
-def caption_folder(options: CaptionOptions) -> Outcome:
+def caption_folder(options: BlipCaptionOptions) -> Outcome:
     """Write a caption file beside each image. Raises UserError."""
     task = TextTask.of(options)
     images, outcome = images_to_describe(task)

@@ -13,13 +13,13 @@ from library.checkpoint.io import atomic_write_text
 from library.data.images import UnreadableImage
 from library.data.loader import prefetch
 from library.log import progress
-from library.options.preparation import CaptionOptions, GitCaptionOptions, TagOptions
+from library.options.preparation import BlipCaptionOptions, GitCaptionOptions, TagOptions
 from library.preparation.files import find_images, with_extension
 from library.preparation.outcome import Outcome
 
 logger = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
-TextToolOptions = CaptionOptions | GitCaptionOptions | TagOptions
+TextToolOptions = BlipCaptionOptions | GitCaptionOptions | TagOptions
 _WORKERS = 4
 
 
