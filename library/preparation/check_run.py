@@ -11,7 +11,7 @@ from library.checkpoint.io import atomic_write_text
 from library.data.index import image_names
 from library.data.loader import prefetch
 from library.data.records import Augmentation, BucketRules, CaptionRules, DatasetKind, DatasetSpec, SubsetSpec
-from library.data.report import TokenCounter, describe
+from library.data.report import describe
 from library.data.sources import resolve
 from library.data.spec import load_dataset_specs
 from library.log import UserError, progress
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _USUAL_RESOLUTION = (512, 512)
 
 
-def check_dataset(settings: Settings, counter: TokenCounter = count_tokens) -> CheckReport:
+def check_dataset(settings: Settings) -> CheckReport:
     """Report on the data set of the options, and move aside what they say. Raises UserError."""
     options, data = settings[CheckDatasetOptions], settings[DataOptions]
     if options.dry_run and options.quarantine is None:
@@ -38,7 +38,7 @@ def check_dataset(settings: Settings, counter: TokenCounter = count_tokens) -> C
     )
     images = unique_images(datasets)
     looks = list(progress(prefetch(images, look_at, data.max_data_loader_n_workers), "images", total=len(images)))
-    reports = describe(datasets, counter, options.max_token_length)
+    reports = describe(datasets, count_tokens, options.max_token_length)
     limits = Limits(options.min_side, int(options.max_megabytes * 1e6), options.duplicate_distance)
     report = check(datasets, reports, looks, limits)
     for line in report_lines(report):
