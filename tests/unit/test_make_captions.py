@@ -179,7 +179,7 @@ def test_remove_words_acts_on_what_the_model_says(more: tuple[str, ...], text: s
     model = SimpleNamespace(device="cpu", generate=lambda **_: torch.zeros(1, 3))
     tokenizer = SimpleNamespace(batch_decode=lambda tokens, **_: ["a dog that says stop"] * len(tokens))
     captioner = GitCaptioner(model, tokenizer, None, settings[GitCaptionOptions])
-    assert captioner.captions([torch.zeros(3, 4, 4)]) == [text]
+    assert captioner.captions(["a.png"], [torch.zeros(3, 4, 4)]) == [text]
 
 
 def test_the_smaller_the_nucleus_the_fewer_draws(photos: Path, blip: str):
