@@ -10,7 +10,6 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
@@ -38,6 +37,7 @@ from library.data.records import (
     Fit,
     ImageRecord,
     MicroBatch,
+    OnBad,
     ResolvedDataset,
     Sample,
     Size,
@@ -47,8 +47,6 @@ from library.log import UserError
 from library.rng import seed_of, stream
 
 logger = logging.getLogger(__name__)
-
-OnBadImage = Literal["error", "skip"]
 
 
 class BadImage(UserError):
@@ -87,14 +85,14 @@ class TrainImages:
         datasets: Sequence[ResolvedDataset],
         store: LatentStore | None,
         seed: int,
-        on_bad_image: OnBadImage = "error",
+        on_bad_image: OnBad = "error",
         caption_variants: int = 0,
     ) -> None:
         self.datasets = tuple(datasets)
         self.bad_images: dict[str, str] = {}
         self._store = store
         self._seed = seed
-        self._on_bad_image: OnBadImage = on_bad_image
+        self._on_bad_image = on_bad_image
         self._caption_variants = caption_variants
         self._lock = threading.Lock()
         self._masks = Masks()

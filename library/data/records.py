@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Size = tuple[int, int]
+OnBad = Literal["skip", "error"]
+"""What is done with a file that cannot be used: left out and named, or the run is refused."""
 
 LATENT_STRIDE = 8
 """Pixels per latent, in both directions: every training side is a multiple of it."""

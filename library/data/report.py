@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from library.data.captions import add_prefix_and_suffix
 from library.data.plan import batches_per_epoch, bucket_visits
 from library.data.records import ResolvedDataset, Size
+from library.log import some_of
 
 TokenCounter = Callable[[list[str]], list[int]]
 
 _HARD_CROP = 0.2  # share of the scaled image that is cut away
 _UPSCALED = 1.01  # enlargement that rounding to whole pixels does not explain
-_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,4 @@ def _note(subset: SubsetReport) -> str:
 
 
 def _named(what: str, names: Sequence[str]) -> list[str]:
-    if not names:
-        return []
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return [f"  {len(names)} {what}: {', '.join(names[:_NAMES_SHOWN])}{more}"]
+    return [f"  {len(names)} {what}: {some_of(names)}"] if names else []

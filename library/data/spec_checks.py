@@ -4,7 +4,6 @@ line numbers.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from library.data.records import LATENT_STRIDE, DatasetKind, DatasetSpec
 from library.data.spec_keys import CONDITIONING_KEY, FOREIGN_KEYS, KEYS, LEVELS, ONLY_CONTROL, Level, names_at
 from library.data.spec_lines import Where
+from library.log import nearest
 
 _TOP_LEVEL = ("general", "datasets")
 _REQUIRED = {
@@ -34,7 +34,7 @@ class Finding:
     is_warning: bool = False
 
 
-def check_document(document: Any, kinds: frozenset[DatasetKind], masks: bool = False) -> list[Finding]:
+def check_document(document: Any, kinds: frozenset[DatasetKind], masks: bool) -> list[Finding]:
     """All that is wrong with the content of a data set file for a script that trains on ``kinds``, in its order.
 
     ``masks``: `CONDITIONING_KEY` names a folder of masks, which any subset may have.
@@ -52,7 +52,7 @@ def check_document(document: Any, kinds: frozenset[DatasetKind], masks: bool = F
     return findings
 
 
-def kind_of(dataset: dict[str, Any], kinds: frozenset[DatasetKind], masks: bool = False) -> DatasetKind | None:
+def kind_of(dataset: dict[str, Any], kinds: frozenset[DatasetKind], masks: bool) -> DatasetKind | None:
     """The kind that the subsets' keys tell; None if they tell different ones. Where only ControlNets are trained a
     subset that lacks the key of the kind is a mistake, not of another kind. ``masks`` as in `check_document`.
     """
@@ -129,8 +129,7 @@ def _misplaced(where: Where, raw: Any, kind: DatasetKind | None) -> Finding | No
 
 def _unknown(where: Where, allowed: Sequence[str]) -> Finding:
     name = str(where[-1])
-    near = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"; did you mean {near[0]}?" if near else f"; known here are {', '.join(sorted(allowed))}"
+    hint = nearest(name, allowed) or f"; known here are {', '.join(sorted(allowed))}"
     return Finding(where, f"is not known{hint}")
 
 
