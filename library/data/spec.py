@@ -21,7 +21,7 @@ from library.data.spec_keys import CONDITIONING_KEY, KEYS, ONLY_CONTROL
 from library.data.spec_lines import describe_place, line_of
 from library.log import UserError
 from library.options.data import DataOptions
-from library.options.toml_file import parse_toml
+from library.options.toml_file import parse_toml, read_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +99,9 @@ def _read_file(path: Path) -> _Source:
     suffix = path.suffix.lower()
     if suffix not in (".toml", ".json"):
         raise UserError(f"--dataset_config {path}: the name must end in .toml or .json")
+    text = read_utf8(path, "dataset_config")
     try:
-        text = path.read_text(encoding="utf-8-sig")
         document = json.loads(text) if suffix == ".json" else parse_toml(text)
-    except OSError as error:
-        raise UserError(f"--dataset_config {path}: cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--dataset_config {path}: is not UTF-8 text (byte {error.start})") from error
     except ValueError as error:
         raise UserError(f"--dataset_config {path}: {error}") from error
     return _Source(str(path), document, text, suffix == ".json")
