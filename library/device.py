@@ -12,7 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-from library.log import UserError
+from library.log import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -59,18 +59,15 @@ def vae_dtype(options: PrecisionOptions) -> torch.dtype:
     return weight_dtype("no" if options.no_half_vae else options.mixed_precision)
 
 
-def precision_problems(options: PrecisionOptions, device: torch.device) -> list[str]:
-    """What the options ask for and this machine or their combination cannot do; one line each, empty if all is well."""
+def check_precision(options: PrecisionOptions, device: torch.device) -> None:
+    """Raise one UserError with all that the options ask for and this device cannot do, one line each.
+
+    What does not fit together on any device is refused with the command line (`library.options.checks`).
+    """
     import torch
 
     problems: list[str] = []
     mixed = options.mixed_precision
-    if options.full_fp16 and mixed != "fp16":
-        problems.append("--full_fp16 needs --mixed_precision fp16")
-    if options.full_bf16 and mixed != "bf16":
-        problems.append("--full_bf16 needs --mixed_precision bf16")
-    if options.fp8_base and mixed == "no":
-        problems.append("--fp8_base needs --mixed_precision fp16 or bf16")
     if options.fp8_base and device.type == "mps":
         problems.append("--fp8_base: Apple devices have no float8 numbers; leave it out")
     if mixed == "fp16" and device.type == "cpu":
@@ -81,14 +78,8 @@ def precision_problems(options: PrecisionOptions, device: torch.device) -> list[
         reason = xformers_problem(device)
         if reason:
             problems.append(f"--xformers: {reason}; leave it out, torch's own attention is used then")
-    return problems
-
-
-def check_precision(options: PrecisionOptions, device: torch.device) -> None:
-    """Raise one UserError with all of `precision_problems`."""
-    problems = precision_problems(options, device)
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError.of(problems)
 
 
 def attention_kind(options: PrecisionOptions) -> AttentionKind:
@@ -110,7 +101,7 @@ def xformers_problem(device: torch.device) -> str | None:
         probe = torch.zeros(1, 8, 1, 40, device=device, dtype=torch.float16)
         memory_efficient_attention(probe, probe, probe)
     except Exception as error:  # a build for another torch fails in many ways
-        return f"the installed build does not run here ({str(error).splitlines()[0] if str(error) else error!r})"
+        return f"the installed build does not run here ({first_line(error)})"
     return None
 
 
@@ -139,32 +130,6 @@ def describe(device: torch.device) -> str:
     if device.type == "mps":
         return "mps: Apple graphics"
     return f"cpu: {torch.get_num_threads()} threads (training is slow without a graphics card)"
-
-
-def memory_report(device: torch.device) -> str:
-    """One line: peak memory of this process, and of the device if it keeps count."""
-    import torch
-
-    parts: list[str] = []
-    own = _peak_process_bytes()
-    if own:
-        parts.append(f"process {own / 2**30:.2f} GiB")
-    if device.type == "cuda":
-        parts.append(f"{device} {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
-    elif device.type == "xpu":
-        parts.append(f"{device} {torch.xpu.max_memory_allocated(device) / 2**30:.2f} GiB")
-    return "peak memory: " + (", ".join(parts) or "not known on this system")
-
-
-def _peak_process_bytes() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The Hugging Face hub: fetch models and states, upload what was saved. The network is touched only when asked for.
 
-The endpoint is the environment variable HF_ENDPOINT, the token the option or HF_TOKEN. Tokens never appear in messages.
+The endpoint is the environment variable HF_ENDPOINT, the token HF_TOKEN or, for states and uploads, the option. Tokens
+never appear in messages.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from library.log import UserError
+from library.log import UserError, first_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -27,7 +28,7 @@ _STEMS: dict[str, tuple[str, str]] = dict.fromkeys(("text_encoder", "text_encode
 _DEFAULT_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model")
 
 
-def _api(token: str | None) -> HfApi:
+def _api(token: str | None = None) -> HfApi:
     from huggingface_hub import HfApi
 
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token or os.environ.get("HF_TOKEN") or None)
@@ -70,7 +71,7 @@ def _weights(present: set[str], folder: str, part: str) -> list[str]:
     return []
 
 
-def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS, token: str | None = None) -> Path:
+def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS) -> Path:
     """The local folder of a hub model: what is on this machine already, else what is fetched now.
 
     Only the needed files are fetched. Raises UserError that names the option.
@@ -83,7 +84,7 @@ def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS
         return local
 
     def fetch() -> Path:
-        api = _api(token)
+        api = _api()
         logger.info("%s: no such file or folder here, asking the hub", repo_id)
         wanted = files_of_model(api.list_repo_files(repo_id), parts)
         if wanted is None:
@@ -119,20 +120,15 @@ def _told(action: Callable[[], Path], start: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # the client's HTTP library, and so its errors, change between versions
-        raise UserError(f"{start} ({_short(error)}); check the name, the network and HF_TOKEN") from error
+        raise UserError(f"{start} ({first_line(error)}); check the name, the network and HF_TOKEN") from error
 
 
-def _short(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
-
-
-def download_files(repo_id: str, names: Sequence[str], folder: Path, option: str, token: str | None = None) -> None:
+def download_files(repo_id: str, names: Sequence[str], folder: Path, option: str) -> None:
     """Fetch files of a repository into a folder, whatever is there. Raises UserError that names the option."""
     from huggingface_hub import hf_hub_download
 
     def fetch() -> Path:
-        api = _api(token)
+        api = _api()
         for name in names:
             logger.info("%s: fetching %s from the hub", repo_id, name)
             hf_hub_download(repo_id, name, local_dir=folder, token=api.token, endpoint=api.endpoint)
@@ -218,7 +214,7 @@ class Uploader:
             self._create()
         except Exception as error:  # see `_told`
             raise UserError(
-                f"--huggingface_repo_id {self._repo_id}: the hub does not accept uploads ({_short(error)}); "
+                f"--huggingface_repo_id {self._repo_id}: the hub does not accept uploads ({first_line(error)}); "
                 "check the name and the token (HF_TOKEN)"
             ) from error
 
@@ -264,4 +260,4 @@ class Uploader:
             logger.info("uploaded %s to %s/%s", path.name, self._repo_id, place)
         except Exception as error:  # whatever went wrong, the training goes on
             self.failures.append(path.name)
-            logger.warning("%s was not uploaded to %s: %s", path.name, self._repo_id, _short(error))
+            logger.warning("%s was not uploaded to %s: %s", path.name, self._repo_id, first_line(error))

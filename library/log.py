@@ -1,4 +1,4 @@
-"""What the program says: one-line errors for users, log records and progress.
+"""What the program says: one-line errors for users and their words, log records and progress.
 
 Every module logs through ``logging.getLogger(__name__)``; only `setup_logging` installs handlers. Nothing heavy is
 imported here, rich only when a terminal is there to draw on.
@@ -6,13 +6,14 @@ imported here, rich only when a terminal is there to draw on.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 OWN_LOGGERS = ("library", "networks", "tools", "__main__")
+NAMES_SHOWN = 5
 WINDOW = 50  # marks that the speed is measured over: the slow first steps drop out soon
 PLAIN_SECONDS = 10.0  # pause between two plain progress lines
 
@@ -35,6 +37,24 @@ class UserError(Exception):
     def of(cls, problems: Iterable[str]) -> UserError:
         """One error that lists all problems, each on its own line."""
         return cls("\n".join(problems))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, fit for a message of one line: its first line with text, or its kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint at the most similar name: `` (did you mean x?)``, or nothing."""
+    found = difflib.get_close_matches(name.replace("-", "_"), list(names), n=1, cutoff=0.7)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def process_index() -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.command import run_command
-from library.options.preparation import CaptionOptions
+from library.options.preparation import BlipCaptionOptions
 from library.options.preparation_scripts import MAKE_CAPTIONS
 from library.options.settings import Settings
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _work(settings: Settings) -> int:
     from library.preparation.blip import caption_folder
 
-    return caption_folder(settings[CaptionOptions]).report("captions written")
+    return caption_folder(settings[BlipCaptionOptions]).report("captions written")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.command import run_command
-from library.options.preparation import MergeOptions
+from library.options.preparation import MergeTextOptions
 from library.options.preparation_scripts import MERGE_TAGS
 from library.options.settings import Settings
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _work(settings: Settings) -> int:
     from library.preparation.merging import merge_texts
 
-    return merge_texts(settings[MergeOptions], "tags").report("tags merged")
+    return merge_texts(settings[MergeTextOptions], "tags").report("tags merged")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.command import run_command
-from library.options.preparation import ResizeOptions
+from library.options.preparation import ResizeImagesOptions
 from library.options.preparation_scripts import RESIZE_IMAGES
 from library.options.settings import Settings
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _work(settings: Settings) -> int:
     from library.preparation.resizing import resize_folder
 
-    return resize_folder(settings[ResizeOptions]).report("pictures resized")
+    return resize_folder(settings[ResizeImagesOptions]).report("pictures resized")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from library.data.records import BucketRules, Fit, Size
-
-LATENT_FACTOR = 8
-"""Pixels per latent cell: every training side is a multiple of it."""
+from library.data.records import LATENT_STRIDE, BucketRules, Fit, Size
 
 
 def bucket_sizes(rules: BucketRules) -> tuple[Size, ...]:
@@ -25,7 +22,7 @@ def bucket_sizes(rules: BucketRules) -> tuple[Size, ...]:
     """
     width, height = rules.resolution
     if not rules.enable_bucket:
-        return ((_floor_to(width, LATENT_FACTOR), _floor_to(height, LATENT_FACTOR)),)
+        return ((_floor_to(width, LATENT_STRIDE), _floor_to(height, LATENT_STRIDE)),)
     if rules.bucket_no_upscale:
         return ()
     step, area = rules.bucket_reso_steps, width * height

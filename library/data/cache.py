@@ -24,7 +24,7 @@ import torch
 
 from library.data import cache_files
 from library.data.cache_files import ArchiveFacts, BrokenArchive, latent_shape
-from library.data.images import RESIZE_VERSION, UnreadableImage, center_crop_left_top
+from library.data.images import RESIZE_VERSION, UnreadableImage, centred_cut
 from library.data.records import Fit, ImageRecord, Size
 
 _FORMAT = 1
@@ -82,6 +82,27 @@ class StoreNotes:
     stale: list[str] = field(default_factory=list)
     unlike: list[str] = field(default_factory=list)
 
+    def facts_of(self, path: Path) -> ArchiveFacts | None:
+        """Facts about an archive; None if there is none, or a broken one, which is noted."""
+        try:
+            return cache_files.read_facts(path)
+        except BrokenArchive:
+            if str(path) not in self.broken:
+                self.broken.append(str(path))
+            return None
+
+    def may_overwrite(self, path: Path, is_outdated: Callable[[ArchiveFacts], bool]) -> bool:
+        """True if nothing of use is lost: no whole archive is there, or an older one of the same purpose, which is
+        noted.
+        """
+        facts = self.facts_of(path)
+        if facts is None:
+            return True
+        if not is_outdated(facts):
+            return False
+        self.stale.append(str(path))
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
@@ -95,8 +116,7 @@ class LatentStore:
     ``family`` names the latent space ("sd", "sdxl"), ``vae`` is a hash of the VAE's weights: both are in the
     fingerprint. ``memory_dtype`` is the type of latents kept in memory. ``same_vae`` gives hashes of the same weights
     in other number types, with which the archives serve too; it is asked when the first archive is written.
-    ``takes_over``: the primary name is written in any case,
-    also over latents of another purpose.
+    ``takes_over``: the primary name is written in any case, also over latents of another purpose.
     """
 
     def __init__(
@@ -203,16 +223,9 @@ class LatentStore:
             self._entries[target] = path
         return path is not None
 
-    def bytes_to_write(self, missing: Sequence[LatentTarget], flips: Sequence[bool]) -> int:
-        """Disk space that archives of these targets take, in bytes."""
-        overhead = 2048  # zip and array headers, small members
-        sizes = (4 * int(np.prod(latent_shape(target.fit.bucket))) for target in missing)
-        return sum(size * (1 + flipped) + overhead for size, flipped in zip(sizes, flips, strict=True))
-
     def _compact(self, latents: torch.Tensor) -> torch.Tensor:
-        return (
-            latents.detach().to(self._memory_dtype).clone(memory_format=torch.contiguous_format)
-        )  # not a view of a batch
+        kept = latents.detach().to(self._memory_dtype)
+        return kept.clone(memory_format=torch.contiguous_format)  # not a view of a batch
 
     # ---- which archive is valid, which name is free
 
@@ -223,7 +236,7 @@ class LatentStore:
             "format": _FORMAT,
             "bucket": list(target.fit.bucket),
             "resized": list(target.fit.resized),
-            "crop": list(center_crop_left_top(target.fit)),
+            "crop": list(centred_cut(target.fit).left_top),
             "image": Path(target.path).name,
         }
 
@@ -245,22 +258,14 @@ class LatentStore:
         if not self.to_disk:
             return None
         for path in self._paths(target):
-            facts = self._facts(path)
+            facts = self.notes.facts_of(path)
             if facts is not None and self._is_valid(path, facts, target, flipped):
                 return path
         return None
 
-    def _facts(self, path: Path) -> ArchiveFacts | None:
-        try:
-            return cache_files.read_facts(path)
-        except BrokenArchive:
-            if str(path) not in self.notes.broken:
-                self.notes.broken.append(str(path))
-            return None
-
     def _is_prepared(self, path: Path, target: LatentTarget, flipped: bool) -> bool:
         """True for an archive that the metadata names, if it fits; the image itself may be absent."""
-        facts = self._facts(path)
+        facts = self.notes.facts_of(path)
         if facts is None:
             return False
         if not os.path.exists(target.path) or target.path == str(path):
@@ -304,7 +309,7 @@ class LatentStore:
                 return self._is_own(facts, target, flipped=False)
             return facts.fits(target.fit.bucket, flipped=False) and facts.original_size in (target.size, None)
 
-        return cache_files.may_overwrite(path, is_outdated, self.notes.stale)
+        return self.notes.may_overwrite(path, is_outdated)
 
 
 def _agree(found: dict[str, Any], wanted: dict[str, Any], free: frozenset[str]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from library.checkpoint.io import atomic_path
-from library.data.records import Size
+from library.data.records import LATENT_STRIDE, Size
 
 LATENTS = "latents"
 LATENTS_FLIPPED = "latents_flipped"
@@ -29,7 +29,6 @@ FINGERPRINT = "fingerprint"  # ours; other readers do not look for it
 REQUIRED = (LATENTS, ORIGINAL_SIZE, CROP_LTRB)
 
 LATENT_CHANNELS = 4
-LATENT_STRIDE = 8  # pixels per latent, in both directions
 
 _MAX_MEMBER_BYTES = 1 << 28  # latents of 16,000 x 16,000 pixels; guards against archives made to fill the memory
 _MAX_SMALL_BYTES = 1 << 16
@@ -91,23 +90,6 @@ def read_facts(path: Path) -> ArchiveFacts | None:
         raise BrokenArchive(f"{path}: {error}", is_damaged=False) from error
     except _FORM_ERRORS as error:
         raise BrokenArchive(f"{path}: {error}") from error
-
-
-def may_overwrite(path: Path, is_outdated: Callable[[ArchiveFacts], bool], stale: list[str]) -> bool:
-    """True if nothing of use is lost: no file is there, it is broken, or it is an older one of the same purpose.
-
-    Such an older one is noted in ``stale``.
-    """
-    try:
-        facts = read_facts(path)
-    except BrokenArchive:
-        return True
-    if facts is None:
-        return True
-    same = is_outdated(facts)
-    if same:
-        stale.append(str(path))
-    return same
 
 
 def read_array(path: Path, name: str) -> NDArray[Any]:

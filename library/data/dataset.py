@@ -10,20 +10,20 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
 from library.data.cache import LatentStore, target_of
 from library.data.cache_files import latent_shape
 from library.data.caption_variants import choose_caption
+from library.data.face_names import face_box
 from library.data.images import (
     Cut,
     UnreadableImage,
-    center_crop_left_top,
-    face_box,
+    centred_cut,
     fit_alike,
     fit_pixels,
+    is_mirrored,
     opaque,
     read_image,
     read_pixels,
@@ -33,9 +33,11 @@ from library.data.masks import Masks, has_mask
 from library.data.records import (
     Batch,
     CaptionClock,
+    DatasetSpec,
     Fit,
     ImageRecord,
     MicroBatch,
+    OnBad,
     ResolvedDataset,
     Sample,
     Size,
@@ -45,8 +47,6 @@ from library.log import UserError
 from library.rng import seed_of, stream
 
 logger = logging.getLogger(__name__)
-
-OnBadImage = Literal["error", "skip"]
 
 
 class BadImage(UserError):
@@ -58,13 +58,14 @@ class NoImageLeft(UserError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Picture:
-    """One sample's image side. ``data``: uint8 HWC pixels or latents CHW. ``conditioning_HWC``: uint8 pixels of the
+class _Visit:
+    """One visit of an image. ``data``: uint8 HWC pixels or latents CHW. ``conditioning_HWC``: uint8 pixels of the
     picture beside it. ``mask_hw``: what each latent counts in the loss, in 255ths (uint8); None if all count 1.
     """
 
+    record: ImageRecord
+    seed: int
     data: torch.Tensor
-    original_size: Size
     cut: Cut
     mask_hw: torch.Tensor | None = None
     conditioning_HWC: torch.Tensor | None = None
@@ -84,14 +85,14 @@ class TrainImages:
         datasets: Sequence[ResolvedDataset],
         store: LatentStore | None,
         seed: int,
-        on_bad_image: OnBadImage = "error",
+        on_bad_image: OnBad = "error",
         caption_variants: int = 0,
     ) -> None:
         self.datasets = tuple(datasets)
         self.bad_images: dict[str, str] = {}
         self._store = store
         self._seed = seed
-        self._on_bad_image: OnBadImage = on_bad_image
+        self._on_bad_image = on_bad_image
         self._caption_variants = caption_variants
         self._lock = threading.Lock()
         self._masks = Masks()
@@ -123,32 +124,24 @@ class TrainImages:
         records = (record for dataset in self.datasets for record in dataset.records)
         return next((record.path for record in records if record.key == key), key)
 
-    def sample_seed(self, record: ImageRecord, epoch: int, repeat: int) -> int:
-        """The seed that all draws of one visit of an image come from."""
-        return seed_of(self._seed, "sample", epoch, record.key, repeat)
-
     def load(self, micro: MicroBatch, rank: int, processes: int, clock: CaptionClock) -> Batch:
         """This process's share of a micro batch. Raises UserError for an image that cannot be used (see the class), in
         particular `NoImageLeft`.
         """
-        dataset = self.datasets[micro.dataset]
+        spec = self.datasets[micro.dataset].spec
         samples, counts = micro.share(rank, processes)
-        loaded: list[tuple[Sample, _Picture] | None] = [
-            self._load_or_none(micro.dataset, sample, clock.epoch) for sample in samples
-        ]
-        weights = [
-            self._weight(dataset, sample) if counts and one else 0.0
-            for sample, one in zip(samples, loaded, strict=True)
-        ]
-        if None in loaded:
-            filler = next((one for one in loaded if one), None) or self._any_of(micro, clock.epoch)
-            loaded = [one or filler for one in loaded]
-        return self._assemble(micro.dataset, [one for one in loaded if one], weights, clock)
+        loaded = [self._load_or_none(micro.dataset, sample, clock.epoch) for sample in samples]
+        weights = [_loss_weight(visit, spec) if visit and counts else 0.0 for visit in loaded]
+        visits = [visit for visit in loaded if visit]
+        if len(visits) < len(loaded):
+            filler = visits[0] if visits else self._any_of(micro, clock.epoch)
+            visits = [visit or filler for visit in loaded]
+        return self._assemble(micro.dataset, visits, weights, clock)
 
-    def _load_or_none(self, dataset: int, sample: Sample, epoch: int) -> tuple[Sample, _Picture] | None:
-        """The sample with its picture; None if the image is bad and may be skipped."""
+    def _load_or_none(self, dataset: int, sample: Sample, epoch: int) -> _Visit | None:
+        """The visit of a sample; None if the image is bad and may be skipped."""
         try:
-            return sample, self._picture(dataset, sample, epoch)
+            return self._visit(dataset, sample, epoch)
         except UnreadableImage as error:
             if self._on_bad_image == "error":
                 raise BadImage(
@@ -161,38 +154,35 @@ class TrainImages:
                 logger.warning("%s: %s; it is left out", error.path, error.reason)
             return None
 
-    def _any_of(self, micro: MicroBatch, epoch: int) -> tuple[Sample, _Picture]:
-        """A sample that can be loaded, from the other processes' share or else from the whole bucket."""
+    def _any_of(self, micro: MicroBatch, epoch: int) -> _Visit:
+        """A visit of a sample that can be loaded, from the other processes' share or else from the whole bucket."""
         dataset = self.datasets[micro.dataset]
         bucket = dataset.fits[micro.samples[0].record].bucket
         rest = (Sample(index, 0) for index, fit in enumerate(dataset.fits) if fit.bucket == bucket)
         for sample in (*micro.samples, *rest):
-            one = self._load_or_none(micro.dataset, sample, epoch)
-            if one is not None:
-                return one
+            visit = self._load_or_none(micro.dataset, sample, epoch)
+            if visit is not None:
+                return visit
         width, height = bucket
         raise NoImageLeft(
             f"{dataset.records[micro.samples[0].record].path}: no image of bucket {width}x{height} can be decoded"
         )
 
-    def _weight(self, dataset: ResolvedDataset, sample: Sample) -> float:
-        return dataset.spec.prior_loss_weight if dataset.records[sample.record].is_reg else 1.0
-
-    def _picture(self, dataset: int, sample: Sample, epoch: int) -> _Picture:
+    def _visit(self, dataset: int, sample: Sample, epoch: int) -> _Visit:
         resolved = self.datasets[dataset]
         record, fit = resolved.records[sample.record], resolved.fits[sample.record]
         subset = resolved.subset_of(record)
-        seed = self.sample_seed(record, epoch, sample.repeat)
+        seed = seed_of(self._seed, "sample", epoch, record.key, sample.repeat)  # all draws of the visit come from it
         if self._gives_latents[dataset]:
-            picture = self._latents(record, fit, subset, seed)
+            visit = self._latents(record, fit, subset, seed)
         else:
-            picture = self._pixels(record, fit, subset, seed)
+            visit = self._pixels(record, fit, subset, seed)
         if record.conditioning_path is None:
-            return picture
+            return visit
         guide_HWC = read_image(record.conditioning_path)
-        return replace(picture, conditioning_HWC=torch.from_numpy(fit_alike(guide_HWC, picture.cut)))
+        return replace(visit, conditioning_HWC=torch.from_numpy(fit_alike(guide_HWC, visit.cut)))
 
-    def _pixels(self, record: ImageRecord, fit: Fit, subset: SubsetSpec, seed: int) -> _Picture:
+    def _pixels(self, record: ImageRecord, fit: Fit, subset: SubsetSpec, seed: int) -> _Visit:
         pixels_HWC = read_pixels(record.path)
         image_HWC = opaque(pixels_HWC)
         if (image_HWC.shape[1], image_HWC.shape[0]) != record.size:
@@ -200,65 +190,57 @@ class TrainImages:
         rules = subset.augmentation
         face = face_box(record.path) if rules.face_crop_aug_range is not None else None
         fitted = fit_pixels(image_HWC, fit, rules, seed, face)
-        cut = Cut(fitted.resized, fitted.crop_left_top, fit.bucket, fitted.flipped)
-        mask_hw = self._masks.read(record, subset, cut, pixels_HWC)
-        return _Picture(torch.from_numpy(fitted.pixels_HWC), fitted.original_size, cut, mask_hw)
+        mask_hw = self._masks.read(record, subset, fitted.cut, pixels_HWC)
+        return _Visit(record, seed, torch.from_numpy(fitted.pixels_HWC), fitted.cut, mask_hw)
 
-    def _latents(self, record: ImageRecord, fit: Fit, subset: SubsetSpec, seed: int) -> _Picture:
+    def _latents(self, record: ImageRecord, fit: Fit, subset: SubsetSpec, seed: int) -> _Visit:
         assert self._store is not None
-        flipped = subset.augmentation.flip_aug and stream(seed, "flip").random() < 0.5
-        left, top = center_crop_left_top(fit)
-        if flipped:
-            left = fit.resized[0] - fit.bucket[0] - left
-        latents_CHW = self._store.load(target_of(record, fit), flipped)
-        cut = Cut(fit.resized, (left, top), fit.bucket, flipped)
-        return _Picture(latents_CHW, record.size, cut, self._masks.kept(record, subset, cut))
+        cut = centred_cut(fit)
+        if is_mirrored(subset.augmentation, seed):
+            cut = cut.mirrored()
+        latents_CHW = self._store.load(target_of(record, fit), cut.flipped)
+        return _Visit(record, seed, latents_CHW, cut, self._masks.kept(record, subset, cut))
 
-    def _assemble(
-        self, dataset: int, loaded: Sequence[tuple[Sample, _Picture]], weights: Sequence[float], clock: CaptionClock
-    ) -> Batch:
+    def _assemble(self, dataset: int, visits: Sequence[_Visit], weights: Sequence[float], clock: CaptionClock) -> Batch:
         resolved = self.datasets[dataset]
-        records = [resolved.records[sample.record] for sample, _ in loaded]
-        pictures = [picture for _, picture in loaded]
-        seeds = [
-            self.sample_seed(record, clock.epoch, sample.repeat)
-            for record, (sample, _) in zip(records, loaded, strict=True)
-        ]
         captions = [
             choose_caption(
-                record, resolved.subset_of(record).captions, clock, stream(seed, "caption"), self._caption_variants
+                visit.record,
+                resolved.subset_of(visit.record).captions,
+                clock,
+                stream(visit.seed, "caption"),
+                self._caption_variants,
             )
-            for record, seed in zip(records, seeds, strict=True)
+            for visit in visits
         ]
-        data = torch.stack([picture.data for picture in pictures])
-        guides = [picture.conditioning_HWC for picture in pictures if picture.conditioning_HWC is not None]
+        data = torch.stack([visit.data for visit in visits])
+        guides = [visit.conditioning_HWC for visit in visits if visit.conditioning_HWC is not None]
         latents = self._gives_latents[dataset]
-        width, height = resolved.fits[loaded[0][0].record].bucket
+        bucket = visits[0].cut.bucket
         return Batch(
-            keys=tuple(record.key for record in records),
-            seeds=tuple(seeds),
+            keys=tuple(visit.record.key for visit in visits),
+            seeds=tuple(visit.seed for visit in visits),
             captions=tuple(captions),
             loss_weights_B=torch.tensor(weights, dtype=torch.float32),
-            original_sizes_hw_B2=torch.tensor(
-                [[picture.original_size[1], picture.original_size[0]] for picture in pictures]
-            ),
-            crop_top_lefts_B2=torch.tensor(
-                [[picture.cut.left_top[1], picture.cut.left_top[0]] for picture in pictures]
-            ),
-            target_sizes_hw_B2=torch.tensor([[height, width]] * len(pictures)),
-            flipped=tuple(picture.cut.flipped for picture in pictures),
+            original_sizes_hw_B2=torch.tensor([visit.record.size[::-1] for visit in visits]),
+            crop_top_lefts_B2=torch.tensor([visit.cut.left_top[::-1] for visit in visits]),
+            target_sizes_hw_B2=torch.tensor([bucket[::-1]] * len(visits)),
+            flipped=tuple(visit.cut.flipped for visit in visits),
             images_BCHW=None if latents else to_model_range(data),
             latents_BCHW=data if latents else None,
             conditioning_images_BCHW=to_model_range(torch.stack(guides)) if guides else None,
-            loss_masks_BHW=_stacked_masks(pictures, resolved.fits[loaded[0][0].record].bucket),
+            loss_masks_BHW=_stacked_masks([visit.mask_hw for visit in visits], bucket),
             network_multiplier=resolved.spec.network_multiplier,
         )
 
 
-def _stacked_masks(pictures: Sequence[_Picture], bucket: Size) -> torch.Tensor | None:
+def _loss_weight(visit: _Visit, spec: DatasetSpec) -> float:
+    return spec.prior_loss_weight if visit.record.is_reg else 1.0
+
+
+def _stacked_masks(masks_hw: Sequence[torch.Tensor | None], bucket: Size) -> torch.Tensor | None:
     """Weights 0..1 of all samples, 1 everywhere for those that have no mask; None if none has one."""
-    if all(picture.mask_hw is None for picture in pictures):
+    if all(mask_hw is None for mask_hw in masks_hw):
         return None
     whole_hw = torch.full(latent_shape(bucket)[1:], 255, dtype=torch.uint8)
-    masks = [whole_hw if picture.mask_hw is None else picture.mask_hw for picture in pictures]
-    return torch.stack(masks).float() / 255
+    return torch.stack([whole_hw if mask_hw is None else mask_hw for mask_hw in masks_hw]).float() / 255

@@ -13,9 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from library.checkpoint.io import atomic_path, atomic_write_text
-from library.data.cache_files import LATENT_STRIDE
 from library.data.dataset import TrainImages
-from library.data.records import Batch, CaptionClock, MicroBatch, Size, StepPlan
+from library.data.records import LATENT_STRIDE, Batch, CaptionClock, MicroBatch, Size, StepPlan
 
 _COLUMNS = 4
 _LONGEST_SIDE = 384  # of a picture on a sheet, in pixels

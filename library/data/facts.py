@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from library.data.plan import visits
-from library.data.records import DatasetKind, ImageRecord, ResolvedDataset, SubsetSpec
+from library.data.plan import bucket_visits
+from library.data.records import DatasetKind, ResolvedDataset, SubsetSpec
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,22 @@ def bucket_info(dataset: ResolvedDataset) -> dict[str, Any] | None:
     """Training sizes in use with their visits in the first epoch, and the mean difference of aspect ratios."""
     if not _uses_buckets(dataset):
         return None
-    counts = Counter(dataset.fits[index].bucket for index in visits(dataset, 1))
-    errors = [abs(fit.ar_error) for fit in dataset.fits]
+    counts = bucket_visits(dataset, 1)
     return {
         "buckets": {
             str(index): {"resolution": list(size), "count": counts[size]} for index, size in enumerate(sorted(counts))
         },
-        "mean_img_ar_error": sum(errors) / max(1, len(errors)),
+        "mean_img_ar_error": dataset.mean_ar_error,
     }
 
 
 def own_name(subset: SubsetSpec) -> str:
     """The last part of the subset's path."""
-    return os.path.basename(os.path.normpath(subset.name))
+    return _last_part(subset.name)
+
+
+def _last_part(path: str) -> str:
+    return os.path.basename(os.path.normpath(path))
 
 
 def _uses_buckets(dataset: ResolvedDataset) -> bool:
@@ -85,10 +88,6 @@ def _uses_buckets(dataset: ResolvedDataset) -> bool:
 
 def _visit_count(dataset: ResolvedDataset, *, is_reg: bool) -> int:
     return sum(record.repeats for record in dataset.records if record.is_reg is is_reg)
-
-
-def _images_of(dataset: ResolvedDataset, index: int) -> list[ImageRecord]:
-    return [record for record in dataset.records if record.subset == index]
 
 
 def _dataset_table(dataset: ResolvedDataset) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def _subset_table(dataset: ResolvedDataset, index: int) -> dict[str, Any]:
     subset = dataset.spec.subsets[index]
     captions, augmentation = subset.captions, subset.augmentation
     table: dict[str, Any] = {
-        "img_count": len(_images_of(dataset, index)),
+        "img_count": len(dataset.records_of(index)),
         "num_repeats": subset.num_repeats,
         "color_aug": augmentation.color_aug,
         "flip_aug": augmentation.flip_aug,
@@ -124,16 +123,16 @@ def _subset_table(dataset: ResolvedDataset, index: int) -> dict[str, Any]:
         "enable_wildcard": captions.enable_wildcard,
         "caption_prefix": captions.caption_prefix or None,
         "caption_suffix": captions.caption_suffix or None,
-        "image_dir": os.path.basename(os.path.normpath(subset.image_dir)) if subset.image_dir else None,
+        "image_dir": _last_part(subset.image_dir) if subset.image_dir else None,
     }
     if subset.mask_dir is not None:
-        table["conditioning_data_dir"] = os.path.basename(os.path.normpath(subset.mask_dir))
+        table["conditioning_data_dir"] = _last_part(subset.mask_dir)
     if subset.alpha_mask:
         table["alpha_mask"] = True
     if dataset.spec.kind is DatasetKind.DREAMBOOTH:
         return {**table, "class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
     if subset.conditioning_data_dir is not None:
-        return {**table, "conditioning_data_dir": os.path.basename(os.path.normpath(subset.conditioning_data_dir))}
+        return {**table, "conditioning_data_dir": _last_part(subset.conditioning_data_dir)}
     return {**table, "metadata_file": own_name(subset)}
 
 
@@ -146,5 +145,5 @@ def _folder_table(datasets: Sequence[ResolvedDataset], *, is_reg: bool) -> dict[
             name, number = own_name(subset), 2
             while name in table:
                 name, number = f"{own_name(subset)} ({number})", number + 1
-            table[name] = {"n_repeats": subset.num_repeats, "img_count": len(_images_of(dataset, index))}
+            table[name] = {"n_repeats": subset.num_repeats, "img_count": len(dataset.records_of(index))}
     return table

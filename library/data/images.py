@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from library.data.face_names import FaceBox
 from library.data.records import Augmentation, Fit, Size
-from library.data.sources import face_in_name
 from library.rng import stream
 
 if TYPE_CHECKING:
@@ -48,35 +48,28 @@ class UnreadableImage(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class FaceBox:
-    """Centre and size of a face in pixels of the original image, as file names give them (``..._cx_cy_w_h``)."""
-
-    center: tuple[int, int]
-    size: Size
-
-
-@dataclass(frozen=True, slots=True)
-class FittedPixels:
-    """A picture that fills its bucket, and what was really done to it.
-
-    ``crop_left_top`` is the corner of the cut in the picture ``resized``, counted in its mirror image if ``flipped``.
-    """
-
-    pixels_HWC: Pixels
-    original_size: Size
-    resized: Size
-    crop_left_top: tuple[int, int]
-    flipped: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Cut:
-    """What was done to an image's geometry: resized, mirrored if ``flipped``, cut at ``left_top``."""
+    """What was done to an image's geometry: resized, mirrored if ``flipped``, cut at ``left_top`` (of the mirror image
+    if ``flipped``).
+    """
 
     resized: Size
     left_top: tuple[int, int]
     bucket: Size
     flipped: bool = False
+
+    def mirrored(self) -> Cut:
+        """The same part of the picture, taken from its mirror image."""
+        left, top = self.left_top
+        return replace(self, left_top=(self.resized[0] - self.bucket[0] - left, top), flipped=not self.flipped)
+
+
+@dataclass(frozen=True, slots=True)
+class FittedPixels:
+    """A picture that fills its bucket, and what was really done to it."""
+
+    pixels_HWC: Pixels
+    cut: Cut
 
 
 def read_image(path: str) -> Pixels:
@@ -213,15 +206,6 @@ def opaque(pixels: Pixels) -> Pixels:
     return np.ascontiguousarray((color * alpha + 255 * (255 - alpha) + 127) // 255, dtype=np.uint8)
 
 
-def face_box(path: str) -> FaceBox | None:
-    """The face that a file name tells (``..._cx_cy_w_h.ext``); None if it tells none, or a centre of 0."""
-    told = face_in_name(path)
-    if told is None:
-        return None
-    center_x, center_y, width, height = told
-    return FaceBox((center_x, center_y), (width, height)) if center_x > 0 and max(width, height) > 0 else None
-
-
 def resize(image_HWC: Pixels, size: Size) -> Pixels:
     """Resize to ``(width, height)``: area averaging when shrinking, cubic when enlarging."""
     height, width = image_HWC.shape[:2]
@@ -232,9 +216,15 @@ def resize(image_HWC: Pixels, size: Size) -> Pixels:
     return np.asarray(resized, dtype=np.uint8)
 
 
-def center_crop_left_top(fit: Fit) -> tuple[int, int]:
-    """Corner of the centred cut of the bucket from the resized picture."""
-    return (fit.resized[0] - fit.bucket[0]) // 2, (fit.resized[1] - fit.bucket[1]) // 2
+def centred_cut(fit: Fit) -> Cut:
+    """The cut of the bucket from the middle of the resized picture."""
+    left_top = (fit.resized[0] - fit.bucket[0]) // 2, (fit.resized[1] - fit.bucket[1]) // 2
+    return Cut(fit.resized, left_top, fit.bucket)
+
+
+def is_mirrored(augmentation: Augmentation, sample_seed: int) -> bool:
+    """True if a visit shows the mirror image: with probability 0.5, from pixels and from cached latents alike."""
+    return augmentation.flip_aug and stream(sample_seed, "flip").random() < 0.5
 
 
 def fit_pixels(
@@ -247,8 +237,7 @@ def fit_pixels(
     """Resize and crop a picture to its bucket and augment it.
 
     Without ``augmentation`` or ``sample_seed``: centred cut and nothing random. With both: face crop if the range
-    is set and ``face`` is known, else a random or centred cut; then colour change; then mirroring with probability
-    0.5.
+    is set and ``face`` is known, else a random or centred cut; then colour change; then mirrored or not.
     """
     original: Size = (image_HWC.shape[1], image_HWC.shape[0])
     if augmentation is None or sample_seed is None:
@@ -256,21 +245,20 @@ def fit_pixels(
     draws = stream(sample_seed, "crop")
     if augmentation.face_crop_aug_range is not None and face is not None and original != fit.bucket:
         cut = _face_cut(original, fit.bucket, face, augmentation, draws)
+    elif augmentation.random_crop:
+        cut = _random_cut(fit, draws)
     else:
-        cut = _bucket_cut(fit, augmentation.random_crop, draws)
-    left, top = cut.left_top
-    width, height = fit.bucket
-    pixels = resize(image_HWC, cut.resized)[top : top + height, left : left + width]
+        cut = centred_cut(fit)
+    pixels_HWC = fit_alike(image_HWC, cut)
     if augmentation.color_aug:
-        pixels = _change_color(pixels, stream(sample_seed, "color"))
-    flipped = augmentation.flip_aug and stream(sample_seed, "flip").random() < 0.5
-    if flipped:
-        pixels, left = pixels[:, ::-1], cut.resized[0] - width - left
-    return FittedPixels(np.ascontiguousarray(pixels), original, cut.resized, (left, top), flipped)
+        pixels_HWC = _change_color(pixels_HWC, stream(sample_seed, "color"))
+    if is_mirrored(augmentation, sample_seed):
+        pixels_HWC, cut = np.ascontiguousarray(pixels_HWC[:, ::-1]), cut.mirrored()
+    return FittedPixels(pixels_HWC, cut)
 
 
 def fit_alike(picture: Pixels, cut: Cut) -> Pixels:
-    """Do to a picture (HWC, or HW) what was done to the image beside it, whatever its own size; no colours change."""
+    """Do to a picture (HWC, or HW) what was done to an image, whatever its own size; no colours change."""
     pixels = resize(picture, cut.resized)
     if cut.flipped:
         pixels = pixels[:, ::-1]
@@ -283,23 +271,13 @@ def to_model_range(pixels_BHWC: torch.Tensor) -> torch.Tensor:
     return pixels_BHWC.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """The size that a picture is resized to, and the corner of the bucket-sized cut in it."""
-
-    resized: Size
-    left_top: tuple[int, int]
-
-
-def _bucket_cut(fit: Fit, random_crop: bool, draws: random.Random) -> _Cut:
-    if not random_crop:
-        return _Cut(fit.resized, center_crop_left_top(fit))
+def _random_cut(fit: Fit, draws: random.Random) -> Cut:
     left = draws.randint(0, fit.resized[0] - fit.bucket[0])
     top = draws.randint(0, fit.resized[1] - fit.bucket[1])
-    return _Cut(fit.resized, (left, top))
+    return Cut(fit.resized, (left, top), fit.bucket)
 
 
-def _face_cut(original: Size, target: Size, face: FaceBox, rules: Augmentation, draws: random.Random) -> _Cut:
+def _face_cut(original: Size, target: Size, face: FaceBox, rules: Augmentation, draws: random.Random) -> Cut:
     """Scale so that the face takes 1/high .. 1/low of the shorter target side, then cut around it.
 
     Enlarges only as far as the target needs to be covered.
@@ -327,7 +305,7 @@ def _face_cut(original: Size, target: Size, face: FaceBox, rules: Augmentation, 
         elif jitter:
             start += draws.randint(-math.ceil(jitter / 20), jitter // 20)
         starts.append(min(max(start, 0), length - target[axis]))
-    return _Cut(resized, (starts[0], starts[1]))
+    return Cut(resized, (starts[0], starts[1]), target)
 
 
 def _change_color(pixels_HWC: Pixels, draws: random.Random) -> Pixels:
@@ -336,7 +314,7 @@ def _change_color(pixels_HWC: Pixels, draws: random.Random) -> Pixels:
         return pixels_HWC
     if draws.random() < 0.5:
         shift = draws.uniform(-_HUE_REACH, _HUE_REACH)
-        hsv = cv2.cvtColor(np.ascontiguousarray(pixels_HWC), cv2.COLOR_RGB2HSV)
+        hsv = cv2.cvtColor(pixels_HWC, cv2.COLOR_RGB2HSV)
         hsv[:, :, 0] = np.mod(np.rint(hsv[:, :, 0].astype(np.float32) + shift), 180).astype(np.uint8)
         return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), dtype=np.uint8)
     gamma = draws.uniform(*_GAMMA_RANGE)

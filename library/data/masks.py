@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from library.data.cache_files import ALPHA_MASK, LATENT_STRIDE, BrokenArchive, latent_shape, read_array
+from library.data.cache_files import ALPHA_MASK, BrokenArchive, latent_shape, read_array
 from library.data.images import Cut, Pixels, UnreadableImage, alpha_of, fit_alike, read_pixels
-from library.data.records import ImageRecord, SubsetSpec
+from library.data.records import LATENT_STRIDE, ImageRecord, SubsetSpec
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from library.data.index import IMAGE_EXTENSIONS, FolderContent
-from library.data.records import Size
+from library.data.records import LATENT_STRIDE, Size
 from library.log import UserError
 
 
@@ -34,12 +34,7 @@ class FoundFiles:
 
 def read_metadata(path: str) -> list[Entry]:
     """The entries in file order. Raises UserError with all problems of the file, one a line."""
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"metadata file {path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise UserError(f"metadata file {path}: {error}") from error
+    document = read_document(path)
     if not isinstance(document, dict) or not document:
         raise UserError(f"metadata file {path}: must be an object with one entry for each image")
     entries: list[Entry] = []
@@ -52,6 +47,16 @@ def read_metadata(path: str) -> list[Entry]:
     if problems:
         raise UserError.of(problems)
     return entries
+
+
+def read_document(path: str | Path) -> Any:
+    """What the JSON of a metadata file holds, whatever it is. Raises UserError."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"metadata file {path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise UserError(f"metadata file {path}: {error}") from error
 
 
 def _read_entry(key: str, fields: Any) -> Entry:
@@ -69,8 +74,8 @@ def _read_size(value: Any) -> Size | None:
     match value:
         case None:
             return None
-        case [int(width), int(height)] if width >= 8 and height >= 8:
-            return width // 8 * 8, height // 8 * 8
+        case [int(width), int(height)] if min(width, height) >= LATENT_STRIDE:
+            return width // LATENT_STRIDE * LATENT_STRIDE, height // LATENT_STRIDE * LATENT_STRIDE
         case _:
             raise ValueError("train_resolution must be [width, height] in pixels")
 

@@ -30,7 +30,7 @@ class Pairing:
     stretched: tuple[str, ...]
 
 
-def pair(images: Mapping[str, Size], content: FolderContent, what: str = CONDITIONING) -> Pairing:
+def pair(images: Mapping[str, Size], content: FolderContent, what: str) -> Pairing:
     """Find the picture of each image (file name to size in pixels) in the folder of such pictures.
 
     Where several have the stem of an image, that of its full name counts. ``what`` is the word for them in messages.

@@ -35,8 +35,7 @@ def batches_per_epoch(datasets: Sequence[ResolvedDataset], processes: int, epoch
     total = 0
     for dataset in datasets:
         chunk_size = dataset.spec.batch_size * processes
-        counts = Counter(dataset.fits[record].bucket for record in visits(dataset, epoch))
-        total += sum(-(-count // chunk_size) for count in counts.values())
+        total += sum(-(-count // chunk_size) for count in bucket_visits(dataset, epoch).values())
     return total
 
 
@@ -94,6 +93,11 @@ def visits(dataset: ResolvedDataset, epoch: int) -> Iterator[int]:
             for _ in range(record.repeats):
                 yield index
     yield from regularisation_visits(dataset, epoch)
+
+
+def bucket_visits(dataset: ResolvedDataset, epoch: int) -> Counter[Size]:
+    """How many visits of the epoch each training size gets."""
+    return Counter(dataset.fits[index].bucket for index in visits(dataset, epoch))
 
 
 def _chunks(datasets: Sequence[ResolvedDataset], seed: int, epoch: int, processes: int) -> list[list[MicroBatch]]:

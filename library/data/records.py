@@ -1,4 +1,4 @@
-"""The plain data that pass between the rooms of the data side. No behaviour, no heavy imports.
+"""The plain data that pass between the rooms of the data side, and what follows from them alone. No heavy imports.
 
 Sizes are ``(width, height)`` in pixels unless a name ends in ``_hw``.
 """
@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Size = tuple[int, int]
+OnBad = Literal["skip", "error"]
+"""What is done with a file that cannot be used: left out and named, or the run is refused."""
+
+LATENT_STRIDE = 8
+"""Pixels per latent, in both directions: every training side is a multiple of it."""
 
 
 class DatasetKind(Enum):
@@ -59,8 +64,13 @@ class CaptionRules:
     @property
     def is_varied(self) -> bool:
         """True if draws may give a caption that is not dropped another text from one visit to the next."""
-        drawn = self.shuffle_caption or self.enable_wildcard or self.caption_tag_dropout_rate > 0
-        return drawn or bool(self.templates)
+        return bool(self.varying or self.templates)
+
+    @property
+    def varying(self) -> tuple[str, ...]:
+        """The names of the options that are on and make draws change the text of a caption."""
+        names = ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate")
+        return tuple(name for name in names if getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +186,15 @@ class Fit:
     crop_ltrb: tuple[float, float, float, float]
     ar_error: float
 
+    @property
+    def cut_share(self) -> float:
+        """The share of the scaled image that is cut away."""
+        return 1 - self.bucket[0] * self.bucket[1] / (self.resized[0] * self.resized[1])
+
+    def enlargement(self, size: Size) -> float:
+        """How many times as long the sides of an image of ``size`` are made."""
+        return self.resized[0] / size[0]
+
 
 @dataclass(frozen=True, slots=True)
 class ImageProblem:
@@ -198,6 +217,15 @@ class ResolvedDataset:
     def subset_of(self, record: ImageRecord) -> SubsetSpec:
         """The rules that hold for an image: its own subset's."""
         return self.spec.subsets[record.subset]
+
+    def records_of(self, subset: int) -> list[ImageRecord]:
+        """The images of a subset, by its index."""
+        return [record for record in self.records if record.subset == subset]
+
+    @property
+    def mean_ar_error(self) -> float:
+        """The mean difference between the aspect ratios of images and buckets; 0 without images."""
+        return sum(abs(fit.ar_error) for fit in self.fits) / max(1, len(self.fits))
 
 
 @dataclass(frozen=True, slots=True)

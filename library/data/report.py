@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from library.data.captions import add_prefix_and_suffix
-from library.data.plan import batches_per_epoch, visits
-from library.data.records import Fit, ImageRecord, ResolvedDataset, Size
+from library.data.plan import batches_per_epoch, bucket_visits
+from library.data.records import ResolvedDataset, Size
+from library.log import some_of
 
 TokenCounter = Callable[[list[str]], list[int]]
 
 _HARD_CROP = 0.2  # share of the scaled image that is cut away
 _UPSCALED = 1.01  # enlargement that rounding to whole pixels does not explain
-_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +102,14 @@ def _describe_one(
 ) -> DatasetReport:
     spec = dataset.spec
     pairs = list(zip(dataset.records, dataset.fits, strict=True))
-    enlarged = ((record.path, fit.resized[0] / record.size[0]) for record, fit in pairs)
-    cut = ((record.path, _cut_share(fit)) for record, fit in pairs)
+    enlarged = ((record.path, fit.enlargement(record.size)) for record, fit in pairs)
+    cut = ((record.path, fit.cut_share) for record, fit in pairs)
     return DatasetReport(
         batch_size=spec.batch_size,
         resolution=spec.buckets.resolution if spec.buckets is not None else None,
         subsets=tuple(_describe_subset(dataset, index) for index in range(len(spec.subsets))),
         buckets=_bucket_counts(dataset),
-        mean_ar_error=_mean_ar_error(dataset),
+        mean_ar_error=dataset.mean_ar_error,
         batches=batches_per_epoch([dataset], processes),
         upscaled=_worst((name, factor) for name, factor in enlarged if factor > _UPSCALED),
         cropped=_worst((name, share) for name, share in cut if share > _HARD_CROP),
@@ -121,7 +121,7 @@ def _describe_one(
 
 def _describe_subset(dataset: ResolvedDataset, index: int) -> SubsetReport:
     subset = dataset.spec.subsets[index]
-    records = _records_of(dataset, index)
+    records = dataset.records_of(index)
     return SubsetReport(
         name=subset.name,
         images=len(records),
@@ -136,17 +136,9 @@ def _describe_subset(dataset: ResolvedDataset, index: int) -> SubsetReport:
 
 
 def _bucket_counts(dataset: ResolvedDataset) -> tuple[BucketCount, ...]:
-    images = Counter(item.bucket for item in dataset.fits)
-    visited = Counter(dataset.fits[index].bucket for index in visits(dataset, 1))
+    images = Counter(fit.bucket for fit in dataset.fits)
+    visited = bucket_visits(dataset, 1)
     return tuple(BucketCount(size, count, visited[size]) for size, count in sorted(images.items()))
-
-
-def _mean_ar_error(dataset: ResolvedDataset) -> float:
-    return sum(abs(item.ar_error) for item in dataset.fits) / max(1, len(dataset.fits))
-
-
-def _cut_share(fit: Fit) -> float:
-    return 1 - fit.bucket[0] * fit.bucket[1] / (fit.resized[0] * fit.resized[1])
 
 
 def _worst(pairs: Iterable[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
@@ -173,11 +165,4 @@ def _note(subset: SubsetReport) -> str:
 
 
 def _named(what: str, names: Sequence[str]) -> list[str]:
-    if not names:
-        return []
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return [f"  {len(names)} {what}: {', '.join(names[:_NAMES_SHOWN])}{more}"]
-
-
-def _records_of(dataset: ResolvedDataset, subset: int) -> list[ImageRecord]:
-    return [record for record in dataset.records if record.subset == subset]
+    return [f"  {len(names)} {what}: {some_of(names)}"] if names else []

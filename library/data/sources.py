@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from library.data.buckets import bucket_sizes, fit, fit_to
 from library.data.bulk import many_objects
 from library.data.cache_files import ALPHA_MASK, BrokenArchive, read_facts
+from library.data.face_names import without_face
 from library.data.index import CAPTION_EXTENSIONS, FolderContent, read_folder
 from library.data.metadata_json import Entry, FileFinder, FoundFiles, read_metadata
 from library.data.pairs import CONDITIONING, MASK, pair
@@ -24,18 +23,16 @@ from library.data.records import (
     Fit,
     ImageProblem,
     ImageRecord,
+    OnBad,
     ResolvedDataset,
     Size,
     SubsetSpec,
 )
-from library.log import UserError
+from library.log import UserError, some_of
 
 logger = logging.getLogger(__name__)
 
-OnBad = Literal["skip", "error"]
-_NAMES_SHOWN = 5
 _NEVER_TRANSPARENT = (".jpg", ".jpeg", ".bmp")
-_FACE_SUFFIX = re.compile(r"(?<=.)_(\d+)_(\d+)_(\d+)_(\d+)$")
 
 
 def resolve(
@@ -56,17 +53,6 @@ def resolve(
     if search.errors:
         raise UserError.of(search.errors)
     return datasets
-
-
-def face_in_name(path: str) -> tuple[int, int, int, int] | None:
-    """Centre x, centre y, width and height of the face that a file name ``..._cx_cy_w_h.ext`` tells; None if it tells
-    none.
-    """
-    match = _FACE_SUFFIX.search(os.path.splitext(os.path.basename(path))[0])
-    if match is None:
-        return None
-    center_x, center_y, width, height = (int(group) for group in match.groups())
-    return center_x, center_y, width, height
 
 
 @dataclass
@@ -194,7 +180,7 @@ class _Search:
         ):
             if names:
                 place = content.folder
-                logger.warning("%s: %d pictures of %s %s: %s", subset.name, len(names), place, told, _some(names))
+                logger.warning("%s: %d pictures of %s %s: %s", subset.name, len(names), place, told, some_of(names))
         return paths
 
     def _check_alpha(self, subset: SubsetSpec, found: _Found) -> None:
@@ -296,9 +282,7 @@ class _Search:
 def _caption_name(image: str, content: FolderContent, extensions: tuple[str, ...]) -> str | None:
     """The caption file of an image: of its own stem first, then of the stem without a face suffix."""
     stem = image.rpartition(".")[0]
-    return _caption_of_stem(stem, content, extensions) or _caption_of_stem(
-        _FACE_SUFFIX.sub("", stem), content, extensions
-    )
+    return _caption_of_stem(stem, content, extensions) or _caption_of_stem(without_face(stem), content, extensions)
 
 
 def _caption_of_stem(stem: str, content: FolderContent, extensions: tuple[str, ...]) -> str | None:
@@ -382,14 +366,14 @@ def _warn_about_captions(subset: SubsetSpec, found: _Found) -> None:
             len(found.captionless),
             len(found.records),
             f" and get {subset.class_tokens!r}" if subset.class_tokens is not None else "",
-            _some(found.captionless),
+            some_of(found.captionless),
         )
     if found.cut_captions:
         logger.warning(
             "%s: only the first line of a caption file counts; %d files have more: %s",
             subset.name,
             len(found.cut_captions),
-            _some(found.cut_captions),
+            some_of(found.cut_captions),
         )
 
 
@@ -398,16 +382,11 @@ def _warn_about_equal_stems(content: FolderContent) -> None:
     equal = [stem for stem, count in counts.items() if count > 1]
     if equal:
         logger.warning(
-            "%s: images that differ only in their extension share a caption: %s", content.folder, _some(equal)
+            "%s: images that differ only in their extension share a caption: %s", content.folder, some_of(equal)
         )
 
 
 def _hint_of_subfolders(folder: str) -> str:
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    return f" (its subfolders are not searched: {_some(names)})" if names else ""
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return f" (its subfolders are not searched: {some_of(names)})" if names else ""

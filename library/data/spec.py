@@ -16,12 +16,12 @@ from typing import Any
 
 from library.data.index import IMAGE_EXTENSIONS
 from library.data.records import Augmentation, BucketRules, CaptionRules, DatasetKind, DatasetSpec, SubsetSpec
-from library.data.spec_checks import ONLY_CONTROL, Finding, check_document, check_sizes, kind_of
-from library.data.spec_keys import CONDITIONING_KEY, KEYS
+from library.data.spec_checks import Finding, check_document, check_sizes, kind_of
+from library.data.spec_keys import CONDITIONING_KEY, KEYS, ONLY_CONTROL
 from library.data.spec_lines import describe_place, line_of
 from library.log import UserError
 from library.options.data import DataOptions
-from library.options.toml_file import parse_toml
+from library.options.toml_file import parse_toml, read_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +99,9 @@ def _read_file(path: Path) -> _Source:
     suffix = path.suffix.lower()
     if suffix not in (".toml", ".json"):
         raise UserError(f"--dataset_config {path}: the name must end in .toml or .json")
+    text = read_utf8(path, "dataset_config")
     try:
-        text = path.read_text(encoding="utf-8-sig")
         document = json.loads(text) if suffix == ".json" else parse_toml(text)
-    except OSError as error:
-        raise UserError(f"--dataset_config {path}: cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--dataset_config {path}: is not UTF-8 text (byte {error.start})") from error
     except ValueError as error:
         raise UserError(f"--dataset_config {path}: {error}") from error
     return _Source(str(path), document, text, suffix == ".json")
@@ -224,7 +220,6 @@ def _build_subset(take: _Chain, masks: bool) -> SubsetSpec:
     texts = {"keep_tokens_separator", "secondary_separator", "caption_prefix", "caption_suffix"}
     captions = {field.name: take(field.name) for field in fields(CaptionRules) if field.name in KEYS}
     captions.update({name: captions[name] or "" for name in texts})
-    extension = take("caption_extension")
     folder = take(CONDITIONING_KEY)
     return SubsetSpec(
         image_dir=take("image_dir"),
@@ -235,7 +230,7 @@ def _build_subset(take: _Chain, masks: bool) -> SubsetSpec:
         num_repeats=take("num_repeats"),
         is_reg=take("is_reg"),
         class_tokens=take("class_tokens"),
-        caption_extension=f".{extension.lstrip('.')}" if extension else None,
+        caption_extension=take("caption_extension"),
         captions=CaptionRules(**captions),
         augmentation=Augmentation(**{field.name: take(field.name) for field in fields(Augmentation)}),
     )

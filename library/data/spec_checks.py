@@ -4,15 +4,15 @@ line numbers.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from library.data.records import DatasetKind, DatasetSpec
-from library.data.spec_keys import CONDITIONING_KEY, FOREIGN_KEYS, KEYS, LEVELS, Level, names_at
+from library.data.records import LATENT_STRIDE, DatasetKind, DatasetSpec
+from library.data.spec_keys import CONDITIONING_KEY, FOREIGN_KEYS, KEYS, LEVELS, ONLY_CONTROL, Level, names_at
 from library.data.spec_lines import Where
+from library.log import nearest
 
 _TOP_LEVEL = ("general", "datasets")
 _REQUIRED = {
@@ -21,9 +21,7 @@ _REQUIRED = {
     DatasetKind.CONTROL: ("image_dir", CONDITIONING_KEY),
 }
 _TELLTALES = (CONDITIONING_KEY, "metadata_file")  # keys by which the kinds are told apart
-ONLY_CONTROL = frozenset({DatasetKind.CONTROL})
 _NOT_FOR_CONTROL = "ControlNet data sets are not for this script; for masks add --masked_loss"
-_VARYING = ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate")
 _LEVEL_NAMES: dict[Level, str] = {"general": "[general]", "dataset": "[[datasets]]", "subset": "[[datasets.subsets]]"}
 
 
@@ -36,7 +34,7 @@ class Finding:
     is_warning: bool = False
 
 
-def check_document(document: Any, kinds: frozenset[DatasetKind], masks: bool = False) -> list[Finding]:
+def check_document(document: Any, kinds: frozenset[DatasetKind], masks: bool) -> list[Finding]:
     """All that is wrong with the content of a data set file for a script that trains on ``kinds``, in its order.
 
     ``masks``: `CONDITIONING_KEY` names a folder of masks, which any subset may have.
@@ -54,7 +52,7 @@ def check_document(document: Any, kinds: frozenset[DatasetKind], masks: bool = F
     return findings
 
 
-def kind_of(dataset: dict[str, Any], kinds: frozenset[DatasetKind], masks: bool = False) -> DatasetKind | None:
+def kind_of(dataset: dict[str, Any], kinds: frozenset[DatasetKind], masks: bool) -> DatasetKind | None:
     """The kind that the subsets' keys tell; None if they tell different ones. Where only ControlNets are trained a
     subset that lacks the key of the kind is a mistake, not of another kind. ``masks`` as in `check_document`.
     """
@@ -131,8 +129,7 @@ def _misplaced(where: Where, raw: Any, kind: DatasetKind | None) -> Finding | No
 
 def _unknown(where: Where, allowed: Sequence[str]) -> Finding:
     name = str(where[-1])
-    near = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"; did you mean {near[0]}?" if near else f"; known here are {', '.join(sorted(allowed))}"
+    hint = nearest(name, allowed) or f"; known here are {', '.join(sorted(allowed))}"
     return Finding(where, f"is not known{hint}")
 
 
@@ -149,8 +146,8 @@ def check_sizes(spec: DatasetSpec, where: Where) -> Iterator[Finding]:
             yield Finding(where, "resolution is missing; set it here, in [general], or as --resolution")
         return
     width, height = rules.resolution
-    if min(width, height) < 8:
-        yield Finding(where, f"resolution {width}x{height}: each side must have at least 8 pixels")
+    if min(width, height) < LATENT_STRIDE:
+        yield Finding(where, f"resolution {width}x{height}: each side must have at least {LATENT_STRIDE} pixels")
     if not rules.enable_bucket:
         return
     if rules.bucket_reso_steps**2 > width * height:
@@ -191,8 +188,8 @@ def uncacheable_captions(specs: Sequence[DatasetSpec], variants: int) -> tuple[s
     lines: list[str] = []
     for subset in (subset for spec in specs for subset in spec.subsets):
         rules = subset.captions
-        names = [name for name in _VARYING if getattr(rules, name)] if rules.is_varied and not variants else []
-        if names:
+        names = rules.varying
+        if names and not variants:
             lines.append(
                 f"{subset.name}: {' and '.join(names)} cannot go with cached text encoder outputs unless a number of "
                 "caption forms is prepared: add --cache_text_encoder_outputs_variants, or switch off what varies"

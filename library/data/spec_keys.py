@@ -23,8 +23,8 @@ _ANY_KIND = frozenset(DatasetKind)
 _DREAMBOOTH = frozenset({DatasetKind.DREAMBOOTH})
 _FINETUNE = frozenset({DatasetKind.FINETUNE})
 _ONLY_SUBSET: frozenset[Level] = frozenset({"subset"})
-_CONTROL = frozenset({DatasetKind.CONTROL})
-_FOLDERS = _DREAMBOOTH | _CONTROL
+ONLY_CONTROL = frozenset({DatasetKind.CONTROL})
+_FOLDERS = _DREAMBOOTH | ONLY_CONTROL
 _ONLY_FOLDER_OPTIONS = frozenset({"caption_extension"})
 
 CONDITIONING_KEY = "conditioning_data_dir"

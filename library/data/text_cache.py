@@ -55,9 +55,8 @@ class TextOutputs:
 
     def to(self, dtype: torch.dtype) -> TextOutputs:
         """A copy in another type, not a view of a batch."""
-        hidden, pooled = (None if one is None else one.to(dtype).clone() for one in (self.hidden_TD, self.pooled_P))
-        assert hidden is not None
-        return TextOutputs(hidden, pooled)
+        pooled_P = None if self.pooled_P is None else self.pooled_P.to(dtype).clone()
+        return TextOutputs(self.hidden_TD.to(dtype).clone(), pooled_P)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +193,7 @@ class TextStore:
         if not target.on_disk:
             return all(text in self._entries for text in target.texts)
         for path in self._paths(target):
-            facts = self._facts(path)
+            facts = self.notes.facts_of(path)
             if facts is not None and self._is_valid(path, facts, target):
                 self._bind(target, path, facts.fingerprint)
                 return True
@@ -251,14 +250,6 @@ class TextStore:
         tag = _digest((image.suffix, *target.texts))[:8]
         return image.with_name(image.stem + _SUFFIX), image.with_name(f"{image.stem}_{tag}{_SUFFIX}")
 
-    def _facts(self, path: Path) -> ArchiveFacts | None:
-        try:
-            return cache_files.read_facts(path)
-        except BrokenArchive:
-            if str(path) not in self.notes.broken:
-                self.notes.broken.append(str(path))
-            return None
-
     def _is_valid(self, path: Path, facts: ArchiveFacts, target: TextTarget) -> bool:
         if facts.fingerprint is not None:
             members = (_member(name, number) for name in self._layout.shapes() for number in range(len(target.texts)))
@@ -293,7 +284,7 @@ class TextStore:
                 return facts.fingerprint.get("image") == Path(target.path).name
             return self._is_of_stored_caption(facts, target)
 
-        return cache_files.may_overwrite(path, is_outdated, self.notes.stale)
+        return self.notes.may_overwrite(path, is_outdated)
 
 
 def _member(name: str, number: int) -> str:

@@ -30,14 +30,27 @@ class TrainingInputs(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """Noise, target and weighting with their settings bound: what the training step calls."""
+    """What a training step asks of noise, target and loss, with their settings bound."""
 
     noise: NoiseOptions
     loss: LossOptions
 
     def training_inputs(self, latents_BCHW: Tensor, seeds: Sequence[int], schedule: NoiseSchedule) -> TrainingInputs:
-        """See `training_inputs`."""
-        return training_inputs(latents_BCHW, seeds, schedule, self.noise)
+        """Noise latents (already multiplied by the latent scale) at a random timestep each.
+
+        x_t = sqrt(ac) x_0 + sqrt(1 - ac) (e + g z), z the input perturbation. The target is e, or the velocity
+        sqrt(ac) e - sqrt(1 - ac) x_0 (Salimans & Ho 2022), never with z. The schedule must be on the latents' device.
+        """
+        latents = latents_BCHW.float()
+        timesteps_B = sample_timesteps(seeds, self.noise).to(latents.device)
+        noise_BCHW = sample_noise(latents, seeds, self.noise)
+        input_noise_BCHW = noise_BCHW
+        if self.noise.ip_noise_gamma:
+            input_noise_BCHW = noise_BCHW + input_perturbation(latents, seeds, self.noise)
+        noisy_BCHW = add_noise(latents, input_noise_BCHW, timesteps_B, schedule)
+        if schedule.prediction_type == "v_prediction":
+            return TrainingInputs(noisy_BCHW, velocity(latents, noise_BCHW, timesteps_B, schedule), timesteps_B)
+        return TrainingInputs(noisy_BCHW, noise_BCHW, timesteps_B)
 
     def weighted_losses(
         self,
@@ -48,28 +61,17 @@ class Objective:
         schedule: NoiseSchedule,
         masks_BHW: Tensor | None = None,
     ) -> Tensor:
-        """See `weighted_losses`."""
-        return weighted_losses(pred_BCHW, target_BCHW, timesteps_B, weights_B, schedule, self.loss, masks_BHW)
+        """Error by its kind in float32, mean over C, H, W, times the sample's own weight and all weightings: (B,).
 
-
-def training_inputs(
-    latents_BCHW: Tensor, seeds: Sequence[int], schedule: NoiseSchedule, settings: NoiseOptions
-) -> TrainingInputs:
-    """Noise latents (already multiplied by the latent scale) at a random timestep each.
-
-    x_t = sqrt(ac) x_0 + sqrt(1 - ac) (e + g z), z the input perturbation. The target is e, or the velocity
-    sqrt(ac) e - sqrt(1 - ac) x_0 (Salimans & Ho 2022), never with z. The schedule must be on the latents' device.
-    """
-    latents = latents_BCHW.float()
-    timesteps_B = sample_timesteps(seeds, settings).to(latents.device)
-    noise_BCHW = sample_noise(latents, seeds, settings)
-    input_noise_BCHW = noise_BCHW
-    if settings.ip_noise_gamma:
-        input_noise_BCHW = noise_BCHW + input_perturbation(latents, seeds, settings)
-    noisy_BCHW = add_noise(latents, input_noise_BCHW, timesteps_B, schedule)
-    if schedule.prediction_type == "v_prediction":
-        return TrainingInputs(noisy_BCHW, velocity(latents, noise_BCHW, timesteps_B, schedule), timesteps_B)
-    return TrainingInputs(noisy_BCHW, noise_BCHW, timesteps_B)
+        With masks (0..1): the errors are multiplied by them, and the mean is still that over all of H and W, as in the
+        reference, so an image of which half counts has half the loss.
+        """
+        error_BCHW = errors(pred_BCHW, target_BCHW, timesteps_B, schedule, self.loss)
+        if masks_BHW is not None:
+            error_BCHW = error_BCHW * masks_BHW[:, None]
+        losses_B = error_BCHW.mean(dim=tuple(range(1, error_BCHW.ndim))) * weights_B.float()
+        factors_B = loss_factors(timesteps_B, schedule, self.loss)
+        return losses_B if factors_B is None else losses_B * factors_B
 
 
 def add_noise(latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor, schedule: NoiseSchedule) -> Tensor:
@@ -82,25 +84,3 @@ def velocity(latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor, sche
     """sqrt(ac) e - sqrt(1 - ac) x_0."""
     ac_B111 = at_timesteps(schedule.alphas_cumprod_T, timesteps_B, latents_BCHW)
     return ac_B111.sqrt() * noise_BCHW - (1 - ac_B111).sqrt() * latents_BCHW
-
-
-def weighted_losses(
-    pred_BCHW: Tensor,
-    target_BCHW: Tensor,
-    timesteps_B: Tensor,
-    loss_weights_B: Tensor,
-    schedule: NoiseSchedule,
-    settings: LossOptions,
-    masks_BHW: Tensor | None = None,
-) -> Tensor:
-    """Error by its kind in float32, mean over C, H, W, times the sample's own weight and all weightings: (B,).
-
-    With masks (0..1): the errors are multiplied by them, and the mean is still that over all of H and W, as in the
-    reference, so an image of which half counts has half the loss.
-    """
-    error_BCHW = errors(pred_BCHW, target_BCHW, timesteps_B, schedule, settings)
-    if masks_BHW is not None:
-        error_BCHW = error_BCHW * masks_BHW[:, None]
-    losses_B = error_BCHW.mean(dim=tuple(range(1, error_BCHW.ndim))) * loss_weights_B.float()
-    factors_B = loss_factors(timesteps_B, schedule, settings)
-    return losses_B if factors_B is None else losses_B * factors_B

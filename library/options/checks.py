@@ -29,6 +29,7 @@ NEEDS = (
     ("allow_mismatch", "resume"),
     ("sample_with_ema", "ema_decay"),
     ("cache_text_encoder_outputs_variants", "cache_text_encoder_outputs"),
+    ("resize_fit", "crop_size"),
 )
 
 # Two options that exclude each other.
@@ -43,6 +44,9 @@ EXCLUDES = (
     ("validation_split", "dataset_class"),
     ("cache_text_encoder_outputs", "train_text_encoder"),
     ("ddp_static_graph", "stop_text_encoder_training"),
+    ("crop_ratio", "resize_face_size"),
+    ("crop_ratio", "crop_size"),
+    ("resize_fit", "resize_face_size"),
 )
 
 # (option, options of which one must be set for it to have an effect).

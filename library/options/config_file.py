@@ -87,13 +87,11 @@ def write_config(path: Path, table: Mapping[str, Any]) -> None:
     """Write a new configuration file, whole or not at all. Raises UserError if it exists or cannot be written."""
     import tomli_w
 
-    from library.checkpoint.io import atomic_path
+    from library.checkpoint.io import atomic_write_text
 
     if path.exists():
         raise UserError(f"--output_config: {path} exists already; choose another name for --config_file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            Path(temporary).write_text(tomli_w.dumps(table), encoding="utf-8")
+        atomic_write_text(path, tomli_w.dumps(table))
     except OSError as error:
         raise UserError(f"--output_config: {path} cannot be written ({error.strerror or error})") from error

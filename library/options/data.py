@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from library.options.base import DATASET_LEVELS, SUBSET_LEVELS, OptionGroup, option
-from library.options.values import ascending_pair, not_empty, training_size
+from library.options.values import ascending_pair, file_suffix, not_empty, training_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,7 @@ class CaptionOptions(OptionGroup):
 
     caption_extension: str | None = option(
         None,
+        convert=file_suffix,
         scope=SUBSET_LEVELS,
         aliases=("caption_extention",),
         help="suffix of the caption file beside an image; when absent .caption, then .txt is looked for",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from library.options.base import OptionGroup, option
-from library.options.values import pixel_sizes, ratio_pair, training_size, whole_size
+from library.options.values import file_suffix, pixel_sizes, ratio_pair, training_size, whole_size
 
 _FOLDER = "folder with the images"
 _RECURSIVE = "go into subfolders too"
@@ -15,7 +15,7 @@ _SKIP_EXISTING = "leave images alone that have a file with this suffix already"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions(OptionGroup):
+class MergeTextOptions(OptionGroup):
     """Gathering texts of a folder into a metadata file."""
 
     title: ClassVar[str] = "Merging into metadata"
@@ -26,7 +26,11 @@ class MergeOptions(OptionGroup):
         None, help="metadata file to extend; when absent out_json is extended if it exists", metavar="FILE"
     )
     caption_extension: str = option(
-        ".caption", aliases=("caption_extention",), help="suffix of the text files to read", metavar="EXT"
+        ".caption",
+        convert=file_suffix,
+        aliases=("caption_extention",),
+        help="suffix of the text files to read",
+        metavar="EXT",
     )
     full_path: bool = option(False, help="the whole path is an image's key, not its name without suffix")
     recursive: bool = option(False, help=f"{_RECURSIVE}; needs full_path")
@@ -90,7 +94,7 @@ class PrepareOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionOptions(OptionGroup):
+class BlipCaptionOptions(OptionGroup):
     """Captions by BLIP."""
 
     title: ClassVar[str] = "Captions by BLIP"
@@ -102,7 +106,11 @@ class CaptionOptions(OptionGroup):
         metavar="MODEL",
     )
     caption_extension: str = option(
-        ".caption", aliases=("caption_extention",), help="suffix of the caption files to write", metavar="EXT"
+        ".caption",
+        convert=file_suffix,
+        aliases=("caption_extention",),
+        help="suffix of the caption files to write",
+        metavar="EXT",
     )
     beam_search: bool = option(False, help="take the likeliest caption by beam search instead of drawing one")
     num_beams: int = option(1, ge=1, help="beams of the search")
@@ -125,7 +133,11 @@ class GitCaptionOptions(OptionGroup):
 
     train_data_dir: str | None = option(None, positional=True, help=_FOLDER, metavar="DIR")
     caption_extension: str = option(
-        ".caption", aliases=("caption_extention",), help="suffix of the caption files to write", metavar="EXT"
+        ".caption",
+        convert=file_suffix,
+        aliases=("caption_extention",),
+        help="suffix of the caption files to write",
+        metavar="EXT",
     )
     model_id: str = option("microsoft/git-large-textcaps", help="GIT model: folder or hub id", metavar="MODEL")
     batch_size: int = option(1, ge=1, help="images captioned together; does not change the captions")
@@ -156,7 +168,11 @@ class TagOptions(OptionGroup):
     batch_size: int = option(1, ge=1, help="images tagged together, if the model does not fix it")
     max_data_loader_n_workers: int | None = option(None, ge=0, help=_WORKERS)
     caption_extension: str = option(
-        ".txt", aliases=("caption_extention",), help="suffix of the tag files to write", metavar="EXT"
+        ".txt",
+        convert=file_suffix,
+        aliases=("caption_extention",),
+        help="suffix of the tag files to write",
+        metavar="EXT",
     )
     thresh: float = option(0.35, ge=0, le=1, help="least confidence of a tag")
     general_threshold: float | None = option(None, ge=0, le=1, help="of general tags; thresh when absent")
@@ -175,7 +191,7 @@ class TagOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResizeOptions(OptionGroup):
+class ResizeImagesOptions(OptionGroup):
     """Smaller copies of a folder of pictures."""
 
     title: ClassVar[str] = "Resizing pictures"
@@ -230,7 +246,7 @@ class CannyOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckOptions(OptionGroup):
+class CheckDatasetOptions(OptionGroup):
     """Checking a data set before it is trained on."""
 
     title: ClassVar[str] = "Checking a data set"

@@ -2,29 +2,29 @@
 
 from library.options import ConfigOptions, ConsoleOptions, DataOptions, MaskOptions
 from library.options.preparation import (
+    BlipCaptionOptions,
     CannyOptions,
-    CaptionOptions,
-    CheckOptions,
+    CheckDatasetOptions,
     CleanOptions,
     FaceOptions,
     GitCaptionOptions,
-    MergeOptions,
+    MergeTextOptions,
     PrepareOptions,
-    ResizeOptions,
+    ResizeImagesOptions,
     TagOptions,
 )
 from library.options.settings import ScriptOptions
 
 MERGE_CAPTIONS = ScriptOptions(
     name="tools/merge_captions_to_metadata.py",
-    groups=(MergeOptions, ConsoleOptions),
+    groups=(MergeTextOptions, ConsoleOptions),
     required=("train_data_dir", "out_json"),
     summary="Gather the caption files of a folder into a metadata file.",
 )
 
 MERGE_TAGS = ScriptOptions(
     name="tools/merge_dd_tags_to_metadata.py",
-    groups=(MergeOptions, ConsoleOptions),
+    groups=(MergeTextOptions, ConsoleOptions),
     defaults={"caption_extension": ".txt"},
     required=("train_data_dir", "out_json"),
     summary="Gather the tag files of a folder into a metadata file.",
@@ -46,7 +46,7 @@ PREPARE_LATENTS = ScriptOptions(
 
 MAKE_CAPTIONS = ScriptOptions(
     name="tools/make_captions.py",
-    groups=(CaptionOptions, ConsoleOptions),
+    groups=(BlipCaptionOptions, ConsoleOptions),
     required=("train_data_dir",),
     summary="Write a caption file beside each image of a folder, by BLIP.",
 )
@@ -67,7 +67,7 @@ TAG_IMAGES = ScriptOptions(
 
 RESIZE_IMAGES = ScriptOptions(
     name="tools/resize_images_to_resolution.py",
-    groups=(ResizeOptions, ConsoleOptions),
+    groups=(ResizeImagesOptions, ConsoleOptions),
     required=("src_img_folder", "dst_img_folder"),
     summary="Write smaller copies of the pictures of a folder.",
 )
@@ -86,7 +86,7 @@ CANNY = ScriptOptions(
     summary="Draw the edges of pictures, white on black: guide pictures for ControlNets.",
 )
 
-CHECK_GROUPS = (CheckOptions, ConfigOptions, DataOptions, MaskOptions, ConsoleOptions)
+CHECK_GROUPS = (CheckDatasetOptions, ConfigOptions, DataOptions, MaskOptions, ConsoleOptions)
 
 
 def check_dataset_row(names_of_trainings: frozenset[str]) -> ScriptOptions:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from library.log import UserError
+from library.log import UserError, nearest
 from library.options import checks
 from library.options.config_file import config_path, config_table, read_config, unique_entries, write_config
 from library.options.foreign import changes_training, is_foreign
 from library.options.parser import read_command_line
 from library.options.settings import COMMAND_LINE, Given, ScriptOptions, Settings
 
-__all__ = ["ScriptOptions", "Settings", "nearest", "parse"]
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint at the most similar name: `` (did you mean x?)``, or nothing."""
-    found = difflib.get_close_matches(name.replace("-", "_"), list(names), n=1, cutoff=0.7)
-    return f" (did you mean {found[0]}?)" if found else ""
+__all__ = ["ScriptOptions", "Settings", "parse"]
 
 
 def _sort_unknown(unknown: Iterable[tuple[str, Given]], names: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -62,16 +62,21 @@ def parse_toml(text: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
-def read_toml(path: Path, option_name: str) -> TomlFile:
-    """Read a UTF-8 TOML file. Raises UserError that names the option, the file and, for bad syntax, the line."""
+def read_utf8(path: Path, option_name: str) -> str:
+    """The text of a UTF-8 file, with or without a mark in front. Raises UserError that names option and file."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"--{option_name}: there is no file {path}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"--{option_name}: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"--{option_name}: {path} cannot be read ({error.strerror or error})") from error
+
+
+def read_toml(path: Path, option_name: str) -> TomlFile:
+    """Read a UTF-8 TOML file. Raises UserError that names the option, the file and, for bad syntax, the line."""
+    text = read_utf8(path, option_name)
     try:
         return TomlFile(path, parse_toml(text), key_lines(text))
     except ValueError as error:

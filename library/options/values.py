@@ -228,6 +228,14 @@ def not_empty(raw: Any) -> str:
     return raw
 
 
+def file_suffix(raw: Any) -> str:
+    """The end of a file's name, with its dot: ``.txt``, also of ``txt``."""
+    suffix = text(raw).lstrip(".")
+    if not suffix:
+        raise ValueError("must be the end of a file's name (.txt)")
+    return f".{suffix}"
+
+
 def pixel_sizes(raw: Any) -> tuple[tuple[int, int], ...]:
     """``"512x512,256x384"`` as (width, height) pairs in pixels; pairs of numbers are taken as they are."""
     items = raw.split(",") if isinstance(raw, str) else list(raw)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, BlipForConditionalGeneration, LogitsProcessor, LogitsProcessorList
 
-from library.data.images import Pixels, read_image
+from library.data.images import Pixels
 from library.device import choose_device
-from library.options.preparation import CaptionOptions
+from library.options.preparation import BlipCaptionOptions
 from library.preparation.outcome import Outcome
 from library.preparation.pretrained import load_pretrained
-from library.preparation.text_files import TextTask, images_to_describe, write_texts
+from library.preparation.text_files import caption_images
 from library.rng import torch_stream
 
 PROMPT = "a picture of"
@@ -59,7 +58,7 @@ class BlipCaptioner:
 
     model: Any
     tokenizer: Any
-    options: CaptionOptions
+    options: BlipCaptionOptions
 
     @property
     def side(self) -> int:
@@ -96,7 +95,7 @@ class BlipCaptioner:
         return [text.strip() for text in texts]
 
 
-def load_captioner(options: CaptionOptions) -> BlipCaptioner:
+def load_captioner(options: BlipCaptionOptions) -> BlipCaptioner:
     """The model of ``--caption_weights``, on the device. Raises UserError."""
     where = (options.caption_weights, "--caption_weights", EXAMPLE)
     model = load_pretrained(BlipForConditionalGeneration.from_pretrained, *where)
@@ -104,15 +103,6 @@ def load_captioner(options: CaptionOptions) -> BlipCaptioner:
     return BlipCaptioner(model.float().eval().to(choose_device()), tokenizer, options)
 
 
-def caption_folder(options: CaptionOptions) -> Outcome:
+def caption_folder(options: BlipCaptionOptions) -> Outcome:
     """Write a caption file beside each image. Raises UserError."""
-    task = TextTask.of(options)
-    images, outcome = images_to_describe(task)
-    if not images:
-        return outcome
-    captioner = load_captioner(options)
-
-    def describe(paths: Sequence[Path], pictures: Sequence[Tensor]) -> list[str]:
-        return captioner.captions([path.name for path in paths], pictures)
-
-    return write_texts(task, images, outcome, lambda path: captioner.prepare(read_image(str(path))), describe)
+    return caption_images(options, lambda: load_captioner(options))

@@ -210,8 +210,8 @@ def _bucket_lines(dataset: ResolvedDataset) -> tuple[BucketLine, ...]:
         BucketLine(
             bucket,
             len(pairs),
-            sum(1 - bucket[0] * bucket[1] / (one.resized[0] * one.resized[1]) for _, one in pairs) / len(pairs),
-            sum(one.resized[0] / record.size[0] for record, one in pairs) / len(pairs),
+            sum(image_fit.cut_share for _, image_fit in pairs) / len(pairs),
+            sum(image_fit.enlargement(record.size) for record, image_fit in pairs) / len(pairs),
         )
         for bucket, pairs in sorted(by_bucket.items())
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from textwrap import shorten
@@ -45,11 +45,8 @@ def report_lines(report: CheckReport) -> list[str]:
     return lines
 
 
-def report_page(report: CheckReport, most_pictures: int, thumbnail: Callable[[str], bytes | None] | None = None) -> str:
-    """The report as HTML with at most ``most_pictures`` thumbnails for each kind of finding.
-
-    ``thumbnail`` gives a JPEG for a path, None if it has none; by default of the decoded file.
-    """
+def report_page(report: CheckReport, most_pictures: int) -> str:
+    """The report as HTML with at most ``most_pictures`` thumbnails for each kind of finding."""
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -58,7 +55,7 @@ def report_page(report: CheckReport, most_pictures: int, thumbnail: Callable[[st
             f"<h1>Data set report</h1><p>{report.images} images</p>",
             *_summary(report),
             *_buckets(report),
-            *(line for kind in KINDS for line in _section(report, kind, most_pictures, thumbnail or make_thumbnail)),
+            *(line for kind in KINDS for line in _section(report, kind, most_pictures)),
             *_tags(report),
             "</body></html>",
         ]
@@ -110,9 +107,7 @@ def _buckets(report: CheckReport) -> Iterator[str]:
         yield "</table>"
 
 
-def _section(
-    report: CheckReport, kind: str, most_pictures: int, thumbnail: Callable[[str], bytes | None]
-) -> Iterator[str]:
+def _section(report: CheckReport, kind: str, most_pictures: int) -> Iterator[str]:
     found = report.of_kind(kind)
     if not found:
         return
@@ -124,13 +119,13 @@ def _section(
         closes = finding.group is not None and (
             position + 1 == len(shown) or shown[position + 1].group != finding.group
         )
-        yield ('<div class="group">' if opens else "") + _figure(finding, thumbnail) + ("</div>" if closes else "")
+        yield ('<div class="group">' if opens else "") + _figure(finding) + ("</div>" if closes else "")
     yield "</div>"
     yield from _names(found[most_pictures:])
 
 
-def _figure(finding: Finding, thumbnail: Callable[[str], bytes | None]) -> str:
-    data = thumbnail(finding.path)
+def _figure(finding: Finding) -> str:
+    data = make_thumbnail(finding.path)
     name = escape(Path(finding.path).name)
     image = ""
     if data is not None:

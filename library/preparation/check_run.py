@@ -11,12 +11,12 @@ from library.checkpoint.io import atomic_write_text
 from library.data.index import image_names
 from library.data.loader import prefetch
 from library.data.records import Augmentation, BucketRules, CaptionRules, DatasetKind, DatasetSpec, SubsetSpec
-from library.data.report import TokenCounter, describe
+from library.data.report import describe
 from library.data.sources import resolve
 from library.data.spec import load_dataset_specs
 from library.log import UserError, progress
 from library.options import DataOptions, MaskOptions
-from library.options.preparation import CheckOptions
+from library.options.preparation import CheckDatasetOptions
 from library.options.settings import Settings
 from library.preparation.check import CheckReport, Limits, check, unique_images
 from library.preparation.check_page import report_lines, report_page
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 _USUAL_RESOLUTION = (512, 512)
 
 
-def check_dataset(settings: Settings, counter: TokenCounter = count_tokens) -> CheckReport:
+def check_dataset(settings: Settings) -> CheckReport:
     """Report on the data set of the options, and move aside what they say. Raises UserError."""
-    options, data = settings[CheckOptions], settings[DataOptions]
+    options, data = settings[CheckDatasetOptions], settings[DataOptions]
     if options.dry_run and options.quarantine is None:
         raise UserError("--dry_run needs --quarantine, whose moves it shows; without it nothing is moved in any case")
     datasets = resolve(
@@ -38,7 +38,7 @@ def check_dataset(settings: Settings, counter: TokenCounter = count_tokens) -> C
     )
     images = unique_images(datasets)
     looks = list(progress(prefetch(images, look_at, data.max_data_loader_n_workers), "images", total=len(images)))
-    reports = describe(datasets, counter, options.max_token_length)
+    reports = describe(datasets, count_tokens, options.max_token_length)
     limits = Limits(options.min_side, int(options.max_megabytes * 1e6), options.duplicate_distance)
     report = check(datasets, reports, looks, limits)
     for line in report_lines(report):
@@ -51,7 +51,7 @@ def check_dataset(settings: Settings, counter: TokenCounter = count_tokens) -> C
     return report
 
 
-def _quarantine(report: CheckReport, options: CheckOptions, folder: Path) -> None:
+def _quarantine(report: CheckReport, options: CheckDatasetOptions, folder: Path) -> None:
     moves = plan_moves(report, options.quarantine_kinds, folder)
     for move in moves:
         logger.info("%s -> %s: %s", move.source, move.target, move.reason)
@@ -62,7 +62,7 @@ def _quarantine(report: CheckReport, options: CheckOptions, folder: Path) -> Non
     logger.info("%d files moved%s", count, f"; {folder / RECORD_NAME} says where they were" if count else "")
 
 
-def _specs(options: CheckOptions, data: DataOptions, mask_dir: str | None) -> tuple[DatasetSpec, ...]:
+def _specs(options: CheckDatasetOptions, data: DataOptions, mask_dir: str | None) -> tuple[DatasetSpec, ...]:
     """The data sets; without a resolution in the options or the file that of SD 1.x with buckets is taken.
 
     A folder of pictures beside the images is taken for their masks: those that have none are found.
@@ -80,12 +80,11 @@ def _specs(options: CheckOptions, data: DataOptions, mask_dir: str | None) -> tu
         return load_dataset_specs(data, conditioning_data_dir=mask_dir, masks=True)
     names = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
     rules = BucketRules(data.resolution or _USUAL_RESOLUTION, **{name: getattr(data, name) for name in names})
-    extension = f".{data.caption_extension.lstrip('.')}" if data.caption_extension else None
     subset = SubsetSpec(
         image_dir=options.folder,
         mask_dir=mask_dir,
         alpha_mask=data.alpha_mask,
-        caption_extension=extension,
+        caption_extension=data.caption_extension,
         captions=CaptionRules(caption_separator=data.caption_separator),
         augmentation=Augmentation(),
     )

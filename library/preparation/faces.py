@@ -51,7 +51,7 @@ class CutRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class FaceCut:
     """What is done to the picture after turning: scaled to ``scaled``, then the box of ``size`` at ``left_top`` taken.
 
     ``face`` is where the face then is.
@@ -69,7 +69,7 @@ def eye_angle(right_eye: tuple[float, float], left_eye: tuple[float, float]) -> 
     return math.degrees(math.atan2(left_eye[1] - right_eye[1], left_eye[0] - right_eye[0]))
 
 
-def plan_cut(size: Size, face: Face, rules: CutRules) -> Cut:
+def plan_cut(size: Size, face: Face, rules: CutRules) -> FaceCut:
     """What is cut from a picture of ``size`` for one of its faces.
 
     Without a crop the whole picture stays. The picture is scaled to cover the crop if it is smaller, with
@@ -92,9 +92,9 @@ def plan_cut(size: Size, face: Face, rules: CutRules) -> Cut:
     face = face.scaled(factor)
     over = rules.resize_face_size is not None and factor > wanted
     if crop is None:
-        return Cut(scaled, (0, 0), scaled, face, over)
+        return FaceCut(scaled, (0, 0), scaled, face, over)
     left, top = (min(max(round(face.center[axis] - crop[axis] / 2), 0), scaled[axis] - crop[axis]) for axis in (0, 1))
-    return Cut(scaled, (left, top), crop, face.moved(left, top), over)
+    return FaceCut(scaled, (left, top), crop, face.moved(left, top), over)
 
 
 def turned(pixels_HWC: Pixels, face: Face) -> Pixels:
@@ -107,7 +107,7 @@ def turned(pixels_HWC: Pixels, face: Face) -> Pixels:
     return np.asarray(result, np.uint8)
 
 
-def cut_out(pixels_HWC: Pixels, face: Face, rules: CutRules) -> tuple[Pixels, Cut]:
+def cut_out(pixels_HWC: Pixels, face: Face, rules: CutRules) -> tuple[Pixels, FaceCut]:
     """The picture of one face, and how it was made. ``pixels_HWC`` is not changed."""
     height, width = pixels_HWC.shape[:2]
     if rules.rotate and face.angle:

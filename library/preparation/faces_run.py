@@ -33,7 +33,9 @@ def cut_faces(options: FaceOptions, detector: Detector | None = None) -> Outcome
     Faces are numbered from the largest on if ``multiple_faces`` is set. Pictures without a face are counted as left
     alone.
     """
-    rules = _rules(options)
+    rules = CutRules(
+        options.rotate, options.crop_size, options.crop_ratio, options.resize_face_size, options.resize_fit
+    )
     images = find_images(str(options.src_dir))
     target = Path(str(options.dst_dir)).expanduser()
     target.mkdir(parents=True, exist_ok=True)
@@ -59,21 +61,6 @@ def cut_faces(options: FaceOptions, detector: Detector | None = None) -> Outcome
             with atomic_path(target / f"{name}.png", durable=False) as temporary:
                 Image.fromarray(result_HWC).save(temporary)
     return outcome
-
-
-def _rules(options: FaceOptions) -> CutRules:
-    problems: list[str] = []
-    if options.crop_ratio is not None and options.resize_face_size is not None:
-        problems.append("--crop_ratio and --resize_face_size exclude each other")
-    if options.crop_ratio is not None and options.crop_size is not None:
-        problems.append("--crop_ratio and --crop_size exclude each other")
-    if options.resize_fit and options.resize_face_size is not None:
-        problems.append("--resize_fit and --resize_face_size exclude each other")
-    if options.resize_fit and options.crop_size is None:
-        problems.append("--resize_fit needs --crop_size")
-    if problems:
-        raise UserError.of(problems)
-    return CutRules(options.rotate, options.crop_size, options.crop_ratio, options.resize_face_size, options.resize_fit)
 
 
 def _is_wanted(face: Face, options: FaceOptions) -> bool:

@@ -49,8 +49,8 @@ def image_key(path: Path, full_path: bool) -> str:
 
 
 def with_extension(image: Path, extension: str) -> Path:
-    """The text file beside an image; the extension may come without its dot."""
-    return image.with_name(f"{image.stem}.{extension.lstrip('.')}")
+    """The text file beside an image; ``extension`` with its dot."""
+    return image.with_name(image.stem + extension)
 
 
 def read_text(path: Path) -> str:

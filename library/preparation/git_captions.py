@@ -5,19 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, GitForCausalLM
 
-from library.data.images import Pixels, read_image
+from library.data.images import Pixels
 from library.device import choose_device
 from library.options.preparation import GitCaptionOptions
 from library.preparation.outcome import Outcome
 from library.preparation.pretrained import load_pretrained
-from library.preparation.text_files import TextTask, images_to_describe, write_texts
+from library.preparation.text_files import caption_images
 
 EXAMPLE = "microsoft/git-large-textcaps"
 
@@ -63,8 +62,8 @@ class GitCaptioner:
         ][0]
 
     @torch.no_grad()
-    def captions(self, pictures: Sequence[Tensor]) -> list[str]:
-        """The captions of prepared pictures."""
+    def captions(self, names: Sequence[str], pictures: Sequence[Tensor]) -> list[str]:
+        """The captions of prepared pictures, whatever their names."""
         pixels_BCHW = torch.stack(list(pictures)).to(self.model.device)
         tokens_BT = self.model.generate(
             pixel_values=pixels_BCHW, max_length=self.options.max_length, do_sample=False, num_beams=1
@@ -84,13 +83,4 @@ def load_captioner(options: GitCaptionOptions) -> GitCaptioner:
 
 def caption_folder(options: GitCaptionOptions) -> Outcome:
     """Write a caption file beside each image. Raises UserError."""
-    task = TextTask.of(options)
-    images, outcome = images_to_describe(task)
-    if not images:
-        return outcome
-    captioner = load_captioner(options)
-
-    def describe(paths: Sequence[Path], pictures: Sequence[Tensor]) -> list[str]:
-        return captioner.captions(pictures)
-
-    return write_texts(task, images, outcome, lambda path: captioner.prepare(read_image(str(path))), describe)
+    return caption_images(options, lambda: load_captioner(options))

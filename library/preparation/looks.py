@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from library.data.images import Pixels, UnreadableImage, read_image
+from library.data.images import Pixels, UnreadableImage, alpha_of, opaque, read_pixels
 
 _HASH_SIDE, _DCT_SIDE = 8, 32
 _FLAT = 2.0  # deviation of the brightness, 0..255, below which a hash would tell noise only
@@ -35,12 +34,13 @@ def look_at(path: str) -> Look:
     """Decode an image. Never raises for a bad file."""
     try:
         size_bytes = os.path.getsize(path)
-        pixels_HWC = read_image(path)
-        transparent = has_transparency(path)
+        pixels_HWC = read_pixels(path)
     except UnreadableImage as error:
         return Look(path, problem=error.reason)
     except OSError as error:
         return Look(path, problem=f"cannot be read ({error.strerror or error})")
+    alpha_HW, pixels_HWC = alpha_of(pixels_HWC), opaque(pixels_HWC)
+    transparent = alpha_HW is not None and bool(alpha_HW.min() < 255)
     digest = hashlib.blake2b(pixels_HWC.tobytes(), digest_size=16, salt=repr(pixels_HWC.shape).encode()[:16]).digest()
     return Look(path, size_bytes, digest, perceptual_hash(pixels_HWC), transparent)
 
@@ -59,15 +59,3 @@ def perceptual_hash(pixels_HWC: Pixels) -> int | None:
     low = np.asarray(cv2.dct(small))[1 : _HASH_SIDE + 1, 1 : _HASH_SIDE + 1].ravel()
     bits = np.packbits(low > np.median(low))
     return int.from_bytes(bits.tobytes(), "big")
-
-
-def has_transparency(path: str) -> bool:
-    """True if some pixel of the file lets something through. Pictures without such a channel are not decoded."""
-    try:
-        with Image.open(path) as image:
-            if "transparency" not in image.info and image.mode not in ("RGBA", "LA", "PA", "La", "RGBa"):
-                return False
-            low = image.convert("RGBA").getextrema()[3]
-    except (OSError, ValueError, SyntaxError):
-        return False  # formats that only a plug-in knows
-    return isinstance(low, tuple) and low[0] < 255

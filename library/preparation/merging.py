@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from library.log import UserError, progress
-from library.options.preparation import MergeOptions
+from library.options.preparation import MergeTextOptions
 from library.preparation.files import find_images, image_key, read_text, with_extension
 from library.preparation.metadata import MetadataFile
 from library.preparation.outcome import Outcome
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 _TEXT_SUFFIXES = (".txt", ".caption", ".tags", ".git")
 
 
-def merge_texts(options: MergeOptions, field: str) -> Outcome:
+def merge_texts(options: MergeTextOptions, field: str) -> Outcome:
     """Set ``field`` ("caption", "tags") of each image to the whole text beside it.
 
     Raises UserError if no image has a text with the wanted ending. Images without a text are named and passed over.
@@ -49,7 +49,7 @@ def merge_texts(options: MergeOptions, field: str) -> Outcome:
     return outcome
 
 
-def _check_extension(images: Sequence[Path], options: MergeOptions) -> None:
+def _check_extension(images: Sequence[Path], options: MergeTextOptions) -> None:
     """One line instead of one for each image where the whole folder has texts with another ending, or none."""
     if any(with_extension(image, options.caption_extension).exists() for image in images):
         return

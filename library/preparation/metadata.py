@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from library.checkpoint.io import atomic_write_text
+from library.data.metadata_json import read_document
 from library.log import UserError
 
 SAVE_EVERY = 1000
@@ -52,12 +53,7 @@ class MetadataFile:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        document: Any = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"metadata file {path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise UserError(f"metadata file {path}: {error}") from error
+    document = read_document(path)
     wrong = not isinstance(document, dict) or [key for key, entry in document.items() if not isinstance(entry, dict)]
     if wrong:
         where = f"image {wrong[0]!r}" if isinstance(wrong, list) else "the file"

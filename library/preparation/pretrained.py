@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from library.log import UserError
+from library.log import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -44,5 +44,4 @@ def _told(action: Callable[[], Any], start: str) -> Any:
     try:
         return action()
     except Exception as error:  # the library raises many kinds for damaged folders and for the network
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{start} ({lines[0][:200] if lines else type(error).__name__})") from error
+        raise UserError(f"{start} ({first_line(error)})") from error

@@ -20,7 +20,7 @@ from library.data.index import IMAGE_EXTENSIONS
 from library.data.loader import prefetch
 from library.data.records import Size
 from library.log import UserError, progress
-from library.options.preparation import ResizeOptions
+from library.options.preparation import ResizeImagesOptions
 from library.preparation.files import find_images
 from library.preparation.outcome import Outcome
 
@@ -61,7 +61,7 @@ def reduced(pixels_HWC: Pixels, plan: Reduction, interpolation: str = "area") ->
     return pixels_HWC[top : top + plan.cut[1], left : left + plan.cut[0]]
 
 
-def resize_folder(options: ResizeOptions) -> Outcome:
+def resize_folder(options: ResizeImagesOptions) -> Outcome:
     """Write ``<stem>+<W>x<H>.jpg`` for each picture and size, W and H as in the option. Raises UserError.
 
     Files that are no pictures are copied as they are; subfolders are passed over. With ``copy_associated_files`` what
@@ -82,8 +82,13 @@ def resize_folder(options: ResizeOptions) -> Outcome:
     for path in sorted(source.iterdir()):
         is_other = path.is_file() and path.suffix.lower() not in IMAGE_EXTENSIONS and not path.name.startswith(".")
         if is_other and path.stem not in stems:
-            shutil.copy(path, target / path.name)
+            _copy(path, target / path.name)
     return outcome
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_path(target, durable=False) as temporary:
+        shutil.copy(source, temporary)
 
 
 def _companions(source: Path, images: list[Path]) -> dict[str, list[Path]]:
@@ -99,7 +104,7 @@ def _companions(source: Path, images: list[Path]) -> dict[str, list[Path]]:
 class _Resizing:
     """The work on one picture, run in threads."""
 
-    options: ResizeOptions
+    options: ResizeImagesOptions
     target: Path
     companions: dict[str, list[Path]]
 
@@ -120,5 +125,5 @@ class _Resizing:
             with atomic_path(file, durable=False) as temporary:
                 picture.save(temporary, quality=100, subsampling=0)
             for companion in self.companions[path.stem] if self.options.copy_associated_files else ():
-                shutil.copy(companion, self.target / f"{name}{companion.suffix}")
+                _copy(companion, self.target / f"{name}{companion.suffix}")
         return path, None

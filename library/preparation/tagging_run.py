@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from library.data.images import UnreadableImage, read_image
 from library.hub import download_files
-from library.log import UserError
+from library.log import UserError, first_line
 from library.options.preparation import TagOptions
 from library.preparation.files import read_text, with_extension
 from library.preparation.outcome import Outcome
@@ -106,6 +106,6 @@ def _open_session(path: Path) -> Session:
     try:
         session = onnxruntime.InferenceSession(str(path), providers=providers)
     except Exception as error:  # its errors are of its own kinds, one for each way in which a file may be wrong
-        raise UserError(f"{path}: cannot be opened as an ONNX model ({str(error)[:200]})") from error
+        raise UserError(f"{path}: cannot be opened as an ONNX model ({first_line(error)})") from error
     logger.info("%s: runs on %s", path, session.get_providers()[0])
     return session

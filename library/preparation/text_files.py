@@ -7,19 +7,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from library.checkpoint.io import atomic_write_text
-from library.data.images import UnreadableImage
+from library.data.images import Pixels, UnreadableImage, read_image
 from library.data.loader import prefetch
 from library.log import progress
-from library.options.preparation import CaptionOptions, GitCaptionOptions, TagOptions
+from library.options.preparation import BlipCaptionOptions, GitCaptionOptions, TagOptions
 from library.preparation.files import find_images, with_extension
 from library.preparation.outcome import Outcome
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 logger = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
-TextToolOptions = CaptionOptions | GitCaptionOptions | TagOptions
+TextToolOptions = BlipCaptionOptions | GitCaptionOptions | TagOptions
 _WORKERS = 4
 
 
@@ -91,6 +94,35 @@ def write_texts(
                     logger.info("%s: %s", path, text)
             bar.advance(len(batch), images=len(batch))
     return outcome
+
+
+class Captioner(Protocol):
+    """A model that describes pictures."""
+
+    def prepare(self, pixels_HWC: Pixels) -> Tensor:
+        """A picture as the model wants it, CHW."""
+        ...
+
+    def captions(self, names: Sequence[str], pictures: Sequence[Tensor]) -> list[str]:
+        """The captions of prepared pictures; ``names`` are those of their files."""
+        ...
+
+
+def caption_images(options: BlipCaptionOptions | GitCaptionOptions, load: Callable[[], Captioner]) -> Outcome:
+    """Write a caption file beside each image; the model is loaded only if there is an image to describe.
+
+    Raises UserError.
+    """
+    task = TextTask.of(options)
+    images, outcome = images_to_describe(task)
+    if not images:
+        return outcome
+    captioner = load()
+
+    def describe(paths: Sequence[Path], pictures: Sequence[Tensor]) -> list[str]:
+        return captioner.captions([path.name for path in paths], pictures)
+
+    return write_texts(task, images, outcome, lambda path: captioner.prepare(read_image(str(path))), describe)
 
 
 def _batches(

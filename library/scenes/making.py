@@ -27,20 +27,21 @@ PLAIN_SHARE = 0.8  # scenes of flat, plain figures
 PAIR_SHARE = 0.08  # two figures of different kinds
 COUNT_SHARE = 0.12  # two or three figures of one kind
 FREEHAND_SHARE = 0.35  # of the scenes of one figure: a figure without a name
+SIZE_SHARES: dict[Size, float] = {"small": 0.15, "medium": 0.65, "big": 0.2}
 SMALLEST_OUTLINE, MOST_ALIKE = 0.2, 0.8  # share of the picture; intersection over union with a shape that has a name
 OFF = 0.05  # how far from its place a figure is, as hands draw; share of the picture's side
 COUNT_PLACES = {2: ((0.26, 0.5), (0.74, 0.5)), 3: ((0.25, 0.28), (0.75, 0.28), (0.5, 0.74))}
 
 
-def random_scene(rng: random.Random, shapes: tuple[str, ...] = SHAPES) -> Scene:
+def random_scene(rng: random.Random) -> Scene:
     """A scene of the training world; held-out combinations of shape, colour and ground never come."""
-    figure, ground = random_kind(rng, shapes)
+    figure, ground = random_kind(rng, SHAPES)
     if rng.random() > PLAIN_SHARE:
         figure = replace(figure, style=rng.choice(STYLES), texture=rng.choice(TEXTURES))
     texture = "plain" if rng.random() < 0.92 else rng.choice(GROUND_TEXTURES)
     kind = rng.random()
     if kind < PAIR_SHARE:
-        other, _ = random_kind(rng, tuple(shape for shape in shapes if shape != figure.shape), ground)
+        other, _ = random_kind(rng, tuple(shape for shape in SHAPES if shape != figure.shape), ground)
         return Scene(_spread(rng, (figure, other)), ground, texture)
     if kind < PAIR_SHARE + COUNT_SHARE:
         return Scene(_spread(rng, (figure,) * rng.choice((2, 3))), ground, texture)
@@ -75,8 +76,13 @@ def placed(figure: Figure, rng: random.Random, size: Size, place: Place) -> Figu
     return replace(figure, size=size, place=place, centre=(x, y), radius=radius)
 
 
+def random_size(rng: random.Random) -> Size:
+    """The size of a single figure."""
+    return rng.choices(tuple(SIZE_SHARES), tuple(SIZE_SHARES.values()))[0]
+
+
 def _placed(rng: random.Random, figure: Figure) -> Figure:
-    size: Size = rng.choices(("small", "medium", "big"), (0.15, 0.65, 0.2))[0]
+    size = random_size(rng)
     place: Place = "centre"
     if size != "big" and rng.random() < 0.5:
         place = rng.choice(tuple(PLACES))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from library.scenes.drawing import Picture
-from library.scenes.making import placed
+from library.scenes.making import placed, random_size
 from library.scenes.reading import read
 from library.scenes.wording import caption
 from library.scenes.world import (
@@ -20,7 +20,6 @@ from library.scenes.world import (
     Figure,
     Place,
     Scene,
-    Size,
     combinations,
 )
 
@@ -86,7 +85,7 @@ def questions(count: int, rng: random.Random) -> list[Question]:
 
 
 def _question(figure: Figure, ground: str, rng: random.Random) -> Question:
-    size: Size = rng.choices(("small", "medium", "big"), (0.15, 0.65, 0.2))[0]
+    size = random_size(rng)
     place: Place = "centre" if size == "big" or rng.random() < 0.5 else rng.choice(tuple(PLACES))
     scene = Scene((placed(figure, rng, size, place),), ground)
     return Question(caption(scene, rng), scene)

@@ -16,19 +16,13 @@ from library.log import UserError
 from library.text.tokens import Normalize, TokenRows
 
 
-def encode_chunks(encoder: nn.Module, ids_BNT: Tensor, clip_skip: int | None = None, final_norm: bool = True) -> Tensor:
-    """Encode rows and join them: (B, 75 N + 2, D), in the encoder's dtype.
+def encode_rows(encoder: nn.Module, ids_RT: Tensor, clip_skip: int | None = None, final_norm: bool = True) -> Tensor:
+    """Hidden states of single rows (R, T, D), in the encoder's dtype.
 
     ``clip_skip`` absent: the encoder's final output. k: hidden state number -k, then (``final_norm``) the final layer
     norm; so 1 equals absent. ``encoder`` is transformers' CLIPTextModel or CLIPTextModelWithProjection, of any width.
+    Raises UserError for a k that is more than there are.
     """
-    rows = ids_BNT.shape[1]
-    hidden_RTD = encode_rows(encoder, ids_BNT.flatten(0, 1), clip_skip, final_norm)
-    return join_rows(hidden_RTD, rows)
-
-
-def encode_rows(encoder: nn.Module, ids_RT: Tensor, clip_skip: int | None = None, final_norm: bool = True) -> Tensor:
-    """Hidden states of single rows (R, T, D); see `encode_chunks`."""
     body: Any = _body(encoder)
     if clip_skip is None and final_norm:
         return body(input_ids=ids_RT).last_hidden_state
@@ -76,8 +70,12 @@ def apply_weights(hidden_BLD: Tensor, weights_BL: Tensor, normalize: Normalize =
 def encode_tokens(
     encoder: nn.Module, tokens: TokenRows, clip_skip: int | None = None, final_norm: bool = True
 ) -> Tensor:
-    """A batch of captions with their weights -> (B, 75 N + 2, D). The layout is the same with and without weights."""
-    hidden_BLD = encode_chunks(encoder, tokens.ids_BNT, clip_skip, final_norm)
+    """A batch of captions with their weights -> (B, 75 N + 2, D). The layout is the same with and without weights.
+
+    ``clip_skip``, ``final_norm``: as in `encode_rows`.
+    """
+    hidden_RTD = encode_rows(encoder, tokens.ids_BNT.flatten(0, 1), clip_skip, final_norm)
+    hidden_BLD = join_rows(hidden_RTD, tokens.ids_BNT.shape[1])
     return hidden_BLD if tokens.weights_BL is None else apply_weights(hidden_BLD, tokens.weights_BL, tokens.normalize)
 
 

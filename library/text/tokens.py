@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.text.emphasis import BREAK, Piece, parse_emphasis
+from library.text.tokenizer import MAX_LENGTH, clip_tokenizer
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-CHUNK_TOKENS = 75
+CHUNK_TOKENS = MAX_LENGTH - 2  # what is left of a row between its two marks
 Normalize = Literal["original", "none", "abs"]
 
 
@@ -46,12 +47,12 @@ class TextSettings:
 
 @dataclass(frozen=True, slots=True)
 class TokenRules:
-    """The marks and the row length. The defaults are SD1's."""
+    """The marks and the row length."""
 
-    bos_id: int = 49406
-    eos_id: int = 49407
-    pad_id: int = 49407
-    row_length: int = 77
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    row_length: int = MAX_LENGTH
 
     @property
     def content(self) -> int:
@@ -120,13 +121,9 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def count_tokens(captions: Sequence[str], tokenizer: Any | None = None) -> list[int]:
-    """Tokens of each caption without the marks; by the built-in tokenizer unless one is given."""
-    if tokenizer is None:
-        from library.text.tokenizer import clip_tokenizer
-
-        tokenizer = clip_tokenizer()
-    return [len(ids) for ids in token_ids(tokenizer, captions)]
+def count_tokens(captions: Sequence[str]) -> list[int]:
+    """Tokens of each caption without the marks, by the built-in tokenizer."""
+    return [len(ids) for ids in token_ids(clip_tokenizer(), captions)]
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str], settings: TextSettings) -> TokenRows:

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from library.data.cache import FileState, LatentStore, LatentTarget, describe_notes, target_of
-from library.data.dataset import OnBadImage
 from library.data.images import UnreadableImage, fit_pixels, read_image, to_model_range
 from library.data.loader import prefetch
-from library.data.records import ImageProblem, ResolvedDataset
+from library.data.records import ImageProblem, OnBad, ResolvedDataset
 from library.data.sources import resolve
 from library.data.spec_checks import uncacheable_subsets
 from library.device import check_precision, choose_device, empty_cache, vae_dtype
@@ -152,7 +151,7 @@ def cache_latents(
     dtype: torch.dtype,
     workers: int = 4,
     share: WorkShare | None = None,
-    on_bad_image: OnBadImage = "error",
+    on_bad_image: OnBad = "error",
     after_group: Callable[[], None] | None = None,
 ) -> tuple[tuple[ResolvedDataset, ...], CachingReport]:
     """Make all latents that ``store`` lacks; returns the data sets without unusable images, and a report.
@@ -365,7 +364,7 @@ def _fetch_from_others(
 
 
 def _without_problems(
-    datasets: Sequence[ResolvedDataset], problems: Sequence[ImageProblem], on_bad_image: OnBadImage
+    datasets: Sequence[ResolvedDataset], problems: Sequence[ImageProblem], on_bad_image: OnBad
 ) -> tuple[ResolvedDataset, ...]:
     """The data sets without the images in ``problems``; UserError listing them if they are not to be skipped."""
     if not problems:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from library.data.records import DatasetKind, DatasetSpec
 from library.data.spec import load_dataset_specs
-from library.data.spec_checks import ONLY_CONTROL
+from library.data.spec_keys import ONLY_CONTROL
 from library.log import UserError
 from library.options import CacheToolOptions, ConditioningOptions, DataOptions, LossOptions
 from library.options.settings import Settings

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
-from library.diffusion import objective
+from library.diffusion.objective import Objective, TrainingInputs
 from library.generation.scoring import OTHERS, SUBJECT, USUAL_SCALE, score
 from library.options.scenes import ScoreOptions
 from library.training.app import run
@@ -82,13 +82,13 @@ def test_nothing_is_taught_without_a_learning_rate(tmp_path: Path) -> None:
 
 def test_a_wrong_target_spoils_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer refuses ``--v_parameterization`` with this model, so the target is bent here: latents, not noise."""
-    right = objective.training_inputs
+    right = Objective.training_inputs
 
-    def bent(latents_BCHW: Tensor, *more: Any) -> objective.TrainingInputs:
-        return right(latents_BCHW, *more)._replace(target_BCHW=latents_BCHW.float())
+    def bent(self: Objective, latents_BCHW: Tensor, *more: Any) -> TrainingInputs:
+        return right(self, latents_BCHW, *more)._replace(target_BCHW=latents_BCHW.float())
 
     with monkeypatch.context() as patch:
-        patch.setattr(objective, "training_inputs", bent)
+        patch.setattr(Objective, "training_inputs", bent)
         lora = train(tmp_path, 20)
     assert {"shape, subject", "shape, others"} <= set(verdict(lora))
 

@@ -143,7 +143,7 @@ def test_values_reach_the_records(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("num_repeat = 3", "num_repeat is not known; did you mean num_repeats?"),
+        ("num_repeat = 3", "num_repeat is not known (did you mean num_repeats?)"),
         ('num_repeats = "x"', "num_repeats is 'x': must be a whole number"),
         ("num_repeats = true", "num_repeats is true: must be a whole number"),
         ("num_repeats = -1", "num_repeats is -1: must be 0 (leave the subset out) or more"),
@@ -204,7 +204,7 @@ def test_lines_of_json(tmp_path: Path) -> None:
         ("[[datasets]]\nresolution = 512", "d.toml", "subsets must be a list of at least one table"),
         ("[[datasets]]\nsubsets = []", "d.toml", "subsets must be a list of at least one table"),
         ("[datasets]\nsubsets = []", "d.toml", "datasets must be a list"),
-        ("[[dataset]]\n[[datasets]]", "d.toml", "dataset is not known; did you mean datasets?"),
+        ("[[dataset]]\n[[datasets]]", "d.toml", "dataset is not known (did you mean datasets?)"),
         ("[]", "d.json", "must be a table"),
         ('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "a"', "d.toml", "resolution is missing"),
         (

@@ -12,15 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from library.data.images import (
-    FaceBox,
-    UnreadableImage,
-    face_box,
-    fit_pixels,
-    read_image,
-    resize,
-    to_model_range,
-)
+from library.data.face_names import FaceBox, face_box
+from library.data.images import UnreadableImage, fit_pixels, read_image, resize, to_model_range
 from library.data.records import Augmentation, Fit
 from tests.data_fixtures import cover_fit, picture
 
@@ -197,7 +190,7 @@ def test_center_cut_drops_half_of_what_is_too_much() -> None:
     image = picture((64, 40))
     fitted = fit_pixels(image, Fit((48, 40), (64, 40), (0, 0, 48, 40), 0.0))
     assert np.array_equal(fitted.pixels_HWC, image[:, 8:56])
-    assert (fitted.original_size, fitted.crop_left_top, fitted.flipped) == ((64, 40), (8, 0), False)
+    assert (fitted.cut.left_top, fitted.cut.flipped) == ((8, 0), False)
 
 
 def test_random_crop_reports_the_cut_really_made() -> None:
@@ -206,12 +199,12 @@ def test_random_crop_reports_the_cut_really_made() -> None:
     seen: set[tuple[int, int]] = set()
     for seed in SEEDS:
         fitted = fit_pixels(image, fit, Augmentation(random_crop=True, flip_aug=True), seed)
-        left, top = fitted.crop_left_top
-        shown = image[:, ::-1] if fitted.flipped else image
+        left, top = fitted.cut.left_top
+        shown = image[:, ::-1] if fitted.cut.flipped else image
         assert np.array_equal(fitted.pixels_HWC, shown[top : top + 64, left : left + 64])
         seen.add((left, top))
     assert len(seen) > 40
-    assert {fit_pixels(image, fit, Augmentation(flip_aug=True), seed).flipped for seed in SEEDS} == {True, False}
+    assert {fit_pixels(image, fit, Augmentation(flip_aug=True), seed).cut.flipped for seed in SEEDS} == {True, False}
 
 
 def test_a_random_crop_can_be_anywhere_from_edge_to_edge() -> None:
@@ -223,8 +216,9 @@ def test_a_random_crop_can_be_anywhere_from_edge_to_edge() -> None:
 def test_mirrored_cut_counts_from_the_mirrored_side() -> None:
     image = picture((65, 40))
     fit = Fit((48, 40), (65, 40), (0, 0, 48, 40), 0.0)
-    fitted = next(one for seed in SEEDS if (one := fit_pixels(image, fit, Augmentation(flip_aug=True), seed)).flipped)
-    assert fitted.crop_left_top == (9, 0)
+    visits = (fit_pixels(image, fit, Augmentation(flip_aug=True), seed) for seed in SEEDS)
+    fitted = next(one for one in visits if one.cut.flipped)
+    assert fitted.cut.left_top == (9, 0)
     assert np.array_equal(fitted.pixels_HWC, image[:, ::-1][:, 9:57])
 
 
@@ -234,7 +228,7 @@ def test_draws_depend_on_the_sample_seed_alone_and_not_on_other_options() -> Non
     for seed in range(20):
         first, second = fit_pixels(image, fit, both, seed), fit_pixels(image, fit, both, seed)
         assert np.array_equal(first.pixels_HWC, second.pixels_HWC)
-        assert first.flipped == fit_pixels(image, fit, Augmentation(flip_aug=True), seed).flipped
+        assert first.cut.flipped == fit_pixels(image, fit, Augmentation(flip_aug=True), seed).cut.flipped
 
 
 def test_color_change_is_small_and_happens_in_a_third_of_the_visits() -> None:
@@ -276,7 +270,6 @@ def test_face_crop_keeps_the_face_and_covers_the_bucket() -> None:
     for seed in SEEDS:
         fitted = fit_pixels(image, fit, rules, seed, face)
         assert fitted.pixels_HWC.shape == (64, 128, 3)
-        assert fitted.original_size == (400, 300)
         share = (fitted.pixels_HWC[:, :, 0] > 127).sum()
         assert 64 / 4 - 3 <= np.sqrt(share) <= 64 / 2 + 3  # the face takes 1/4 to 1/2 of the shorter side
         sizes.add(int(share))
@@ -298,7 +291,7 @@ def test_face_crop_always_fills_the_bucket(size, bucket, center, face_size, span
     face = FaceBox(center, (face_size, face_size))
     fitted = fit_pixels(picture(size), cover_fit(size, bucket), rules, seed, face)
     assert fitted.pixels_HWC.shape == (bucket[1], bucket[0], 3)
-    assert min(fitted.crop_left_top) >= 0
+    assert min(fitted.cut.left_top) >= 0
 
 
 def test_model_range() -> None:

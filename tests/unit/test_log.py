@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from library.log import OWN_LOGGERS, Progress, UserError, progress, setup_logging
+from library.log import OWN_LOGGERS, Progress, UserError, first_line, progress, setup_logging, some_of
 
 log = logging.getLogger("library.some_module")
 
@@ -105,6 +105,14 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path):
 
 def test_several_problems_in_one_error():
     assert str(UserError.of(["a", "b"])) == "a\nb"
+
+
+def test_long_texts_and_lists_are_cut_for_one_line():
+    assert first_line(OSError("\n no such host \nmore")) == "no such host"
+    assert first_line(ValueError()) == "ValueError"
+    assert len(first_line(ValueError("x" * 300))) == 200
+    assert some_of("abcde") == "a, b, c, d, e"
+    assert some_of("abcdefg") == "a, b, c, d, e and 2 more"
 
 
 def test_progress_shows_count_fields_speed_and_time_left():

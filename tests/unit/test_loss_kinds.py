@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from library.diffusion.loss_kinds import errors, huber_thresholds
-from library.diffusion.objective import weighted_losses
+from library.diffusion.objective import Objective
 from library.diffusion.schedule import make_schedule
-from library.options import LossOptions
+from library.options import LossOptions, NoiseOptions
 
 SCHEDULE = make_schedule()
 TIMES = torch.tensor([0, 250, 500, 999])
@@ -110,7 +110,8 @@ def test_half_precision_is_computed_in_float32(loss_type: str) -> None:
 
 
 def test_weightings_multiply_any_kind() -> None:
-    plain = weighted_losses(WIDE, ZERO, TIMES, torch.ones(4), SCHEDULE, LossOptions(loss_type="huber"))
-    options = LossOptions(loss_type="huber", min_snr_gamma=5)
-    weighted = weighted_losses(WIDE, ZERO, TIMES, torch.tensor([1.0, 1.0, 0.5, 0.0]), SCHEDULE, options)
+    options = LossOptions(loss_type="huber"), LossOptions(loss_type="huber", min_snr_gamma=5)
+    one, other = (Objective(NoiseOptions(), each) for each in options)
+    plain = one.weighted_losses(WIDE, ZERO, TIMES, torch.ones(4), SCHEDULE)
+    weighted = other.weighted_losses(WIDE, ZERO, TIMES, torch.tensor([1.0, 1.0, 0.5, 0.0]), SCHEDULE)
     torch.testing.assert_close(weighted / plain, torch.tensor([0.00425372, 1.0, 0.5, 0.0]), rtol=1e-5, atol=0)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from library.options.preparation import CaptionOptions, GitCaptionOptions
+from library.options.preparation import BlipCaptionOptions, GitCaptionOptions
 from library.options.preparation_scripts import MAKE_CAPTIONS_GIT
 from library.options.script import parse
 from library.preparation.blip import OwnDraws, load_captioner
@@ -75,7 +75,7 @@ def test_the_shortest_and_longest_caption(photos: Path, blip: str):
 
 
 def test_the_square_of_the_model_and_its_normalisation(blip: str):
-    captioner = load_captioner(CaptionOptions(caption_weights=blip))
+    captioner = load_captioner(BlipCaptionOptions(caption_weights=blip))
     white = torch.full((20, 50, 3), 255, dtype=torch.uint8).numpy()
     prepared = captioner.prepare(white)
     assert prepared.shape == (3, 32, 32)
@@ -179,7 +179,7 @@ def test_remove_words_acts_on_what_the_model_says(more: tuple[str, ...], text: s
     model = SimpleNamespace(device="cpu", generate=lambda **_: torch.zeros(1, 3))
     tokenizer = SimpleNamespace(batch_decode=lambda tokens, **_: ["a dog that says stop"] * len(tokens))
     captioner = GitCaptioner(model, tokenizer, None, settings[GitCaptionOptions])
-    assert captioner.captions([torch.zeros(3, 4, 4)]) == [text]
+    assert captioner.captions(["a.png"], [torch.zeros(3, 4, 4)]) == [text]
 
 
 def test_the_smaller_the_nucleus_the_fewer_draws(photos: Path, blip: str):

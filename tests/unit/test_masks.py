@@ -37,10 +37,10 @@ from library.data.records import (
 from library.data.report import describe
 from library.data.sources import resolve
 from library.data.spec import load_dataset_specs
-from library.diffusion.objective import weighted_losses
+from library.diffusion.objective import Objective
 from library.diffusion.schedule import make_schedule
 from library.log import UserError
-from library.options import DataOptions, LossOptions, ValidationOptions
+from library.options import DataOptions, LossOptions, NoiseOptions, ValidationOptions
 from library.training.caching import cache_latents
 from library.training.fingerprint import data_facts
 from library.training.held_out import hold_out
@@ -427,16 +427,16 @@ def test_nothing_outside_the_mask_reaches_the_prediction(kind: str) -> None:
     masks[0, :, :4] = 0
     masks[1] = 0.25
     times, weights = torch.tensor([10, 500, 990]), torch.tensor([1.0, 1.0, 0.5])
-    options = LossOptions(loss_type=kind, min_snr_gamma=5.0)
-    masked = weighted_losses(pred, target, times, weights, make_schedule(), options, masks)
+    objective, schedule = Objective(NoiseOptions(), LossOptions(loss_type=kind, min_snr_gamma=5.0)), make_schedule()
+    masked = objective.weighted_losses(pred, target, times, weights, schedule, masks)
     masked.sum().backward()
     assert pred.grad is not None
     assert not pred.grad[0, :, :, :4].any()
     assert bool(pred.grad[0, :, :, 4:].all())
-    plain = weighted_losses(pred, target, times, weights, make_schedule(), options)
+    plain = objective.weighted_losses(pred, target, times, weights, schedule)
     assert torch.equal(masked[2], plain[2])
     assert torch.allclose(masked[1], plain[1] / 4)
-    right = weighted_losses(pred[:, :, :, 4:], target[:, :, :, 4:], times, weights, make_schedule(), options)
+    right = objective.weighted_losses(pred[:, :, :, 4:], target[:, :, :, 4:], times, weights, schedule)
     assert torch.allclose(masked[0], right[0] / 2)  # the mean is over all of the picture
-    whole = weighted_losses(pred, target, times, weights, make_schedule(), options, torch.ones(3, 8, 8))
+    whole = objective.weighted_losses(pred, target, times, weights, schedule, torch.ones(3, 8, 8))
     assert torch.equal(whole, plain)

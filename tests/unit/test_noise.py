@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from library.diffusion.noise import input_perturbation, pyramid_noise, sample_noise, sample_timesteps
-from library.diffusion.objective import Objective, training_inputs
+from library.diffusion.objective import Objective
 from library.diffusion.schedule import make_schedule
+from library.options import LossOptions, NoiseOptions
 from library.rng import stream, torch_stream
 
 
@@ -26,6 +27,7 @@ class Settings:
 
 PLAIN = Settings()
 EVERYTHING = Settings(0.1, 0.05, 6, 0.5, 0.1, 100, 900)
+LOSS = LossOptions()
 SEEDS = (11, 22, 33)
 LATENTS = torch.randn(3, 4, 16, 24, generator=torch.Generator().manual_seed(0))
 
@@ -34,17 +36,19 @@ LATENTS = torch.randn(3, 4, 16, 24, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_sample_does_not_depend_on_its_batch(settings: Settings, prediction: str) -> None:
     schedule = make_schedule(prediction)
-    together = training_inputs(LATENTS, SEEDS, schedule, settings)
+    together = Objective(settings, LOSS).training_inputs(LATENTS, SEEDS, schedule)
     for index in (2, 0):
-        alone = training_inputs(LATENTS[index : index + 1], SEEDS[index : index + 1], schedule, settings)
+        alone = Objective(settings, LOSS).training_inputs(
+            LATENTS[index : index + 1], SEEDS[index : index + 1], schedule
+        )
         for one, all_ in zip(alone, together, strict=True):
             assert torch.equal(one[0], all_[index])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_latents_are_noised_in_float32(dtype: torch.dtype) -> None:
-    half = training_inputs(LATENTS.to(dtype), SEEDS, make_schedule(), PLAIN)
-    full = training_inputs(LATENTS.to(dtype).float(), SEEDS, make_schedule(), PLAIN)
+    half = Objective(PLAIN, LOSS).training_inputs(LATENTS.to(dtype), SEEDS, make_schedule())
+    full = Objective(PLAIN, LOSS).training_inputs(LATENTS.to(dtype).float(), SEEDS, make_schedule())
     assert half.noisy_BCHW.dtype == half.target_BCHW.dtype == torch.float32
     assert torch.equal(half.noisy_BCHW, full.noisy_BCHW)
 
@@ -113,10 +117,10 @@ def test_timesteps_stay_in_their_range_and_fill_it(low: int | None, high: int | 
 
 def test_noisy_and_targets_fit_together() -> None:
     schedule = make_schedule()
-    noisy, noise, timesteps = training_inputs(LATENTS, SEEDS, schedule, PLAIN)
+    noisy, noise, timesteps = Objective(PLAIN, LOSS).training_inputs(LATENTS, SEEDS, schedule)
     a = schedule.alphas_cumprod_T[timesteps].view(-1, 1, 1, 1)
     torch.testing.assert_close((noisy - (1 - a).sqrt() * noise) / a.sqrt(), LATENTS, atol=1e-3, rtol=1e-3)
-    v = training_inputs(LATENTS, SEEDS, make_schedule("v_prediction"), PLAIN).target_BCHW
+    v = Objective(PLAIN, LOSS).training_inputs(LATENTS, SEEDS, make_schedule("v_prediction")).target_BCHW
     torch.testing.assert_close(a.sqrt() * noisy - (1 - a).sqrt() * v, LATENTS, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close((1 - a).sqrt() * noisy + a.sqrt() * v, noise, atol=1e-4, rtol=1e-4)
 
@@ -142,8 +146,8 @@ def test_random_strength_is_uniform_and_each_samples_own() -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_input_perturbation_reaches_the_input_only(prediction: str) -> None:
     schedule = make_schedule(prediction)
-    plain = training_inputs(LATENTS, SEEDS, schedule, PLAIN)
-    perturbed = training_inputs(LATENTS, SEEDS, schedule, Settings(ip_noise_gamma=0.3))
+    plain = Objective(PLAIN, LOSS).training_inputs(LATENTS, SEEDS, schedule)
+    perturbed = Objective(Settings(ip_noise_gamma=0.3), LOSS).training_inputs(LATENTS, SEEDS, schedule)
     assert torch.equal(plain.target_BCHW, perturbed.target_BCHW)
     a = schedule.alphas_cumprod_T[plain.timesteps_B].view(-1, 1, 1, 1)
     extra = (perturbed.noisy_BCHW - plain.noisy_BCHW) / (1 - a).sqrt()
@@ -153,15 +157,13 @@ def test_input_perturbation_reaches_the_input_only(prediction: str) -> None:
 def test_at_zero_terminal_the_input_is_the_noise() -> None:
     schedule = make_schedule("v_prediction", zero_terminal_snr=True)
     settings = replace(PLAIN, min_timestep=999)
-    noisy, target, timesteps = training_inputs(LATENTS, SEEDS, schedule, settings)
+    noisy, target, timesteps = Objective(settings, LOSS).training_inputs(LATENTS, SEEDS, schedule)
     assert timesteps.tolist() == [999] * 3
     assert torch.equal(noisy, sample_noise(LATENTS, SEEDS, settings))
     assert torch.equal(target, -LATENTS)
 
 
 def test_objective_takes_the_programs_own_options() -> None:
-    from library.options.training import LossOptions, NoiseOptions
-
     objective = Objective(NoiseOptions(noise_offset=0.1), LossOptions(min_snr_gamma=5))
     schedule = make_schedule()
     noisy, target, timesteps = objective.training_inputs(LATENTS, SEEDS, schedule)

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.log import UserError
+from library.log import UserError, nearest
 from library.options import DataOptions, LogOptions, LoopOptions, NetworkOptions, NoiseOptions, ScheduleOptions
 from library.options.base import OptionGroup, dataset_specs, option, specs_by_name, specs_of
 from library.options.parser import build_parser
-from library.options.script import nearest, parse
+from library.options.script import parse
 from library.options.scripts import (
     CONVERT_MODEL,
     EXTRACT_LORA_FROM_MODELS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from library.data.sources import face_in_name
+from library.data.face_names import FaceBox, face_box
 from library.log import UserError
 from library.options.preparation import FaceOptions
+from library.options.preparation_scripts import DETECT_FACES
+from library.options.script import parse
 from library.preparation.faces import CutRules, Face, cut_out, eye_angle, plan_cut, result_name
 from library.preparation.faces_run import cut_faces, face_of
 from library.preparation.resizing import Reduction, reduction
@@ -79,6 +82,16 @@ def test_every_size_is_made_from_the_original(photos: Path, tmp_path: Path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     with Image.open(tmp_path / "one" / "a[1]+32x32.png") as image:
         assert image.size == (45, 22)
+
+
+def test_a_copy_that_is_cut_short_does_not_stay(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def cut_short(source: Path, target: Path) -> None:
+        Path(target).write_bytes(source.read_bytes()[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copy", cut_short)
+    assert resize([str(photos), str(tmp_path / "out"), "--max_resolution", "16x16"]) == 1
+    assert names(tmp_path / "out") == ["a[1]+16x16.jpg", "b+16x16.jpg"]
 
 
 def test_the_interpolation_is_the_one_asked_for(photos: Path, tmp_path: Path):
@@ -158,7 +171,7 @@ def test_turning_makes_the_eyes_level():
 def test_names_are_those_that_training_reads():
     name = result_name("a_b", FACE, None)
     assert name == "a_b_0060_0030_0020_0016"
-    assert face_in_name(f"x/{name}.png") == (60, 30, 20, 16)
+    assert face_box(f"x/{name}.png") == FaceBox((60, 30), (20, 16))
     assert result_name("a", FACE, 2) == "a_02_0060_0030_0020_0016"
 
 
@@ -197,14 +210,15 @@ def test_faces_of_unwanted_sizes_are_passed_over(photos: Path):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"crop_ratio": (1.0, 1.0), "resize_face_size": 9},
-        {"resize_fit": True},
-        {"resize_fit": True, "resize_face_size": 9, "crop_size": (9, 9)},
+        "--crop_ratio 1,1 --resize_face_size 9",
+        "--crop_ratio 1,1 --crop_size 9,9",
+        "--resize_fit",
+        "--resize_fit --resize_face_size 9 --crop_size 9,9",
     ],
 )
-def test_options_of_faces_that_contradict(photos: Path, wrong: dict[str, object]):
+def test_options_of_faces_that_contradict(wrong: str):
     with pytest.raises(UserError, match=r"exclude|needs"):
-        cut_faces(faces_options(photos, **wrong), lambda pixels: [])
+        parse(DETECT_FACES, ["--src_dir", "in", "--dst_dir", "out", *wrong.split()])
 
 
 def test_a_missing_detector_is_one_line(photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch):

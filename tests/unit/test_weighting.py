@@ -5,12 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.diffusion.objective import velocity, weighted_losses
+from library.diffusion.objective import Objective, velocity
 from library.diffusion.schedule import make_schedule
 from library.diffusion.weighting import WEIGHTINGS, loss_factors
-from library.options import LossOptions
+from library.options import LossOptions, NoiseOptions
 
 OFF = LossOptions()
+NOISE = NoiseOptions()
 TIMES = torch.tensor([0, 250, 500, 999])
 
 
@@ -74,9 +75,9 @@ def test_debiased_weights_the_same_error_alike_as_noise_and_as_velocity(time: in
     noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
     latents_hat = (noisy - (1 - a).sqrt() * noise_hat) / a.sqrt()
     settings, one = LossOptions(debiased_estimation_loss=True), torch.ones(1)
-    as_noise = weighted_losses(noise_hat, noise, times, one, plain, settings)
+    as_noise = Objective(NOISE, settings).weighted_losses(noise_hat, noise, times, one, plain)
     v_hat, v_true = (velocity(x, e, times, v) for x, e in ((latents_hat, noise_hat), (latents, noise)))
-    as_velocity = weighted_losses(v_hat, v_true, times, one, v, settings)
+    as_velocity = Objective(NOISE, settings).weighted_losses(v_hat, v_true, times, one, v)
     if time > 5:  # below, SNR passes the cap of 1000
         torch.testing.assert_close(as_velocity, as_noise, rtol=2e-3, atol=0)
 
@@ -85,7 +86,7 @@ def test_sample_weights_scale_their_sample_only() -> None:
     schedule = make_schedule()
     pred, target = torch.zeros(3, 4, 8, 8), torch.ones(3, 4, 8, 8)
     weights = torch.tensor([1.0, 0.5, 0.0])
-    losses = weighted_losses(pred, target, torch.tensor([1, 2, 3]), weights, schedule, OFF)
+    losses = Objective(NOISE, OFF).weighted_losses(pred, target, torch.tensor([1, 2, 3]), weights, schedule)
     assert losses.tolist() == [1.0, 0.5, 0.0]
 
 
@@ -98,5 +99,7 @@ def test_factors_multiply() -> None:
 
 def test_loss_is_in_float32_for_half_predictions() -> None:
     pred = torch.full((1, 4, 8, 8), 300.0, dtype=torch.float16)  # its square is beyond float16
-    losses = weighted_losses(pred, torch.zeros(1, 4, 8, 8), torch.tensor([5]), torch.ones(1), make_schedule(), OFF)
+    losses = Objective(NOISE, OFF).weighted_losses(
+        pred, torch.zeros(1, 4, 8, 8), torch.tensor([5]), torch.ones(1), make_schedule()
+    )
     assert losses.item() == pytest.approx(90000.0)
