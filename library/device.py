@@ -141,32 +141,6 @@ def describe(device: torch.device) -> str:
     return f"cpu: {torch.get_num_threads()} threads (training is slow without a graphics card)"
 
 
-def memory_report(device: torch.device) -> str:
-    """One line: peak memory of this process, and of the device if it keeps count."""
-    import torch
-
-    parts: list[str] = []
-    own = _peak_process_bytes()
-    if own:
-        parts.append(f"process {own / 2**30:.2f} GiB")
-    if device.type == "cuda":
-        parts.append(f"{device} {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
-    elif device.type == "xpu":
-        parts.append(f"{device} {torch.xpu.max_memory_allocated(device) / 2**30:.2f} GiB")
-    return "peak memory: " + (", ".join(parts) or "not known on this system")
-
-
-def _peak_process_bytes() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 @contextmanager
 def one_process_at_a_time(enabled: bool) -> Generator[None]:
     """With ``enabled`` (lowram) local processes run the block in turn, so that their loading peaks do not add up."""

@@ -27,7 +27,7 @@ _STEMS: dict[str, tuple[str, str]] = dict.fromkeys(("text_encoder", "text_encode
 _DEFAULT_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model")
 
 
-def _api(token: str | None) -> HfApi:
+def _api(token: str | None = None) -> HfApi:
     from huggingface_hub import HfApi
 
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token or os.environ.get("HF_TOKEN") or None)
@@ -70,7 +70,7 @@ def _weights(present: set[str], folder: str, part: str) -> list[str]:
     return []
 
 
-def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS, token: str | None = None) -> Path:
+def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS) -> Path:
     """The local folder of a hub model: what is on this machine already, else what is fetched now.
 
     Only the needed files are fetched. Raises UserError that names the option.
@@ -83,7 +83,7 @@ def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS
         return local
 
     def fetch() -> Path:
-        api = _api(token)
+        api = _api()
         logger.info("%s: no such file or folder here, asking the hub", repo_id)
         wanted = files_of_model(api.list_repo_files(repo_id), parts)
         if wanted is None:
@@ -127,12 +127,12 @@ def _short(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def download_files(repo_id: str, names: Sequence[str], folder: Path, option: str, token: str | None = None) -> None:
+def download_files(repo_id: str, names: Sequence[str], folder: Path, option: str) -> None:
     """Fetch files of a repository into a folder, whatever is there. Raises UserError that names the option."""
     from huggingface_hub import hf_hub_download
 
     def fetch() -> Path:
-        api = _api(token)
+        api = _api()
         for name in names:
             logger.info("%s: fetching %s from the hub", repo_id, name)
             hf_hub_download(repo_id, name, local_dir=folder, token=api.token, endpoint=api.endpoint)

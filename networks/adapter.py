@@ -314,11 +314,6 @@ class Adapter(nn.Module, ABC):
         self._outer_forward = None
 
     @property
-    def is_attached(self) -> bool:
-        """True between `attach` and `detach`."""
-        return self._outer_forward is not None
-
-    @property
     def is_innermost(self) -> bool:
         """True if nothing else stood between this adapter and the layer's own forward when it was attached."""
         return self._restored_forward is None

@@ -80,16 +80,6 @@ def network_hashes(
     return {**metadata, MODEL_HASH_KEY: full.hexdigest(), LEGACY_HASH_KEY: legacy}
 
 
-def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
-    """A short hash of a module's weights (names, types, shapes, bytes): tells whether caches made with it still fit."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        tensor = state[key]
-        digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
-        digest.update(tensor_bytes(tensor, None))
-    return digest.hexdigest()[:16]
-
-
 def cache_folder() -> Path:
     """The user's cache folder of this program (XDG on Linux, LOCALAPPDATA on Windows, Library/Caches on macOS)."""
     for variable in ("SD_TRAINER_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):

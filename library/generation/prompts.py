@@ -115,15 +115,6 @@ def load_prompts(path: str | Path) -> tuple[PromptSpec, ...]:
     return tuple(prompts)
 
 
-def parse_prompt_line(line: str, where: str = "prompt") -> PromptSpec:
-    """One line with in-line options. Raises UserError, ``where`` in front, with every problem of the line."""
-    problems: list[str] = []
-    prompt = _parse_line(line, where, problems)
-    if problems:
-        raise UserError("\n".join(problems))
-    return prompt
-
-
 def _parse_line(line: str, where: str, problems: list[str]) -> PromptSpec:
     first, *options = _OPTION.split(line.strip())
     values: dict[str, Any] = {"prompt": first.strip()}

@@ -94,7 +94,7 @@ def load_models(
     with one_process_at_a_time(settings[PrecisionOptions].lowram):
         parts = family.load(options, dtype=machine.weight_dtype, device=machine.device, part_dtypes=types)
     if parts.zero_terminal_snr and not settings[NoiseOptions].zero_terminal_snr:
-        logger.warning("%s was trained with zero terminal SNR: --zero_terminal_snr is missing", parts.source_name)
+        logger.warning("%s was trained with zero terminal SNR: --zero_terminal_snr is missing", parts.source.name)
     # before the latents: the network's arguments may be refused
     trainable, learns = attach(script, settings, family, parts, machine, seed)
     family = trainable.family_of_prompts(family)
