@@ -5,7 +5,6 @@ last.
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +29,7 @@ from library.options import (
     ScheduleOptions,
 )
 from library.options.settings import Settings
+from library.rng import fresh_seed
 from library.training.arrange import (
     Arrangement,
     ImageArrangement,
@@ -143,7 +143,7 @@ def choose_seed(settings: Settings, machine: Machine, resumed: RunState | None) 
         return given
     if resumed is not None:
         return resumed.seed
-    seed = int(machine.agree(random.SystemRandom().randrange(2**32)))
+    seed = int(machine.agree(fresh_seed()))
     logger.info("seed %d (give it with --seed to repeat this run)", seed)
     return seed
 

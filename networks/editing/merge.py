@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from library.models.load import recognise
 from library.models.spec import FAMILY_TITLES, FamilyName, PredictionType
 from library.models.stream import OpenModel, open_model
 from library.options.network_tools import MergeFilesOptions, MergeOptions, SvdMergeOptions
+from library.rng import fresh_seed
 from networks.editing.addends import (
     Addend,
     common_family,
@@ -53,7 +53,7 @@ def merge(files: MergeFilesOptions, options: MergeOptions, expected: Sequence[Fa
             logger.warning("--%s: does nothing with --sd_model", unused[0])
         merge_into_model(files, Path(options.sd_model), expected)
         return
-    seed = secrets.randbits(32) if options.seed is None else options.seed
+    seed = fresh_seed() if options.seed is None else options.seed
     plan = CombinePlan(
         rank=options.new_rank,
         conv_rank=options.new_rank,
