@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.generation.samplers import SAMPLER_NAMES
+from library.generation.samplers import MAX_STEPS, SAMPLER_NAMES
 from library.log import UserError
 from library.options.toml_file import parse_toml
 
-MAX_STEPS = 1000
 _OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 
 
