@@ -160,6 +160,11 @@ class AdapterViews(NamedTuple):
     text_encoders: list[nn.Module]
     unet: nn.Module
 
+    @property
+    def text_encoder(self) -> nn.Module | list[nn.Module]:
+        """What plug-ins take under this name: the only one itself, or the list of both."""
+        return self.text_encoders[0] if len(self.text_encoders) == 1 else self.text_encoders
+
 
 class LatentPosterior(Protocol):
     """The VAE's distribution of latents for images, as diffusers gives it."""

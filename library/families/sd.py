@@ -115,9 +115,6 @@ class SdFamily(StableDiffusionFamily):
 
     # ---- names
 
-    def default_sample_size(self, parts: ModelParts) -> int:
-        return parts.spec.unet.sample_size * self.latent_factor
-
     def base_model_version(self, prediction_type: PredictionType) -> str:
         return ("sd_v2" if self.v2 else "sd_v1") + ("_v" if prediction_type == "v_prediction" else "")
 

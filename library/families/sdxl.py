@@ -133,9 +133,6 @@ class SdxlFamily(StableDiffusionFamily):
 
     # ---- names
 
-    def default_sample_size(self, parts: ModelParts) -> int:
-        return parts.spec.unet.sample_size * self.latent_factor
-
     def base_model_version(self, prediction_type: PredictionType) -> str:
         return "sdxl_base_v1-0"
 

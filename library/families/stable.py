@@ -83,6 +83,9 @@ class StableDiffusionFamily(ModelFamily):
         logger.info("%s: %s, predicts %s", source.name, FAMILY_TITLES[self.name], prediction)
         return parts
 
+    def default_sample_size(self, parts: ModelParts) -> int:
+        return parts.spec.unet.sample_size * self.latent_factor
+
     def outline(self, options: ModelOptions) -> ModelParts:
         source, found = self._find(options)
         spec = found.spec
