@@ -48,7 +48,6 @@ from library.training.preflight import check_bucket_steps
 from library.training.preview import Previewer
 from library.training.report import Reporter
 from library.training.script import Script
-from library.training.step import TextSource as CaptionSource
 from library.training.step import TrainStep
 from library.training.text_caching import CaptionEncoder, cache_captions, text_cache_options, text_settings
 from library.training.text_source import CachedTextSource, TextSource, text_learns
@@ -211,7 +210,7 @@ def make_text_outputs(
     return store
 
 
-def make_text_source(settings: Settings, models: Models, machine: Machine) -> CaptionSource:
+def make_text_source(settings: Settings, models: Models, machine: Machine) -> TextSource | CachedTextSource:
     """Where the step takes the text condition from."""
     if models.text_store is not None:
         return CachedTextSource(models.text_store, device=machine.device, dtype=machine.weight_dtype)
