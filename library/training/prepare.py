@@ -49,8 +49,8 @@ from library.training.preview import Previewer
 from library.training.report import Reporter
 from library.training.script import Script
 from library.training.step import TrainStep
-from library.training.text_caching import CaptionEncoder, cache_captions, text_cache_options, text_settings
-from library.training.text_source import CachedTextSource, TextSource, text_learns
+from library.training.text_caching import CaptionEncoder, cache_captions, text_cache_options
+from library.training.text_source import CachedTextSource, TextSource, text_learns, text_settings
 from library.training.trackers import Trackers
 from library.training.trainable import Trainable
 from library.training.validation import Probe, Validator, fixed_objectives
@@ -120,16 +120,11 @@ def attach(
     set_attention(parts.unet, attention_kind(settings[PrecisionOptions]))
     keep_less_for_backward(parts.unet)
     torch.manual_seed(seed_of(seed, "network init"))
-    trainable = make_trainable(script, settings, family, parts)
+    trainable = script.load_kind()(settings, family, parts)
     torch.nn.Module.to(trainable.module, machine.device, machine.trained_dtype)  # diffusers' own warns of nothing
     learns = text_learns(family, parts, trainable, machine.weight_dtype)
     save_memory(settings[PrecisionOptions], parts, trainable, learns)
     return trainable, learns
-
-
-def make_trainable(script: Script, settings: Settings, family: ModelFamily, parts: ModelParts) -> Trainable:
-    """What learns, attached to the models (which may be without weights, for a plan)."""
-    return script.load_kind()(settings, family, parts)
 
 
 def save_memory(options: PrecisionOptions, parts: ModelParts, trainable: Trainable, text_learns: bool) -> None:

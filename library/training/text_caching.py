@@ -30,6 +30,7 @@ from library.options.settings import Settings
 from library.text.tokens import CHUNK_TOKENS
 from library.training.caching import WorkShare, weights_fingerprint
 from library.training.specs import dataset_specs
+from library.training.text_source import text_settings
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,6 @@ _PROBE = (
 def text_cache_options(settings: Settings) -> TextCacheOptions:
     """The run's; all switched off in scripts without them."""
     return settings[TextCacheOptions] if TextCacheOptions in settings else TextCacheOptions()
-
-
-def text_settings(options: ModelOptions, family: ModelFamily) -> TextSettings:
-    """How the captions of a training become encoder input."""
-    clip_skip = options.clip_skip if family.trains_with_clip_skip else None
-    return TextSettings(options.max_token_length, clip_skip, options.weighted_captions)
 
 
 def layout_of(specs: Sequence[TextEncoderSpec], settings: TextSettings) -> TextLayout:
