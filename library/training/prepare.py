@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from library.checkpoint.hashes import weights_fingerprint
 from library.data.cache import LatentStore
 from library.data.dataset import TrainImages
 from library.data.records import ResolvedDataset
@@ -40,7 +41,6 @@ from library.training.caching import (
     bind_prepared_latents,
     cache_latents,
     fingerprints_served,
-    weights_fingerprint,
 )
 from library.training.latent_source import LatentSource
 from library.training.machine import Machine
