@@ -13,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from library.checkpoint.io import atomic_write_text  # noqa: E402
 from library.options import scripts  # noqa: E402
 from library.options.base import OptionGroup, OptionSpec, specs_of  # noqa: E402
 
@@ -85,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
         fresh = TARGET.is_file() and TARGET.read_text(encoding="utf-8") == text
         print(f"{TARGET.name} is {'up to date' if fresh else 'stale: run python tools/make_option_docs.py'}")
         return 0 if fresh else 1
-    TARGET.write_text(text, encoding="utf-8", newline="\n")
+    atomic_write_text(TARGET, text)
     print(f"wrote {TARGET}")
     return 0
 
