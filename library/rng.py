@@ -23,6 +23,11 @@ def seed_of(seed: int, *names: str | int) -> int:
     return int.from_bytes(digest, "little") >> (64 - _BITS)
 
 
+def fresh_seed() -> int:
+    """A seed below 2**32 from the system's source of randomness, where the user gave none."""
+    return random.SystemRandom().randrange(2**32)
+
+
 def stream(seed: int, *names: str | int) -> random.Random:
     """A private Python generator for one purpose."""
     return random.Random(seed_of(seed, *names))

@@ -314,11 +314,6 @@ class Adapter(nn.Module, ABC):
         self._outer_forward = None
 
     @property
-    def is_attached(self) -> bool:
-        """True between `attach` and `detach`."""
-        return self._outer_forward is not None
-
-    @property
     def is_innermost(self) -> bool:
         """True if nothing else stood between this adapter and the layer's own forward when it was attached."""
         return self._restored_forward is None
@@ -335,8 +330,8 @@ class Adapter(nn.Module, ABC):
     def backup(self) -> None:
         """Keep a copy of the layer's weight and bias as they are now, unless there is one."""
         if self._original is None:
-            bias = _bias_of(self.layer)
-            self._original = _weight_of(self.layer).detach().clone(), None if bias is None else bias.detach().clone()
+            bias = bias_of(self.layer)
+            self._original = weight_of(self.layer).detach().clone(), None if bias is None else bias.detach().clone()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -344,29 +339,29 @@ class Adapter(nn.Module, ABC):
         if self._original is None:
             return
         weight, bias = self._original
-        _weight_of(self.layer).copy_(weight)
+        weight_of(self.layer).copy_(weight)
         if bias is not None:
-            _require(_bias_of(self.layer)).copy_(bias)
+            _require(bias_of(self.layer)).copy_(bias)
 
     @torch.no_grad()
     def add_to_layer(self, device: torch.device | str | None = None) -> None:
         """Add the difference to the layer's weight and bias: computed in float32 (on ``device``), rounded once."""
-        weight, bias, of_bias = _weight_of(self.layer), _bias_of(self.layer), self.delta_bias()
+        weight, bias, of_bias = weight_of(self.layer), bias_of(self.layer), self.delta_bias()
         _add_rounded_once(weight, self.delta_weight(), self._multiplier, device)
         if bias is not None and of_bias is not None:
             _add_rounded_once(bias, of_bias, self._multiplier, device)
 
     def merge(self) -> None:
-        """Fold the adapter into the layer's weight and switch its forward part off; `unmerge` undoes it exactly."""
-        self.restore()
-        self.backup()
+        """Fold the adapter into the layer's weight and switch its forward part off.
+
+        `backup` of all adapters of the layer comes first: `unmerge` puts back what was there then.
+        """
         self.add_to_layer()
         self.enabled = False
 
     def unmerge(self) -> None:
-        """Undo `merge`. Adapters merged into one layer come out in reverse order."""
+        """Undo `merge`, bit for bit. Adapters merged into one layer come out in reverse order."""
         self.restore()
-        self._original = None
         self.enabled = True
 
 
@@ -397,11 +392,13 @@ def _add_rounded_once(target: Tensor, delta: Tensor, factor: float, device: torc
     target.copy_(target.to(place, delta.dtype).add_(delta, alpha=factor))
 
 
-def _weight_of(layer: nn.Module) -> Tensor:
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a layer. Raises TypeError if it has none."""
     return _require(layer.weight)
 
 
-def _bias_of(layer: nn.Module) -> Tensor | None:
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """The bias of a layer, if it has one."""
     bias = cast(object, layer.bias)
     return None if bias is None else _require(bias)
 

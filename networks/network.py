@@ -116,12 +116,12 @@ class AdapterNetwork(nn.Module):
     @property
     def network_dim(self) -> str:
         """Rank of the layers without a spatial kernel, for metadata; ``Dynamic`` if they differ."""
-        return _common({entry.adapter.rank for entry in self._plain()})
+        return common(entry.adapter.rank for entry in self._plain())
 
     @property
     def network_alpha(self) -> str:
         """Alpha of the same layers, for metadata; ``Dynamic`` if they differ."""
-        return _common({float(entry.adapter.alpha) for entry in self._plain()})
+        return common(float(entry.adapter.alpha) for entry in self._plain())
 
     def _plain(self) -> list[Placed]:
         chosen = self._applied or self._placed
@@ -171,8 +171,7 @@ class AdapterNetwork(nn.Module):
 
         Raises UserError if the file lacks all of them, has layers that this network lacks, or other ranks.
         """
-        table = read_weights(file)
-        table = table.named_for(entry.target for entry in self._placed)
+        table = self._named(read_weights(file))
         self._require_prefixes(table)
         report = self._load(table)
         if report.fresh:
@@ -228,8 +227,10 @@ class AdapterNetwork(nn.Module):
                     "something else by the same tensors; --dim_from_weights takes the kind from the file"
                 )
 
+    def _named(self, table: WeightTable) -> WeightTable:
+        return table.named_for(entry.target for entry in self._placed)
+
     def _load(self, table: WeightTable) -> LoadReport:
-        table = table.named_for(entry.target for entry in self._placed)
         self.require_known(table)
         chosen = self._applied or self._placed
         found = [entry for entry in chosen if entry.target.name in table.modules]
@@ -409,7 +410,7 @@ class AdapterNetwork(nn.Module):
         Layers keep their own type, whatever ``dtype`` says: a parameter cannot change it in place.
         """
         if weights_sd is not None:
-            self._load(to_weight_table(weights_sd, "the given weights"))
+            self._load(self._named(to_weight_table(weights_sd, "the given weights")))
         for adapter in self.adapters:
             adapter.add_to_layer(device)
         logger.info("merged %d layers", len(self.adapters))
@@ -422,8 +423,7 @@ class AdapterNetwork(nn.Module):
     def restore_weights(self) -> None:
         """Put the copies of `backup_weights` back and let the adapters act in the forward pass again."""
         for adapter in self.adapters:
-            adapter.restore()
-            adapter.enabled = True
+            adapter.unmerge()
 
     def pre_calculation(self) -> None:
         """Fold the adapters at their present multiplier into the layers and switch their forward part off.
@@ -431,9 +431,10 @@ class AdapterNetwork(nn.Module):
         Call `backup_weights` of all networks first, and `restore_weights` of all before the next time.
         """
         for adapter in self.adapters:
-            adapter.add_to_layer()
-            adapter.enabled = False
+            adapter.merge()
 
 
-def _common(values: set[Any]) -> str:
-    return str(next(iter(values))) if len(values) == 1 else "Dynamic"
+def common(values: Iterable[float]) -> str:
+    """The rank or alpha that all layers have, as metadata say it; ``Dynamic`` if they differ."""
+    found = set(values)
+    return str(found.pop()) if len(found) == 1 else "Dynamic"

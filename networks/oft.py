@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from library.log import UserError
-from networks.adapter import NO_DROPOUT, Adapter, AdapterSize, Dropouts
+from networks.adapter import NO_DROPOUT, Adapter, AdapterSize, Dropouts, bias_of, weight_of
 from networks.factory import NetworkFactory
 from networks.network_args import NetworkArgs
 from networks.targets import Target, TextEncoders, unet_targets
@@ -92,7 +92,7 @@ class OftAdapter(Adapter):
             raise ValueError(f"{name}: {width} outputs cannot be divided into {size.rank} blocks")
         side = width // size.rank
         # blocks are large: on a model without weights, for a plan, they take no memory either
-        place = torch.device("meta") if _tensor(layer.weight).is_meta else None
+        place = torch.device("meta") if weight_of(layer).is_meta else None
         self.oft_blocks = nn.Parameter(torch.zeros(size.rank, side, side, device=place))
 
     @classmethod
@@ -132,13 +132,13 @@ class OftAdapter(Adapter):
         return self._kept[1]
 
     def delta_weight(self) -> Tensor:
-        weight = _tensor(self.layer.weight).float()
+        weight = weight_of(self.layer).float()
         change_GSS = self.rotation()
         rows_GSI = weight.reshape(self.rank, change_GSS.shape[-1], -1)
         return torch.bmm(change_GSS.mT, rows_GSI).view(weight.shape)
 
     def delta_bias(self) -> Tensor | None:
-        bias = _bias(self.layer)
+        bias = bias_of(self.layer)
         return None if bias is None else self.turned(bias.float()[None], is_conv=False)[0]
 
     def combine(self, y: Tensor, x: Tensor) -> Tensor:
@@ -176,25 +176,18 @@ class OftLycorisAdapter(OftAdapter):
         rescaled: bool = False,
     ) -> None:
         super().__init__(name, layer, size, multiplier, dropouts)
-        shape = (_width(layer), *(1,) * (_tensor(layer.weight).dim() - 1))
+        shape = (_width(layer), *(1,) * (weight_of(layer).dim() - 1))
         self.register_parameter("rescale", nn.Parameter(torch.ones(shape)) if rescaled else None)
 
     @classmethod
-    def for_tensors(
-        cls,
-        name: str,
-        layer: nn.Module,
-        tensors: Mapping[str, Tensor],
-        multiplier: float = 1.0,
-        dropouts: Dropouts = NO_DROPOUT,
-    ) -> Adapter:
-        return cls(name, layer, cls.size_of(tensors), multiplier, dropouts, rescaled="rescale" in tensors)
+    def structure_of(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {"rescaled": "rescale" in tensors}
 
     def delta_weight(self) -> Tensor:
         delta = super().delta_weight()
         if self.rescale is None:
             return delta
-        weight, rescale = _tensor(self.layer.weight).float(), self.rescale.float()
+        weight, rescale = weight_of(self.layer).float(), self.rescale.float()
         return rescale * delta + (rescale - 1) * weight
 
     def delta_bias(self) -> Tensor | None:
@@ -202,7 +195,7 @@ class OftLycorisAdapter(OftAdapter):
 
     def combine(self, y: Tensor, x: Tensor) -> Tensor:
         spread = (-1, 1, 1) if self._is_conv else (-1,)
-        bias = _bias(self.layer)
+        bias = bias_of(self.layer)
         plain = y if bias is None else y - bias.to(y.dtype).view(spread)
         delta = self.turned(plain, self._is_conv)
         if self.rescale is not None:
@@ -212,17 +205,7 @@ class OftLycorisAdapter(OftAdapter):
 
 
 def _width(layer: nn.Module) -> int:
-    return _tensor(layer.weight).shape[0]
-
-
-def _bias(layer: nn.Module) -> Tensor | None:
-    bias = cast(object, layer.bias)
-    return None if bias is None else _tensor(bias)
-
-
-def _tensor(value: object) -> Tensor:
-    assert isinstance(value, Tensor)
-    return value
+    return weight_of(layer).shape[0]
 
 
 class _OftFactory(NetworkFactory):

@@ -19,9 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _work(settings: Settings) -> int:
-    from library.training.caching import cache_ahead
+    from library.training.ahead import cache_latents_ahead
 
-    cache_ahead(settings)
+    cache_latents_ahead(settings)
     return 0
 
 

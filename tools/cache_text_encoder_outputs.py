@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _work(settings: Settings) -> int:
-    from library.training.text_caching import cache_text_ahead
+    from library.training.ahead import cache_text_ahead
 
     cache_text_ahead(settings)
     return 0

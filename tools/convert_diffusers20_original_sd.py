@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from library.models.spec import ArchitectureSpec, PredictionType
 
 logger = logging.getLogger(__name__)
-PARTS = ("text_encoder", "unet", "vae")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,13 +36,16 @@ def convert(settings: Settings) -> int:
     """Write the model of the options in its other form; returns the exit status. Raises UserError."""
     from library.device import save_dtype
     from library.families.files import is_file_name, write_model
+    from library.families.sdxl import SdxlFamily
     from library.families.stable import find_source
+    from library.hub import MODEL_PARTS
     from library.models.load import check_written
     from library.models.stream import open_model
 
     options = settings[ConvertModelOptions]
     dtype, metadata = save_dtype(_precision(options)), _metadata(options.metadata)
-    source, target = find_source(options.model_to_load or "", "model_to_load", PARTS), Path(options.model_to_save or "")
+    parts = SdxlFamily.parts_on_hub if options.sdxl else MODEL_PARTS
+    source, target = find_source(options.model_to_load or "", "model_to_load", parts), Path(options.model_to_save or "")
     if target.resolve() == source.path:
         raise UserError(f"model_to_save {target} is the model to load; choose another name")
     if options.reference_model and not Path(options.reference_model).is_dir():

@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from library.checkpoint.io import atomic_write_text  # noqa: E402
 from library.options import scripts  # noqa: E402
 from library.options.base import OptionGroup, OptionSpec, specs_of  # noqa: E402
 from library.options.toml_file import parse_toml  # noqa: E402
@@ -120,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
     pages = {PAGE: option_docs(Words({})), JAPANESE_PAGE: option_docs(japanese)}
     if "--check" not in argv:
         for path, text in pages.items():
-            path.write_text(text, encoding="utf-8", newline="\n")
+            atomic_write_text(path, text)
             print(f"wrote {path.relative_to(ROOT)}")
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     problems = [f"{path.relative_to(ROOT)} is stale: run python tools/make_option_docs.py" for path in stale]

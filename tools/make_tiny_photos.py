@@ -7,10 +7,15 @@ package: ``pip download --no-deps scikit-image``, unpack the wheel, and give its
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from library.checkpoint.io import atomic_path, atomic_write_text
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the source
 
@@ -57,12 +62,12 @@ def write_crops(source_dir: Path, target_dir: Path, longest_side: int = 320, qua
     """Write every picture (JPEG, at most ``longest_side`` pixels) and its caption below ``target_dir``."""
     for crop in CROPS:
         folder = target_dir / crop.folder
-        folder.mkdir(parents=True, exist_ok=True)
         with Image.open(source_dir / crop.source) as source:
             picture = source.convert("RGB").crop(crop.box)
         picture.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
-        picture.save(folder / f"{crop.name}.jpg", quality=quality, optimize=True)
-        (folder / f"{crop.name}.txt").write_text(crop.caption + "\n", encoding="utf-8")
+        with atomic_path(folder / f"{crop.name}.jpg") as part:
+            picture.save(part, quality=quality, optimize=True)
+        atomic_write_text(folder / f"{crop.name}.txt", crop.caption + "\n")
 
 
 def main() -> None:

@@ -202,12 +202,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="seed of everything that is drawn")
     options = TinyVaeOptions(**vars(parser.parse_args()))
     setup_logging()
-    options.work_dir.mkdir(parents=True, exist_ok=True)
     photos = [Image.open(path).convert("RGB") for path in sorted(options.photos.rglob("*.jpg"))]
     vae = train_vae(options, photos)
     rng = stream(options.seed, "normalise")
     normalise_latents(vae, to_tensor([draw(random_scene(rng), rng, PIXELS) for _ in range(400)]))
-    options.target.parent.mkdir(parents=True, exist_ok=True)
     save_single_file(options.target, TINY, {**fresh_parts(options.seed), "vae": vae}, torch.float32)
     print(f"{options.target}: {options.target.stat().st_size / 1e6:.1f} MB")
 

@@ -1,4 +1,6 @@
-"""Hashes that other programs know models by, and the ones that network files carry in their metadata."""
+"""Hashes: those that other programs know models by, those in the metadata of network files, and those by which caches
+know the weights that they were made with.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ from library.checkpoint.io import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor, dtype
+    from torch import Tensor, dtype, nn
 
 # The "legacy" hash looks only at 64 KiB that start at 1 MiB.
 LEGACY_START = 0x100000
@@ -80,14 +82,23 @@ def network_hashes(
     return {**metadata, MODEL_HASH_KEY: full.hexdigest(), LEGACY_HASH_KEY: legacy}
 
 
-def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
-    """A short hash of a module's weights (names, types, shapes, bytes): tells whether caches made with it still fit."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        tensor = state[key]
-        digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
+def weights_fingerprint(module: nn.Module) -> str:
+    """Hash of a module's weights as they are in memory (names, shapes, types and bytes): 16 hexadecimal digits."""
+    return _state_fingerprint(module.state_dict())
+
+
+def fingerprints_in(module: nn.Module, types: Iterable[dtype]) -> dict[dtype, str]:
+    """The `weights_fingerprint` that a module would have in other number types."""
+    state = module.state_dict()
+    return {kind: _state_fingerprint({name: tensor.to(kind) for name, tensor in state.items()}) for kind in types}
+
+
+def _state_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor_bytes(tensor, None))
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 
 def cache_folder() -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import secrets
@@ -429,22 +428,14 @@ def save_safetensors(
     tensors: Mapping[str, Tensor | LazyTensor],
     metadata: Mapping[str, str] | None = None,
     dtype: dtype | None = None,
-    *,
-    hash_data: bool = False,
-) -> str | None:
+) -> None:
     """Write a safetensors file tensor by tensor; the same content gives the same bytes.
 
     ``dtype`` is what floating point tensors are cast to (None: as they are). One converted tensor at a time is in
-    memory. Returns the SHA-256 of the data section if ``hash_data``. Raises WriteError; the final name is never half
-    written.
+    memory. Raises WriteError; the final name is never half written.
     """
     header, order = safetensors_header(tensors, metadata, dtype)
-    digest = hashlib.sha256() if hash_data else None
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(header)
         for key in order:
-            data = tensor_bytes(tensors[key], dtype)
-            file.write(data)
-            if digest:
-                digest.update(data)
-    return digest.hexdigest() if digest else None
+            file.write(tensor_bytes(tensors[key], dtype))

@@ -66,11 +66,6 @@ class ModelParts:
     vae_source: ModelSource | None = None
     zero_terminal_snr: bool = False
 
-    @property
-    def source_name(self) -> str:
-        """Name of the base model for metadata."""
-        return self.source.name
-
     def by_name(self) -> dict[str, nn.Module]:
         """All parts under the names of their Diffusers folders: text_encoder, text_encoder_2, unet, vae."""
         texts = dict(zip(self.spec.text_parts, self.text_encoders, strict=True))
@@ -164,6 +159,11 @@ class AdapterViews(NamedTuple):
 
     text_encoders: list[nn.Module]
     unet: nn.Module
+
+    @property
+    def text_encoder(self) -> nn.Module | list[nn.Module]:
+        """What plug-ins take under this name: the only one itself, or the list of both."""
+        return self.text_encoders[0] if len(self.text_encoders) == 1 else self.text_encoders
 
 
 class LatentPosterior(Protocol):

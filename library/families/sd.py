@@ -9,9 +9,8 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from library.families.base import (
@@ -24,6 +23,7 @@ from library.families.base import (
     TextSettings,
     TokenBatch,
 )
+from library.families.plugin_views import name_for_plugins, text_encoder_view
 from library.families.stable import StableDiffusionFamily
 from library.log import UserError
 from library.models.load import Recognised
@@ -115,9 +115,6 @@ class SdFamily(StableDiffusionFamily):
 
     # ---- names
 
-    def default_sample_size(self, parts: ModelParts) -> int:
-        return parts.spec.unet.sample_size * self.latent_factor
-
     def base_model_version(self, prediction_type: PredictionType) -> str:
         return ("sd_v2" if self.v2 else "sd_v1") + ("_v" if prediction_type == "v_prediction" else "")
 
@@ -128,56 +125,3 @@ class SdFamily(StableDiffusionFamily):
 
     def modelspec_resolution(self, prediction_type: PredictionType) -> int:
         return 768 if self.v2 and prediction_type == "v_prediction" else 512
-
-
-class TextEncoderView(nn.Module):
-    """A text encoder under the attribute ``text_model``: network plug-ins derive their names from that path.
-
-    Shares its modules with the encoder; has what plug-ins ask of a model: ``device``, ``dtype``, ``config``, a forward.
-    """
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.text_model = encoder
-        self.config = cast(Any, encoder).config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the encoder is."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of its weights."""
-        return next(self.parameters()).dtype
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return cast(Any, self.text_model).get_input_embeddings()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The encoder's own."""
-        return self.text_model(*args, **kwargs)
-
-
-def text_encoder_view(encoder: nn.Module) -> nn.Module:
-    """The encoder with a ``text_model`` level in its paths, whether the library's class has one or not."""
-    has_level = any(name == "text_model" for name, _ in encoder.named_children())
-    return encoder if has_level else TextEncoderView(encoder)
-
-
-_PLUGIN_CLASS_NAMES = {"Attention": "CrossAttention", "TimestepEmbedding": "TimeEmbedding"}
-
-
-def name_for_plugins(unet: nn.Module) -> None:
-    """Give blocks of the U-Net the class names that plug-ins of the common protocol look for; nothing else changes.
-
-    LyCORIS finds attention as ``CrossAttention``. It lists the time embedding's two layers by name and, since version
-    4, by the class ``TimestepEmbedding`` of another architecture: a U-Net with both would get those layers twice.
-    """
-    renamed: dict[type[nn.Module], type[nn.Module]] = {}
-    for module in unet.modules():
-        original = type(module)
-        name = _PLUGIN_CLASS_NAMES.get(original.__name__)
-        if name is not None:
-            module.__class__ = renamed.setdefault(original, type(name, (original,), {}))

@@ -26,10 +26,11 @@ from library.families.base import (
     TextSettings,
     TokenBatch,
 )
-from library.families.sd import text_encoder_view
+from library.families.plugin_views import text_encoder_view
 from library.families.sdxl_view import sdxl_view
 from library.families.stable import StableDiffusionFamily
 from library.models.spec import SDXL_LATENT_SCALE, ArchitectureSpec, PredictionType
+from library.options.checks import SDXL_BUCKET_STEP
 from library.text.encode import apply_weights, encode_tokens, join_rows, pooled_at_first_eos
 from library.text.tokenizer import EOS_ID, SD1_TOKENIZER, clip_tokenizer
 from library.text.tokens import TokenRows, tokenize
@@ -47,7 +48,7 @@ class SdxlFamily(StableDiffusionFamily):
     name = "sdxl"
     latent_scale = SDXL_LATENT_SCALE
     latent_space = "sdxl"
-    bucket_step = 32
+    bucket_step = SDXL_BUCKET_STEP
     picture_step = 32
     trains_with_clip_skip = False
     modelspec_implementation_network = CHECKPOINT_IMPLEMENTATION
@@ -132,9 +133,6 @@ class SdxlFamily(StableDiffusionFamily):
         return MARKERS if zero_terminal_snr else MARKERS[:1]
 
     # ---- names
-
-    def default_sample_size(self, parts: ModelParts) -> int:
-        return parts.spec.unet.sample_size * self.latent_factor
 
     def base_model_version(self, prediction_type: PredictionType) -> str:
         return "sdxl_base_v1-0"

@@ -8,13 +8,12 @@ containers that are nested and named as in a file, so every plug-in reads and wr
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from library.checkpoint.unet_paths import layer_paths, structure_of
-from library.families.sd import name_for_plugins
+from library.families.plugin_views import PluginView, name_for_plugins
 from library.log import UserError
 
 if TYPE_CHECKING:
@@ -46,34 +45,15 @@ _CONTAINERS: dict[str, type[Container]] = {
 }
 
 
-class UNetView(Container):
-    """The U-Net's layers under the paths of a Stability file; calling it calls the U-Net."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self._unet = (unet,)  # the tuple hides it from nn.Module
-        self.config = cast(Any, unet).config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the U-Net is."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of its weights."""
-        return next(self.parameters()).dtype
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The U-Net's own."""
-        return self._unet[0](*args, **kwargs)
+class UNetView(PluginView):
+    """The U-Net's layers under the paths of a Stability file."""
 
 
 def sdxl_view(unet: UNet2DConditionModel) -> UNetView:
     """A view of the U-Net that shares all its layers; its state dict has the keys of a Stability file.
 
-    Blocks of the U-Net get the class names that plug-ins look for (`library.families.sd.name_for_plugins`). Raises
-    UserError if a layer of its structure is missing.
+    Blocks of the U-Net get the class names that plug-ins look for (`name_for_plugins`). Raises UserError if a layer of
+    its structure is missing.
     """
     name_for_plugins(unet)
     spec = structure_of(unet)

@@ -83,6 +83,9 @@ class StableDiffusionFamily(ModelFamily):
         logger.info("%s: %s, predicts %s", source.name, FAMILY_TITLES[self.name], prediction)
         return parts
 
+    def default_sample_size(self, parts: ModelParts) -> int:
+        return parts.spec.unet.sample_size * self.latent_factor
+
     def outline(self, options: ModelOptions) -> ModelParts:
         source, found = self._find(options)
         spec = found.spec
@@ -172,12 +175,17 @@ def _check_latents(parts: ModelParts) -> None:
         raise UserError(f"--vae {name}: it makes latents of {wanted} channels, the model needs {channels}")
 
 
+def may_be_hub_id(given: str) -> bool:
+    """True if what is no file or folder here may still be ``name`` or ``owner/name`` on the hub."""
+    is_path = given.count("/") > 1 or "\\" in given or given[0] in "./~"
+    return not is_path and not given.lower().endswith(_FILE_SUFFIXES)
+
+
 def find_source(given: str, option: str, parts: Sequence[str]) -> ModelSource:
     """A local file or folder (links followed), or a hub id that is fetched once. Raises UserError for a wrong path."""
     path = Path(given).expanduser()
     if path.exists():
         return ModelSource(given, path.resolve())
-    is_hub_id = given.count("/") <= 1 and "\\" not in given and given[0] not in "./~"
-    if not is_hub_id or given.lower().endswith(_FILE_SUFFIXES):
+    if not may_be_hub_id(given):
         raise UserError(f"{option}: there is no file or folder {given}")
     return ModelSource(given, hub.download_model(given, option, parts))

@@ -8,19 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from library.families.base import TextCondition
+from library.generation.critics import CLIP_COLORS, load_clip, normalized
 from library.generation.pictures import fit, read_picture, to_tensor
 from library.log import UserError
-
-# A. Radford et al., arXiv:2103.00020: mean and deviation of the colours that CLIP was trained on, in 0..1.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass
@@ -36,27 +32,15 @@ class ClipVision:
     def _network(self) -> Any:
         from transformers import CLIPVisionModelWithProjection
 
-        local = Path(self.model).expanduser()
-        network: Any
-        try:
-            network = CLIPVisionModelWithProjection.from_pretrained(str(local) if local.is_dir() else self.model)
-        except Exception as error:  # the library and the hub's client raise many kinds
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"--clip_vision_model {self.model}: cannot be loaded ({reason}); "
-                "give the folder of a CLIP image model or its hub id"
-            ) from error
-        network.to(self.device).eval().requires_grad_(False)
-        return network
+        return load_clip(CLIPVisionModelWithProjection, self.model, "clip_vision_model", self.device)
 
     def vector(self, path: str) -> Tensor:
         """The vector (P) of a picture's middle."""
         if path not in self._vectors:
             side = self._network.config.image_size
             pixels_BCHW = to_tensor([fit(read_picture(path), (side, side))]) / 2 + 0.5
-            mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
             with torch.no_grad():
-                found = self._network(((pixels_BCHW - mean_C11) / std_C11).to(self.device)).image_embeds[0]
+                found = self._network(normalized(pixels_BCHW, CLIP_COLORS).to(self.device)).image_embeds[0]
             self._vectors[path] = found
         return self._vectors[path]
 

@@ -28,23 +28,27 @@ _VGG16_POOLS = (4, 9, 16, 23, 30)
 _FEATURE_KEY = re.compile(r"^features\.(?P<layer>\d+)\.(?:weight|bias)$")
 
 
+def load_clip(kind: Any, model: str, option: str, device: torch.device) -> Any:
+    """A CLIP model of a class of transformers, from a folder or by its hub id, frozen, in float32. Raises UserError."""
+    local = Path(model).expanduser()
+    try:
+        loaded = kind.from_pretrained(str(local) if local.is_dir() else model, dtype=torch.float32)
+    except Exception as error:  # the library and the hub's client raise many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--{option} {model}: cannot be loaded ({reason}); give the folder of a CLIP model with an image part, or "
+            "its hub id"
+        ) from error
+    return loaded.to(device).eval().requires_grad_(False)
+
+
 class ClipCritic:
     """A CLIP model that gives texts and pictures a place in a common space. ``model``: folder or hub id."""
 
     def __init__(self, model: str, device: torch.device) -> None:
         from transformers import CLIPModel
 
-        local = Path(model).expanduser()
-        loader: Any = CLIPModel
-        try:
-            loaded = loader.from_pretrained(str(local) if local.is_dir() else model, dtype=torch.float32)
-        except Exception as error:  # the library and the hub's client raise many kinds
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"--clip_guidance_model {model}: cannot be loaded ({reason}); "
-                "give the folder of a CLIP model or its hub id"
-            ) from error
-        self._model = loaded.to(device).eval().requires_grad_(False)
+        self._model = loaded = load_clip(CLIPModel, model, "clip_guidance_model", device)
         self._device = device
         self._tokenizer = clip_tokenizer()
         self._side: int = loaded.config.vision_config.image_size
@@ -64,7 +68,7 @@ class ClipCritic:
         """Unit vectors (B, D) of pictures, with gradients. ``mode``: how they are brought to the model's size."""
         smooth = {"antialias": True} if mode == "bilinear" else {}
         sized = F.interpolate(pictures_B3HW.float(), (self._side, self._side), mode=mode, **smooth)
-        pooled_BD = self._model.vision_model(pixel_values=_normalized(sized, CLIP_COLORS)).pooler_output
+        pooled_BD = self._model.vision_model(pixel_values=normalized(sized, CLIP_COLORS)).pooler_output
         return F.normalize(self._model.visual_projection(pooled_BD), dim=-1)
 
 
@@ -109,9 +113,10 @@ class VggCritic(nn.Module):
         """Features (B, C, h, w) of pictures at a quarter of their size, with gradients."""
         height, width = (max(1, side // VGG_SHRINK) for side in pictures_B3HW.shape[-2:])
         small = F.interpolate(pictures_B3HW.float(), (height, width), mode="bilinear", antialias=True)
-        return cast(Tensor, self.features(_normalized(small, IMAGENET_COLORS)))
+        return cast(Tensor, self.features(normalized(small, IMAGENET_COLORS)))
 
 
-def _normalized(pictures_B3HW: Tensor, colors: tuple[Sequence[float], Sequence[float]]) -> Tensor:
+def normalized(pictures_B3HW: Tensor, colors: tuple[Sequence[float], Sequence[float]]) -> Tensor:
+    """Pictures in 0..1 with these colours' mean and deviation taken out, as a network was trained to see them."""
     mean_311, std_311 = (torch.tensor(values, device=pictures_B3HW.device)[:, None, None] for values in colors)
     return (pictures_B3HW - mean_311) / std_311

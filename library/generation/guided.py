@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import TYPE_CHECKING
 
 from library.families.base import ModelFamily, ModelParts
@@ -11,6 +10,7 @@ from library.generation.engine import Engine, EngineSettings
 from library.generation.jobs import Job, Shared
 from library.generation.pipeline import LONGEST_PROMPT_TOKENS, GenerationSettings, picture_size, to_picture
 from library.generation.prompts import PromptSpec
+from library.rng import fresh_seed
 from library.text.tokens import CHUNK_TOKENS
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def generate_guided(
         scale=prompt.scale,
         rows=engine.rows_of(prompt.prompt, prompt.negative_prompt),
     )
-    seed = random.SystemRandom().randrange(2**32) if prompt.seed is None else prompt.seed
+    seed = fresh_seed() if prompt.seed is None else prompt.seed
     guides = () if prompt.controlnet_image is None else (prompt.controlnet_image,)
     job = Job(0, prompt.prompt, prompt.prompt, prompt.negative_prompt, seed, shared, guides=guides)
     with settings.precision():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from library.data.images import UnreadableImage, read_image
 from library.generation.jobs import Job
+from library.generation.pictures import resized
 from library.generation.preprocess import Preprocessor, unchanged
 from library.log import UserError
 
@@ -30,8 +31,6 @@ def _guide_picture(job: Job, path: str, prepare: Preprocessor) -> Tensor:
         picture = Image.fromarray(read_image(path))
     except UnreadableImage as error:
         raise UserError(f"--guide_image_path {error}") from error
-    size = (job.shared.width, job.shared.height)
-    if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    picture = resized(picture, (job.shared.width, job.shared.height))
     pixels_HW3 = prepare(np.asarray(picture))
     return torch.from_numpy(np.array(pixels_HW3)).permute(2, 0, 1).float() / 255

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from library.generation.samplers import SAMPLER_NAMES
+from library.generation.samplers import MAX_STEPS, SAMPLER_NAMES
 from library.log import UserError
 
-MAX_STEPS = 1000
 SWITCHED_OFF = "none"
 _CUT = " --"
 _PIECE = re.compile(r"(?P<letters>[A-Za-z]+\d?) (?P<value>\S.*)", re.DOTALL)

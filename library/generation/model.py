@@ -15,6 +15,7 @@ from library.device import choose_device, xformers_problem
 from library.diffusion.schedule import NoiseSchedule, make_schedule
 from library.families import family_named
 from library.families.base import ModelFamily, ModelParts
+from library.families.stable import may_be_hub_id
 from library.log import UserError
 from library.models.load import Recognised, recognise
 from library.models.memory import set_attention
@@ -22,7 +23,6 @@ from library.models.spec import FamilyName
 from library.options import ModelOptions
 from library.options.generation import DrawOptions, GenModelOptions
 
-_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _FAMILIES_BY_OPTION: dict[str, FamilyName] = {"sdxl": "sdxl", "v1": "sd1", "v2": "sd2"}
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def _kind(options: GenModelOptions, given: str, found: Recognised | None) -> Fam
     if len(asked) > 1:
         raise UserError(f"--{' and --'.join(asked)} exclude each other: say one kind of model")
     if found is None:
-        if given.lower().endswith(_FILE_SUFFIXES) or "\\" in given or given.count("/") > 1:
+        if not may_be_hub_id(given):
             raise UserError(f"--ckpt {given}: there is no such file or folder")
         if not asked:
             raise UserError(f"--ckpt {given}: say with --v1, --v2 or --sdxl what kind of model it is")

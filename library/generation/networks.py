@@ -76,7 +76,7 @@ def attach_networks(engine: Engine, settings: Settings) -> tuple[LiveNetwork, ..
         network, weights = _create(engine, views, request)
         if index < to_merge and _can_be_merged(network, request):
             device = engine.settings.device
-            network.merge_to(_text_side(views), views.unet, weights, engine.settings.dtype, device)
+            network.merge_to(views.text_encoder, views.unet, weights, engine.settings.dtype, device)
             logger.info("%s is merged into the model at %g", request.file, request.multiplier)
             continue
         _put_beside(engine, views, network, weights, request, None if regions is None else (regions, len(live)))
@@ -135,11 +135,6 @@ def _show_metadata(file: str) -> None:
 # ---- putting it in
 
 
-def _text_side(views: AdapterViews) -> Any:
-    """What modules take as text encoder: the only one itself, or the list of both."""
-    return views.text_encoders[0] if len(views.text_encoders) == 1 else views.text_encoders
-
-
 def _create(engine: Engine, views: AdapterViews, request: NetworkRequest) -> tuple[Any, dict[str, Tensor]]:
     """The network and its tensors; what a module raises about the file or the arguments becomes one line."""
     module = load_network_module(request.module)
@@ -151,7 +146,7 @@ def _create(engine: Engine, views: AdapterViews, request: NetworkRequest) -> tup
             request.multiplier,
             request.file,
             engine.parts.vae,
-            _text_side(views),
+            views.text_encoder,
             views.unet,
             for_inference=True,
             **request.arguments,
@@ -188,11 +183,11 @@ def _put_beside(
 ) -> None:
     """Let the network act in the layers' forward passes, in their type and on their device."""
     if region is None:
-        network.apply_to(_text_side(views), views.unet, True, True)
+        network.apply_to(views.text_encoder, views.unet, True, True)
     else:
         regions, index = region
         with regions.watch(index, request.file):
-            network.apply_to(_text_side(views), views.unet, True, True)
+            network.apply_to(views.text_encoder, views.unet, True, True)
     result = network.load_state_dict(dict(weights), strict=False)
     _require_match(weights, result.unexpected_keys, request.file)
     for parameter in network.parameters():

@@ -6,7 +6,6 @@ Shapes: B = 2 with guidance (negative first, then the prompt), else 1; C latent 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from library.families.base import Geometry, ModelFamily, ModelParts, TextConditi
 from library.generation.denoise import Denoising, Guidance, GuidedUNet, starting_noise
 from library.generation.prompts import PromptSpec
 from library.generation.samplers import make_sampler
+from library.rng import fresh_seed
 from library.text.tokens import TextSettings
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def generate(family: ModelFamily, parts: ModelParts, prompt: PromptSpec, setting
 def draw(family: ModelFamily, parts: ModelParts, prompt: PromptSpec, settings: GenerationSettings) -> Tensor:
     """The picture as (1, 3, pixels, pixels) in -1..1, not clipped, float32, on the CPU."""
     width, height = picture_size(family, parts, prompt)
-    seed = random.SystemRandom().randrange(2**32) if prompt.seed is None else prompt.seed
+    seed = fresh_seed() if prompt.seed is None else prompt.seed
     generator = torch.Generator("cpu").manual_seed(seed)
     with settings.precision():
         condition = encode_prompt(family, parts, prompt, settings)

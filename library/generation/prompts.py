@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.generation.samplers import SAMPLER_NAMES
+from library.generation.samplers import MAX_STEPS, SAMPLER_NAMES
 from library.log import UserError
 from library.options.toml_file import parse_toml
 
-MAX_STEPS = 1000
 _OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 
 
@@ -113,15 +112,6 @@ def load_prompts(path: str | Path) -> tuple[PromptSpec, ...]:
     if problems:
         raise UserError("\n".join(problems))
     return tuple(prompts)
-
-
-def parse_prompt_line(line: str, where: str = "prompt") -> PromptSpec:
-    """One line with in-line options. Raises UserError, ``where`` in front, with every problem of the line."""
-    problems: list[str] = []
-    prompt = _parse_line(line, where, problems)
-    if problems:
-        raise UserError("\n".join(problems))
-    return prompt
 
 
 def _parse_line(line: str, where: str, problems: list[str]) -> PromptSpec:

@@ -16,6 +16,8 @@ from torch import Tensor
 from library.diffusion.schedule import NoiseSchedule
 from library.log import UserError
 
+MAX_STEPS = 1000
+"""Steps that a prompt may ask for: as many as the noise schedule has."""
 SMALLEST_ALPHA_CUMPROD = 2.0**-24
 """Stands for 0 at the last step of a zero-terminal-SNR schedule, where sigma would be infinite."""
 

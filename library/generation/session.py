@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -55,7 +54,7 @@ from library.options.generation import (
     PromptOptions,
 )
 from library.options.settings import DEFAULT, Settings
-from library.rng import stream
+from library.rng import fresh_seed, stream
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +115,7 @@ def make_source(options: PromptOptions, files: InputFiles) -> tuple[LineSource, 
     seed = options.seed
     shuffle = None
     if options.shuffle_prompts:
-        base = int.from_bytes(os.urandom(7), "little") if seed is None else seed
+        base = fresh_seed() if seed is None else seed
         shuffle = lambda iteration: stream(base, "order", iteration)  # noqa: E731
     return ListedLines(good, shuffle), len(lines) - len(good)
 
@@ -276,7 +275,7 @@ class Session:
 
     def _jobs_of(self, line: RawLine, place: tuple[int, int], number: int) -> Iterator[Job]:
         options = self.settings[PromptOptions]
-        base = int.from_bytes(os.urandom(7), "little") if options.seed is None else options.seed
+        base = fresh_seed() if options.seed is None else options.seed
         texts = expand(line.text, options.images_per_prompt, stream(base, "variants", *place))
         texts = texts * options.images_per_prompt if len(texts) == 1 else texts
         told: set[str] = set()

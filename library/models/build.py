@@ -7,7 +7,7 @@ held.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -204,8 +204,3 @@ def _fill_buffers(module: nn.Module, stored: set[str]) -> None:
         if not name.endswith("position_ids"):
             raise ValueError(f"no rule to fill the buffer {name}")
         buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
-
-
-def parameter_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
-    """Bytes that tensors of these shapes take in a type."""
-    return sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize

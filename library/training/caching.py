@@ -1,35 +1,29 @@
-"""Latents made ahead: each image goes through the VAE once, before training or by tools/cache_latents.py.
+"""Latents made ahead: each image goes through the VAE once.
 
 B images of a group, H W pixel height and width, h w latent height and width (an eighth).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from library.checkpoint.hashes import fingerprints_in
 from library.data.cache import FileState, LatentStore, LatentTarget, describe_notes, target_of
 from library.data.images import UnreadableImage, fit_pixels, read_image, to_model_range
 from library.data.loader import prefetch
 from library.data.records import ImageProblem, OnBad, ResolvedDataset
-from library.data.sources import resolve
 from library.data.spec_checks import uncacheable_subsets
-from library.device import check_precision, choose_device, empty_cache, vae_dtype
 from library.log import UserError, progress
-from library.options import CacheOptions, DataOptions, ModelOptions, PrecisionOptions
-from library.options.settings import Settings
 from library.rng import torch_stream
-from library.training.specs import dataset_specs
 
 logger = logging.getLogger(__name__)
 _NEVER_FINITE = "its latents are not finite, not even in float32; check the VAE file"
@@ -92,26 +86,6 @@ def _warn_of_face_crops(datasets: Sequence[ResolvedDataset]) -> None:
     for subset in (subset for dataset in datasets for subset in dataset.spec.subsets):
         if subset.augmentation.face_crop_aug_range is not None:
             logger.warning("%s: face_crop_aug_range has no effect on cached latents (centred cuts)", subset.name)
-
-
-def weights_fingerprint(module: nn.Module) -> str:
-    """Hash of a module's weights as they are in memory (names, shapes, types and bytes): 16 hexadecimal digits."""
-    return state_fingerprint(module.state_dict())
-
-
-def state_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """`weights_fingerprint` of a module with these weights."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def fingerprints_in(module: nn.Module, types: Iterable[torch.dtype]) -> dict[torch.dtype, str]:
-    """The `weights_fingerprint` that a module would have in other number types."""
-    state = module.state_dict()
-    return {kind: state_fingerprint({name: tensor.to(kind) for name, tensor in state.items()}) for kind in types}
 
 
 def fingerprints_served(load_vae: Callable[[], nn.Module], dtype: torch.dtype) -> list[str]:
@@ -390,42 +364,3 @@ def _without_problems(
     if not any(dataset.records for dataset in left):
         raise UserError("no image is left: none of the data sets' images can be used")
     return tuple(left)
-
-
-def cache_ahead(settings: Settings) -> CachingReport:
-    """tools/cache_latents.py: make the archives of a training with these options. Raises UserError."""
-    # here, because training, which needs the rest of this file, brings its own
-    from accelerate import PartialState
-
-    from library.families import family_for
-    from library.training.preflight import check_bucket_steps
-
-    cache, data = settings[CacheOptions], settings[DataOptions]
-    datasets = resolve(dataset_specs(settings), data.on_bad_image, data.on_bad_caption, allow_captionless=True)
-    obstacles = uncacheable_subsets([dataset.spec for dataset in datasets])
-    if obstacles:
-        raise UserError.of(obstacles)
-    precision, device = settings[PrecisionOptions], choose_device()
-    state = PartialState(cpu=device.type == "cpu")  # without cpu=True it starts no group on a CPU machine
-    check_precision(precision, device)
-    dtype = vae_dtype(precision)
-    family = family_for(settings[ModelOptions], settings.family)
-    check_bucket_steps(family, datasets)
-    model = settings[ModelOptions]
-    vae = family.load_vae(model, dtype=dtype, device=device)
-    served = partial(fingerprints_served, partial(family.load_vae, model), dtype)
-    store = LatentStore(family.latent_space, weights_fingerprint(vae), to_disk=True, same_vae=served)
-    _, report = cache_latents(
-        datasets,
-        vae,
-        store,
-        vae_batch_size=cache.vae_batch_size,
-        device=device,
-        dtype=dtype,
-        workers=data.max_data_loader_n_workers,
-        share=WorkShare(state.process_index, state.num_processes, state.wait_for_everyone),
-        on_bad_image=data.on_bad_image,
-        after_group=None if precision.highvram else partial(empty_cache, device),
-    )
-    logger.info("latents: %d images, %d were there, %d made", report.total, report.reused, report.encoded)
-    return report

@@ -31,11 +31,11 @@ from library.training.clock import Clock, due_counts
 from library.training.lr import table, table_lines
 from library.training.machine import process_count
 from library.training.optimizers import create_optimizer
-from library.training.preflight import check_bucket_steps, check_places, free_bytes
-from library.training.prepare import make_trainable
+from library.training.preflight import check_bucket_steps, free_bytes
 from library.training.saving import SavePlan
 from library.training.script import Script
-from library.training.text_caching import layout_of, text_cache_options, text_settings
+from library.training.text_caching import layout_of, text_cache_options
+from library.training.text_source import text_settings
 from library.training.trainable import Trainable
 
 _SHOWN = 6  # counts of a long list that are printed at each of its ends
@@ -47,14 +47,13 @@ def print_plan(
     script: Script, settings: Settings, datasets: Sequence[ResolvedDataset], held_out: Sequence[ResolvedDataset]
 ) -> int:
     """Print the plan to standard output; returns the exit status. ``held_out`` are the images of the validation."""
-    check_places(settings)
     if not datasets:
         raise UserError("--dry_run plans runs on images; a --dataset_class only knows its batches")
     clock = make_clock(count_steps(datasets, settings[LoopOptions], process_count()), settings[LoopOptions])
     family = family_for(settings[ModelOptions], settings.family)
     check_bucket_steps(family, datasets)
     parts = family.outline(settings[ModelOptions])  # what would learn, on models without weights
-    trainable = make_trainable(script, settings, family, parts)
+    trainable = script.load_kind()(settings, family, parts)
     sections = {
         "Data": [*_data_lines(settings, datasets), *_held_out_lines(held_out)],
         "Steps": _step_lines(settings, datasets, clock),

@@ -28,7 +28,6 @@ class FiniteGuard:
         self._has_scaler = has_scaler
         self._path_of = path_of
         self._in_a_row = 0
-        self.skipped_count = 0
 
     def is_good(self, report: StepReport) -> bool:
         """True if the step may change the weights."""
@@ -43,7 +42,6 @@ class FiniteGuard:
                 "Lower the learning rate, look at the images, or drop such steps with --on_nan skip"
             )
         self._in_a_row += 1
-        self.skipped_count += 1
         logger.warning("the %s is not finite: step skipped; images: %s", what, files)
         if self._in_a_row >= MAX_SKIPS_IN_A_ROW:
             raise UserError(f"{self._in_a_row} steps in a row had a {what} that is not finite: the run cannot go on")

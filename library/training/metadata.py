@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import random
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from library.checkpoint.modelspec import CHECKPOINT_IMPLEMENTATION, Modelspec, c
 from library.checkpoint.privacy import without_folders
 from library.options import LossOptions, NoiseOptions
 from library.options.base import specs_of
-from library.rng import seed_of
+from library.rng import fresh_seed, seed_of
 
 if TYPE_CHECKING:
     from library.checkpoint.hashes import FileHashes
@@ -216,7 +215,7 @@ def new_session(seed: int) -> tuple[int, float]:
     """
     if os.environ.get("SOURCE_DATE_EPOCH", "").isdigit():
         return seed_of(seed, "session") % 2**32, current_time()
-    return random.SystemRandom().randrange(2**32), current_time()
+    return fresh_seed(), current_time()
 
 
 def commit_hash() -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from library.checkpoint.hashes import fingerprints_in
 from library.data.buckets import bucket_sizes, fit
 from library.data.cache import LatentStore
 from library.data.records import (
@@ -37,7 +38,7 @@ from library.options.preparation import PrepareOptions
 from library.preparation.files import image_key, measure_images
 from library.preparation.metadata import MetadataFile
 from library.preparation.outcome import Outcome
-from library.training.caching import cache_latents, fingerprints_in
+from library.training.caching import cache_latents
 
 logger = logging.getLogger(__name__)
 _WORKERS = 4

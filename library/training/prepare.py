@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from library.checkpoint.hashes import weights_fingerprint
 from library.data.cache import LatentStore
 from library.data.dataset import TrainImages
 from library.data.records import ResolvedDataset
@@ -40,7 +41,6 @@ from library.training.caching import (
     bind_prepared_latents,
     cache_latents,
     fingerprints_served,
-    weights_fingerprint,
 )
 from library.training.latent_source import LatentSource
 from library.training.machine import Machine
@@ -48,10 +48,9 @@ from library.training.preflight import check_bucket_steps
 from library.training.preview import Previewer
 from library.training.report import Reporter
 from library.training.script import Script
-from library.training.step import TextSource as CaptionSource
 from library.training.step import TrainStep
-from library.training.text_caching import CaptionEncoder, cache_captions, text_cache_options, text_settings
-from library.training.text_source import CachedTextSource, TextSource, text_learns
+from library.training.text_caching import CaptionEncoder, cache_captions, text_cache_options
+from library.training.text_source import CachedTextSource, TextSource, text_learns, text_settings
 from library.training.trackers import Trackers
 from library.training.trainable import Trainable
 from library.training.validation import Probe, Validator, fixed_objectives
@@ -94,7 +93,7 @@ def load_models(
     with one_process_at_a_time(settings[PrecisionOptions].lowram):
         parts = family.load(options, dtype=machine.weight_dtype, device=machine.device, part_dtypes=types)
     if parts.zero_terminal_snr and not settings[NoiseOptions].zero_terminal_snr:
-        logger.warning("%s was trained with zero terminal SNR: --zero_terminal_snr is missing", parts.source_name)
+        logger.warning("%s was trained with zero terminal SNR: --zero_terminal_snr is missing", parts.source.name)
     # before the latents: the network's arguments may be refused
     trainable, learns = attach(script, settings, family, parts, machine, seed)
     family = trainable.family_of_prompts(family)
@@ -121,16 +120,11 @@ def attach(
     set_attention(parts.unet, attention_kind(settings[PrecisionOptions]))
     keep_less_for_backward(parts.unet)
     torch.manual_seed(seed_of(seed, "network init"))
-    trainable = make_trainable(script, settings, family, parts)
+    trainable = script.load_kind()(settings, family, parts)
     torch.nn.Module.to(trainable.module, machine.device, machine.trained_dtype)  # diffusers' own warns of nothing
     learns = text_learns(family, parts, trainable, machine.weight_dtype)
     save_memory(settings[PrecisionOptions], parts, trainable, learns)
     return trainable, learns
-
-
-def make_trainable(script: Script, settings: Settings, family: ModelFamily, parts: ModelParts) -> Trainable:
-    """What learns, attached to the models (which may be without weights, for a plan)."""
-    return script.load_kind()(settings, family, parts)
 
 
 def save_memory(options: PrecisionOptions, parts: ModelParts, trainable: Trainable, text_learns: bool) -> None:
@@ -211,7 +205,7 @@ def make_text_outputs(
     return store
 
 
-def make_text_source(settings: Settings, models: Models, machine: Machine) -> CaptionSource:
+def make_text_source(settings: Settings, models: Models, machine: Machine) -> TextSource | CachedTextSource:
     """Where the step takes the text condition from."""
     if models.text_store is not None:
         return CachedTextSource(models.text_store, device=machine.device, dtype=machine.weight_dtype)

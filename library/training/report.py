@@ -29,7 +29,6 @@ class Reporter:
         self._log = log
         self._losses: deque[float] = deque(maxlen=max(1, window))
         self.validation: list[tuple[int, float]] = []  # optimizer step, loss
-        self.images_seen = 0
         self.skipped_steps = 0
 
     @property
@@ -70,7 +69,6 @@ class Reporter:
         self._bar.start_at(step)
 
     def after_step(self, clock: Clock, report: StepReport) -> None:
-        self.images_seen += report.sample_count
         self.skipped_steps += report.was_skipped
         if not report.was_skipped:
             self._losses.append(report.loss)

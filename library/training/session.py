@@ -34,11 +34,11 @@ def run_session(script: Script, settings: Settings) -> int:
     datasets, held_out = hold_out(load_datasets(settings), settings[ValidationOptions])
     if settings[DataOptions].debug_dataset:
         return _show_data(settings, datasets)
+    check_places(settings)
     if settings[LoopOptions].dry_run:
         from library.training.dry_run import print_plan
 
         return print_plan(script, settings, datasets, held_out)
-    check_places(settings)
     return _train(script, settings, datasets, held_out)
 
 

@@ -5,7 +5,6 @@ last.
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +29,7 @@ from library.options import (
     ScheduleOptions,
 )
 from library.options.settings import Settings
+from library.rng import fresh_seed
 from library.training.arrange import (
     Arrangement,
     ImageArrangement,
@@ -55,6 +55,7 @@ from library.training.report import Reporter
 from library.training.script import Script
 from library.training.state import RunState, read_run
 from library.training.step import TrainStep
+from library.training.text_source import text_settings
 from library.training.trackers import Trackers
 from library.training.update import WeightUpdate
 from library.training.validation import Validator
@@ -143,7 +144,7 @@ def choose_seed(settings: Settings, machine: Machine, resumed: RunState | None) 
         return given
     if resumed is not None:
         return resumed.seed
-    seed = int(machine.agree(random.SystemRandom().randrange(2**32)))
+    seed = int(machine.agree(fresh_seed()))
     logger.info("seed %d (give it with --seed to repeat this run)", seed)
     return seed
 
@@ -190,7 +191,8 @@ def make_update(
     max_grad_norm = settings[OptimizerOptions].max_grad_norm
     if settings.value_of("fused_backward_pass"):
         return FusedUpdate(machine.accelerator, step.to(machine.device), optimizer, facts.schedule, max_grad_norm)
-    skips_layers = models.text_learns and (settings[ModelOptions].clip_skip or 1) > 1  # the last ones get no gradient
+    clip_skip = text_settings(settings[ModelOptions], models.family).clip_skip
+    skips_layers = models.text_learns and (clip_skip or 1) > 1  # the last ones get no gradient
     wrapped = machine.wrap(step, optimizer, may_skip_parameters=trainable.may_skip_parameters or skips_layers)
     return WeightUpdate(
         machine.accelerator,

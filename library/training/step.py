@@ -5,45 +5,18 @@ Shapes: B samples, C latent channels, H W latent height and width.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from library.data.records import Batch
+from library.diffusion.objective import Objective
 from library.diffusion.schedule import NoiseSchedule
 from library.families.base import Geometry, ModelFamily, ModelParts, TextCondition
+from library.training.latent_source import LatentSource
 from library.training.trainable import Trainable
-
-
-class Objective(Protocol):
-    """Noise, target and weighting of the run, as pure functions with their settings bound."""
-
-    def training_inputs(
-        self, latents_BCHW: Tensor, seeds: tuple[int, ...], schedule: NoiseSchedule
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-    def weighted_losses(
-        self,
-        pred_BCHW: Tensor,
-        target_BCHW: Tensor,
-        timesteps_B: Tensor,
-        weights_B: Tensor,
-        schedule: NoiseSchedule,
-        masks_BHW: Tensor | None,
-    ) -> Tensor: ...
-
-
-class LatentSource(Protocol):
-    """Latents of a batch, scaled for the U-Net, finite, float32."""
-
-    def __call__(self, batch: Batch) -> Tensor: ...
-
-
-class TextSource(Protocol):
-    """Text condition of captions."""
-
-    def __call__(self, captions: tuple[str, ...]) -> TextCondition: ...
 
 
 class StepResult(NamedTuple):
@@ -71,7 +44,7 @@ class TrainStep(nn.Module):
         parts: ModelParts,
         trainable: Trainable,
         latents: LatentSource,
-        text: TextSource,
+        text: Callable[[tuple[str, ...]], TextCondition],
         schedule: NoiseSchedule,
         objective: Objective,
         compute_dtype: torch.dtype,

@@ -1,5 +1,4 @@
-"""Text encoder outputs made ahead: each caption goes through the frozen encoders once, before training or by
-tools/cache_text_encoder_outputs.py.
+"""Text encoder outputs made ahead: each caption goes through the frozen encoders once.
 
 B captions, T tokens, D widths of all encoders together.
 """
@@ -10,26 +9,23 @@ import hashlib
 import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from library.checkpoint.hashes import weights_fingerprint
 from library.data.cache import describe_notes
 from library.data.records import ResolvedDataset
-from library.data.sources import resolve
-from library.data.spec_checks import uncacheable_captions
 from library.data.text_cache import TextLayout, TextOutputs, TextStore, TextTarget, targets_of
-from library.device import check_precision, choose_device, weight_dtype
 from library.families.base import ModelFamily, TextSettings
 from library.log import UserError, progress
 from library.models.spec import TextEncoderSpec
-from library.options import DataOptions, ModelOptions, NetworkOptions, PrecisionOptions, TextCacheOptions
+from library.options import TextCacheOptions
 from library.options.settings import Settings
 from library.text.tokens import CHUNK_TOKENS
-from library.training.caching import WorkShare, weights_fingerprint
-from library.training.specs import dataset_specs
+from library.training.caching import WorkShare
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +38,6 @@ _PROBE = (
 def text_cache_options(settings: Settings) -> TextCacheOptions:
     """The run's; all switched off in scripts without them."""
     return settings[TextCacheOptions] if TextCacheOptions in settings else TextCacheOptions()
-
-
-def text_settings(options: ModelOptions, family: ModelFamily) -> TextSettings:
-    """How the captions of a training become encoder input."""
-    clip_skip = options.clip_skip if family.trains_with_clip_skip else None
-    return TextSettings(options.max_token_length, clip_skip, options.weighted_captions)
 
 
 def layout_of(specs: Sequence[TextEncoderSpec], settings: TextSettings) -> TextLayout:
@@ -222,32 +212,3 @@ def in_float32(modules: Sequence[nn.Module]) -> Generator[None]:
     finally:
         for tensor, dtype in former:
             tensor.data = tensor.data.to(dtype)
-
-
-def cache_text_ahead(settings: Settings) -> TextCachingReport:
-    """tools/cache_text_encoder_outputs.py: make the archives of a training with these options. Raises UserError."""
-    # here, because training, which needs the rest of this file, brings its own
-    from accelerate import PartialState
-
-    from library.families import family_for
-
-    data, model, precision = settings[DataOptions], settings[ModelOptions], settings[PrecisionOptions]
-    options = replace(text_cache_options(settings), cache_text_encoder_outputs_to_disk=True)
-    specs = dataset_specs(settings)
-    obstacles = uncacheable_captions(specs, options.cache_text_encoder_outputs_variants or 0)
-    if obstacles:
-        raise UserError.of(obstacles)
-    datasets = resolve(specs, data.on_bad_image, data.on_bad_caption, data.allow_captionless)
-    device = choose_device()
-    state = PartialState(cpu=device.type == "cpu")  # without cpu=True it starts no group on a CPU machine
-    check_precision(precision, device)
-    if precision.fp8_base or settings[NetworkOptions].base_weights:
-        logger.warning("--fp8_base and --base_weights change the text encoders of a training: it will encode again")
-    family = family_for(model, settings.family)
-    encoders, specs_of_encoders = family.load_text_encoders(
-        model, dtype=weight_dtype(precision.mixed_precision), device=device
-    )
-    encode = CaptionEncoder(family, encoders, specs_of_encoders, text_settings(model, family))
-    share = WorkShare(state.process_index, state.num_processes, state.wait_for_everyone)
-    _, report = cache_captions(datasets, encode, options, memory_dtype=torch.float32, share=share)
-    return report

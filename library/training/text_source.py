@@ -11,8 +11,15 @@ from torch import Tensor
 
 from library.data.text_cache import TextStore
 from library.families.base import ModelFamily, ModelParts, TextCondition, TextSettings
+from library.options import ModelOptions
 from library.text.encode import ConditionCache
 from library.training.trainable import Trainable
+
+
+def text_settings(options: ModelOptions, family: ModelFamily) -> TextSettings:
+    """How the captions of a training become encoder input."""
+    clip_skip = options.clip_skip if family.trains_with_clip_skip else None
+    return TextSettings(options.max_token_length, clip_skip, options.weighted_captions)
 
 
 def text_learns(family: ModelFamily, parts: ModelParts, trainable: Trainable, dtype: torch.dtype) -> bool:

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.checkpoint.privacy import without_folders
 from library.log import UserError
 from library.options import LogOptions
 from library.options.toml_file import read_toml
-from library.training.metadata import without_folders
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -124,7 +124,3 @@ class Trainable(ABC):
     def state_tensors(self) -> dict[str, Tensor]:
         """Tensors of the state file, in full precision."""
         return {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
-
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take tensors of a state file; raises if any is missing, unknown or of another shape."""
-        self.module.load_state_dict(tensors, strict=True)

@@ -67,10 +67,10 @@ class Probe:
     weights: Callable[[], AbstractContextManager[object]]
 
 
-def fixed_objectives(noise: NoiseOptions, loss: LossOptions, points: int = POINTS) -> tuple[Objective, ...]:
-    """The run's objective at timesteps in the middles of ``points`` equal parts of its range."""
+def fixed_objectives(noise: NoiseOptions, loss: LossOptions) -> tuple[Objective, ...]:
+    """The run's objective at timesteps in the middles of `POINTS` equal parts of its range."""
     low, high = noise.min_timestep or 0, TIMESTEPS if noise.max_timestep is None else noise.max_timestep
-    times = [low + (2 * point + 1) * (high - low) // (2 * points) for point in range(points)]
+    times = [low + (2 * point + 1) * (high - low) // (2 * POINTS) for point in range(POINTS)]
     return tuple(Objective(replace(noise, min_timestep=time, max_timestep=time + 1), loss) for time in times)
 
 

@@ -19,7 +19,7 @@ from library.log import UserError, progress
 from library.rng import torch_stream
 from networks.editing.addends import Addend
 from networks.editing.layers import ModelLayer
-from networks.editing.precision import scaled_pair
+from networks.editing.precision import clamped, is_spatial, scaled_pair
 from networks.kinds import adapter_of
 from networks.lowrank import product_svd, stacked_product
 from networks.ranks import kept_count
@@ -50,12 +50,6 @@ class Combined:
 
     tensors: Mapping[str, Tensor]
     shape: Shape
-
-    @property
-    def size(self) -> tuple[int, float, bool]:
-        """(rank, alpha, has a spatial kernel), for the metadata."""
-        is_spatial = len(self.shape) == 4 and self.shape[2:] != (1, 1)
-        return self.tensors["lora_down.weight"].shape[0], float(self.tensors["alpha"]), is_spatial
 
 
 Term = tuple[float, Tensor, Tensor]
@@ -124,8 +118,7 @@ def _combined(name: str, layer: ModelLayer | None, addends: Sequence[Addend], pl
 
 
 def _stored(name: str, up_OR: Tensor, down_RI: Tensor, shape: Shape, plan: CombinePlan) -> tuple[Tensor, Tensor]:
-    is_spatial = len(shape) == 4 and shape[2:] != (1, 1)
-    limit = plan.conv_rank if is_spatial else plan.rank
+    limit = plan.conv_rank if is_spatial(shape) else plan.rank
     if limit is not None:
         svd = product_svd(up_OR, down_RI)
         up_OR, down_RI = svd.truncated(kept_count(svd.singular_K, limit))
@@ -153,13 +146,3 @@ def rotation(rank: int, generator: torch.Generator) -> Tensor:
     """
     q_RR, r_RR = torch.linalg.qr(torch.randn(rank, rank, generator=generator, dtype=torch.float64))
     return (q_RR * r_RR.diagonal().sign()).float()
-
-
-def clamped(up_OR: Tensor, down_RI: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Both factors cut to the quantile of the sizes |w| of all their values; 1 leaves them as they are."""
-    if quantile >= 1:
-        return up_OR, down_RI
-    sizes = torch.cat([up_OR.flatten(), down_RI.flatten()]).abs()
-    # kthvalue knows no limit of 16 million values, as torch.quantile does
-    limit = float(sizes.kthvalue(max(1, round(quantile * sizes.numel()))).values)
-    return up_OR.clamp(-limit, limit), down_RI.clamp(-limit, limit)

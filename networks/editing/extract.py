@@ -26,7 +26,7 @@ from library.rng import torch_stream
 from networks.editing.difference import Change, Comparison, check_same_kind, group_of, square_of
 from networks.editing.layers import ModelLayer, model_layers
 from networks.editing.metadata import with_sizes
-from networks.editing.precision import clamped, scaled_pair, tool_device
+from networks.editing.precision import clamped, is_spatial, network_path, scaled_pair, tool_device
 from networks.editing.report import report
 from networks.lowrank import FAILURE, ThinSvd, gram_svd, randomised_svd
 from networks.ranks import kept_count
@@ -34,7 +34,6 @@ from networks.weights import file_tensors, write_weights
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 SMALL_SIDE = 512  # below it the exact decomposition is as fast as the randomised one
 Part = tuple[str, str]
 
@@ -53,7 +52,7 @@ class ExtractPlan:
 
     def rank_for(self, shape: tuple[int, ...]) -> int:
         """The largest rank of a layer with this weight shape."""
-        return self.conv_rank or self.rank if _is_spatial(shape) else self.rank
+        return self.conv_rank or self.rank if is_spatial(shape) else self.rank
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,6 @@ class Extracted:
     modules: Mapping[str, Mapping[str, Tensor]]
     change: Change
     unchanged: int
-
-
-def _is_spatial(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 4 and shape[2:] != (1, 1)
 
 
 @torch.no_grad()
@@ -150,9 +145,7 @@ def decomposed(delta_OI: Tensor, rank: int, name: str, exact: bool) -> tuple[Thi
 
 def extract_file(options: ExtractOptions) -> NetworkCheck:
     """Compare the models that the options name, write the network, and report it. Raises UserError."""
-    target = Path(str(options.save_to))
-    if target.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--save_to {target}: the name must end in {', '.join(SUFFIXES)}")
+    target = network_path(options.save_to)
     plan = ExtractPlan(
         options.dim,
         options.conv_dim,
@@ -199,16 +192,12 @@ def _tell(done: Extracted) -> None:
 def _metadata(options: ExtractOptions, done: Extracted, original: OpenModel, plan: ExtractPlan) -> dict[str, str]:
     family = original.found.spec.family
     prediction = _prediction(options, original)
-    sizes = {
-        name: (own["lora_down.weight"].shape[0], float(own["alpha"]), _is_spatial(tuple(own["lora_down.weight"].shape)))
-        for name, own in done.modules.items()
-    }
     start = {
         "ss_v2": str(family == "sd2"),
         "ss_base_model_version": family_named(family).base_model_version(prediction),
         "ss_network_args": "{}",
     }
-    metadata = with_sizes(start, sizes)
+    metadata = with_sizes(start, done.modules.values())
     if options.no_metadata:
         return metadata
     stem = Path(str(options.save_to)).stem

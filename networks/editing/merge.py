@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,11 +12,11 @@ from library.checkpoint.inspection import NetworkCheck
 from library.checkpoint.modelspec import title_of
 from library.device import save_dtype
 from library.families.files import modelspec_of
-from library.log import UserError
-from library.models.load import recognise
+from library.models.load import check_written
 from library.models.spec import FAMILY_TITLES, FamilyName, PredictionType
 from library.models.stream import OpenModel, open_model
 from library.options.network_tools import MergeFilesOptions, MergeOptions, SvdMergeOptions
+from library.rng import fresh_seed
 from networks.editing.addends import (
     Addend,
     common_family,
@@ -31,13 +30,12 @@ from networks.editing.into_model import changes_of, merged_tensors
 from networks.editing.layers import layout_of
 from networks.editing.metadata import with_sizes
 from networks.editing.model_output import check_target, write_merged
-from networks.editing.precision import tool_device
+from networks.editing.precision import NETWORK_SUFFIXES, network_path, tool_device
 from networks.editing.report import report
 from networks.weights import file_tensors, write_weights
 
 logger = logging.getLogger(__name__)
 
-NETWORK_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 _COPIED = ("ss_v2", "ss_base_model_version")
 _HASHES = "sshs_"
 
@@ -53,7 +51,7 @@ def merge(files: MergeFilesOptions, options: MergeOptions, expected: Sequence[Fa
             logger.warning("--%s: does nothing with --sd_model", unused[0])
         merge_into_model(files, Path(options.sd_model), expected)
         return
-    seed = secrets.randbits(32) if options.seed is None else options.seed
+    seed = fresh_seed() if options.seed is None else options.seed
     plan = CombinePlan(
         rank=options.new_rank,
         conv_rank=options.new_rank,
@@ -96,9 +94,8 @@ def merge_into_model(files: MergeFilesOptions, source: Path, expected: Sequence[
         write_merged(model, changed, target, _saved_type(files), {**kept, **written}, prediction)
         by = "1 network" if len(addends) == 1 else f"{len(addends)} networks"
         logger.info("%s: %d layers changed by %s", target.name, len(changes), by)
-    found = recognise(target)
-    size = sum(path.stat().st_size for path in ([target] if target.is_file() else target.rglob("*.safetensors")))
-    logger.info("%s: %s, %s MB, can be read", target.name, FAMILY_TITLES[found.spec.family], f"{size / 1e6:,.0f}")
+    for line in check_written(target, spec):
+        logger.info("%s", line)
 
 
 def _prediction(model: OpenModel, addends: Sequence[Addend]) -> PredictionType:
@@ -150,9 +147,7 @@ def merge_networks(
     files: MergeFilesOptions, plan: CombinePlan, expected: Sequence[FamilyName] = ("sd1", "sd2", "sdxl")
 ) -> NetworkCheck:
     """Write the weighted sum of networks as one LoRA, and report it. Raises UserError."""
-    target = Path(str(files.save_to))
-    if target.suffix.lower() not in NETWORK_SUFFIXES:
-        raise UserError(f"--save_to {target}: the name must end in {', '.join(NETWORK_SUFFIXES)}")
+    target = network_path(files.save_to)
     addends = read_addends(files.models or [], files.ratios)
     family = common_family(addends)
     _tell_family(family, expected, addends[0].table.source)
@@ -171,7 +166,7 @@ def _network_metadata(
     given = [addend.table.metadata for addend in addends]
     copied = {key: next((m[key] for m in given if key in m), None) for key in _COPIED}
     told = {key: value for key, value in copied.items() if value is not None}
-    metadata = with_sizes(told, {name: module.size for name, module in modules.items()})
+    metadata = with_sizes(told, (module.tensors for module in modules.values()))
     if files.no_metadata:
         return metadata
     said = _stated_predictions(addends)

@@ -6,20 +6,27 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
+
+from networks.editing.precision import is_spatial
+from networks.network import common
+
 # Arguments of training that gave ranks to layers; a network of other ranks must not be said to have them.
 _RANK_ARGUMENTS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "unit")
-DYNAMIC = "Dynamic"
 
 
 def with_sizes(
-    metadata: Mapping[str, str], sizes: Mapping[str, tuple[int, float, bool]], is_whole: bool = True
+    metadata: Mapping[str, str], modules: Iterable[Mapping[str, Tensor]], is_whole: bool = True
 ) -> dict[str, str]:
-    """``metadata`` with the ranks and alphas of LoRA modules: by name (rank, alpha, has a spatial kernel).
+    """``metadata`` with the ranks and alphas of LoRA modules, which are pairs of down and up.
 
     Entries that differ among the layers are ``Dynamic``. ``is_whole``: there are no modules of other types beside.
     """
-    plain = [(rank, alpha) for rank, alpha, is_spatial in sizes.values() if not is_spatial]
-    spatial = [(rank, alpha) for rank, alpha, is_spatial in sizes.values() if is_spatial]
+    plain: list[tuple[int, float]] = []
+    spatial: list[tuple[int, float]] = []
+    for tensors in modules:
+        down = tensors["lora_down.weight"]
+        (spatial if is_spatial(down.shape) else plain).append((down.shape[0], float(tensors["alpha"])))
     shown = plain or spatial
     result = dict(metadata)
     # Diffusers' and PEFT's own record of ranks and alphas, which now stand in tensors
@@ -35,12 +42,6 @@ def with_sizes(
     if arguments or "ss_network_args" in metadata:
         result["ss_network_args"] = json.dumps(arguments)
     return result
-
-
-def common(values: Iterable[float]) -> str:
-    """The value that all have, as text, or ``Dynamic``."""
-    found = set(values)
-    return str(found.pop()) if len(found) == 1 else DYNAMIC
 
 
 def _arguments(text: str | None) -> dict[str, Any]:

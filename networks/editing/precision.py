@@ -1,8 +1,12 @@
-"""Where the tools compute, and how what they write keeps its strength when it is rounded."""
+"""What the tools for networks share: where they compute, which names they write to, and how what they write keeps its
+strength when it is rounded.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,6 +14,8 @@ from torch import Tensor
 from library.log import UserError
 
 logger = logging.getLogger(__name__)
+
+NETWORK_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 
 
 def tool_device(name: str | None) -> torch.device:
@@ -25,6 +31,19 @@ def tool_device(name: str | None) -> torch.device:
         logger.warning("--device %s: singular values need float64, which it lacks; using the CPU", name)
         return torch.device("cpu")
     return device
+
+
+def network_path(save_to: str | None) -> Path:
+    """The file of ``--save_to``, by whose name networks are written. Raises UserError for another ending."""
+    target = Path(str(save_to))
+    if target.suffix.lower() not in NETWORK_SUFFIXES:
+        raise UserError(f"--save_to {target}: the name must end in {', '.join(NETWORK_SUFFIXES)}")
+    return target
+
+
+def is_spatial(shape: Sequence[int]) -> bool:
+    """True for the weight of a convolution with a kernel larger than 1x1."""
+    return len(shape) == 4 and tuple(shape[2:]) != (1, 1)
 
 
 def scaled_pair(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +16,15 @@ from library.log import UserError, progress
 from library.options.network_tools import ResizeOptions
 from networks.adapter import Adapter
 from networks.editing.metadata import with_sizes
-from networks.editing.precision import scaled_pair, tool_device
+from networks.editing.precision import is_spatial, network_path, scaled_pair, tool_device
 from networks.editing.report import report
 from networks.kinds import adapter_of, read_network
 from networks.lowrank import ProductSvd, ThinSvd, gram_svd, product_svd
+from networks.network import common
 from networks.ranks import Kept, RankRule, kept_count, kept_share
 from networks.weights import file_tensors, write_weights
 
 logger = logging.getLogger(__name__)
-
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,6 @@ class Resized:
 
     tensors: Mapping[str, Tensor]
     kept: Kept
-    is_spatial: bool
 
     @property
     def alpha(self) -> float:
@@ -63,12 +61,11 @@ def resize_module(name: str, tensors: Mapping[str, Tensor], kind: type[Adapter],
         return None
     adapter = adapter_of(name, tensors, kind)
     svd, singular = _decomposed(adapter, plan.device)
-    is_spatial = len(shape) == 4 and shape[2:] != (1, 1)
-    rank = kept_count(singular, plan.conv_rank if is_spatial else plan.rank, plan.rule)
+    rank = kept_count(singular, plan.conv_rank if is_spatial(shape) else plan.rank, plan.rule)
     up_OR, down_RI = svd.truncated(rank)
     scale = adapter.scale if kind.alpha_scales else 1.0
     pair = scaled_pair(up_OR, down_RI, scale, shape, plan.dtype)
-    return Resized(pair, kept_share(singular, rank), is_spatial)
+    return Resized(pair, kept_share(singular, rank))
 
 
 def _decomposed(adapter: Adapter, device: torch.device | str) -> tuple[ProductSvd | ThinSvd, Tensor]:
@@ -85,9 +82,9 @@ def _decomposed(adapter: Adapter, device: torch.device | str) -> tuple[ProductSv
 @torch.no_grad()
 def resize_file(options: ResizeOptions) -> NetworkCheck:
     """Resize the network that the options name, write it, and report what was written. Raises UserError."""
-    plan = _plan(options)
+    plan, target = _plan(options), Path(str(options.save_to))
     table, kinds = read_network(str(options.model))
-    before = _common_rank(kinds[name].rank_of(tensors) for name, tensors in table.modules.items())
+    before = common(kinds[name].rank_of(tensors) for name, tensors in table.modules.items())
     modules: dict[str, Mapping[str, Tensor]] = {}
     resized: dict[str, Resized] = {}
     passed: dict[str, str] = {}
@@ -101,18 +98,18 @@ def resize_file(options: ResizeOptions) -> NetworkCheck:
     _say_passed(passed, len(modules), table.source)
     _print_table(resized, options)
     prefixes = {name: kinds[name].prefix if name in passed else "lora" for name in modules}
-    sizes = {name: (done.kept.rank, done.alpha, done.is_spatial) for name, done in resized.items()}
-    metadata = with_sizes(table.metadata, sizes, is_whole=not passed)
+    metadata = with_sizes(table.metadata, (done.tensors for done in resized.values()), is_whole=not passed)
     metadata["ss_training_comment"] = _comment(options, plan, before, table.metadata)
-    target = str(options.save_to)
     write_weights(target, file_tensors(modules, prefixes), plan.dtype, metadata)
     return report(target)
 
 
 def _plan(options: ResizeOptions) -> ResizePlan:
     problems: list[str] = []
-    if Path(str(options.save_to)).suffix.lower() not in SUFFIXES:
-        problems.append(f"--save_to {options.save_to}: the name must end in {', '.join(SUFFIXES)}")
+    try:
+        network_path(options.save_to)
+    except UserError as error:
+        problems.append(str(error))
     method, target = options.dynamic_method, options.dynamic_param
     if method is not None and target is None:
         problems.append(f"--dynamic_method {method} needs --dynamic_param")
@@ -160,11 +157,6 @@ def _row(name: str, done: Resized, is_dynamic: bool) -> str:
         f"max(S) ratio: {kept.max_ratio:.1f}"
     )
     return f"{row}, dynamic | dim: {kept.rank}, alpha: {done.alpha}" if is_dynamic else row
-
-
-def _common_rank(ranks: Iterable[int]) -> str:
-    found = set(ranks)
-    return str(found.pop()) if len(found) == 1 else "Dynamic"
 
 
 def _comment(options: ResizeOptions, plan: ResizePlan, before: str, metadata: Mapping[str, str]) -> str:

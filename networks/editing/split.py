@@ -12,10 +12,10 @@ from torch import Tensor
 from library.checkpoint.inspection import NetworkCheck
 from library.log import UserError, progress
 from library.options.network_tools import DyloraSplitOptions
+from networks.dylora import DyloraAdapter
 from networks.editing.metadata import with_sizes
 from networks.editing.report import report
 from networks.kinds import read_network
-from networks.lora import LoraAdapter
 from networks.weights import WeightTable, file_tensors, write_weights
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ def ranks_of_cuts(largest: int, unit: int) -> list[int]:
 def split_file(options: DyloraSplitOptions) -> list[NetworkCheck]:
     """Write one file for each prefix of the DyLoRA that the options name, and report each. Raises UserError."""
     table, kinds = read_network(str(options.model))
-    other = [name for name, kind in kinds.items() if kind is not LoraAdapter]
+    # plain pairs: of a core between them, or of magnitudes, no prefix of the ranks could be cut
+    other = [name for name, tensors in table.modules.items() if not DyloraAdapter.fits(tensors)]
     if other:
         raise UserError(f"{table.source}: {other[0]} is {kinds[other[0]].__name__}; only a DyLoRA can be cut")
     largest = max(tensors["lora_down.weight"].shape[0] for tensors in table.modules.values())
@@ -65,13 +66,7 @@ def split_file(options: DyloraSplitOptions) -> list[NetworkCheck]:
 
 def _write(table: WeightTable, rank: int, largest: int, target: Path) -> None:
     modules = {name: prefix_of(tensors, rank) for name, tensors in table.modules.items()}
-    sizes = {name: _size(tensors) for name, tensors in modules.items()}
-    metadata = with_sizes(table.metadata, sizes)
+    metadata = with_sizes(table.metadata, modules.values())
     old = table.metadata.get("ss_training_comment", "")
     metadata["ss_training_comment"] = f"split from DyLoRA, rank {largest} to {rank}; {old}"
     write_weights(target, file_tensors(modules, dict.fromkeys(modules, "lora")), None, metadata)
-
-
-def _size(tensors: Mapping[str, Tensor]) -> tuple[int, float, bool]:
-    down = tensors["lora_down.weight"]
-    return down.shape[0], float(tensors["alpha"]), tuple(down.shape[2:]) not in ((), (1, 1))

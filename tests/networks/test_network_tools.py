@@ -71,6 +71,10 @@ def test_split_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "has rank 4" in capsys.readouterr().err
     assert extract_lora_from_dylora.main(words) == 1
     assert "--unit is missing" in capsys.readouterr().err
+    tucker = {LAYERS[0]: {**modules(4)[LAYERS[0]], "lora_mid.weight": torch.randn(4, 4, 3, 3)}}
+    words[1] = str(write(tmp_path / "tucker.safetensors", tucker))  # a cut that lost the core would be another network
+    assert extract_lora_from_dylora.main([*words, "--unit", "2"]) == 1
+    assert "only a DyLoRA can be cut" in capsys.readouterr().err
     assert not list(tmp_path.glob("x*"))
 
 

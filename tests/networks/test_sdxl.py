@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.families.sd import text_encoder_view
+from library.families.plugin_views import text_encoder_view
 from library.families.sdxl_view import UNetView, sdxl_view
 from library.log import UserError
 from library.plugin import load_network_module

@@ -26,7 +26,7 @@ from library.log import UserError
 from library.models import build
 from library.models.infer import spec_of_file
 from library.options import ModelOptions
-from library.training.text_caching import text_settings
+from library.training.text_source import text_settings
 from tests.toy import toy_spec, write_toy_checkpoint, write_toy_folder
 
 FAMILY = SdxlFamily()

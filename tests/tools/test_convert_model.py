@@ -11,10 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from library import hub
 from library.checkpoint import io
 from library.checkpoint.io import read_header
+from library.log import UserError
 from library.models.load import recognise
+from library.options.script import parse
+from library.options.scripts import CONVERT_MODEL
 from tests.toy import toy_modules, write_toy_checkpoint, write_toy_folder
+from tools.convert_diffusers20_original_sd import convert as convert_settings
 from tools.convert_diffusers20_original_sd import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,3 +170,16 @@ def test_as_a_program(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "folder: Stable Diffusion 1.x" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("more", "encoders"), [((), 1), (("--sdxl",), 2)])
+def test_all_text_encoders_of_a_hub_model_are_fetched(
+    more: tuple[str, ...], encoders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(given: str, option: str, parts: tuple[str, ...]) -> Path:
+        assert sum(part.startswith("text_encoder") for part in parts) == encoders
+        raise UserError(f"{given} would be fetched")
+
+    monkeypatch.setattr(hub, "download_model", download)
+    with pytest.raises(UserError, match="would be fetched"):
+        convert_settings(parse(CONVERT_MODEL, ["owner/name", str(tmp_path / "x.safetensors"), *more]))

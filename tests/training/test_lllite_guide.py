@@ -16,9 +16,8 @@ from library.data.spec import load_dataset_specs
 from library.options import DataOptions
 from library.options.script import parse
 from library.options.scripts import CACHE_LATENTS, CACHE_TEXT
+from library.training.ahead import cache_latents_ahead, cache_text_ahead
 from library.training.app import run
-from library.training.caching import cache_ahead
-from library.training.text_caching import cache_text_ahead
 from tests.training.runs import LLLITE_SCRIPT, ROOT, train, write_pairs
 from tools.canny import main as canny
 
@@ -81,7 +80,7 @@ def test_caches_made_ahead_are_used(
     folders = "--train_data_dir data/images --conditioning_data_dir data/edges --resolution 64"
     data = ("--dataset_config", "data.toml") if by_file else folders.split()
     words = ["--pretrained_model_name_or_path", str(model_sdxl), *data, "--max_data_loader_n_workers", "0"]
-    assert cache_ahead(parse(CACHE_LATENTS, [*words, "--sdxl"])).encoded == 2
+    assert cache_latents_ahead(parse(CACHE_LATENTS, [*words, "--sdxl"])).encoded == 2
     assert cache_text_ahead(parse(CACHE_TEXT, words)).encoded == 2
     caching = (
         "--cache_latents_to_disk --cache_text_encoder_outputs_to_disk --max_train_steps 1 --seed 1 --output_dir out"

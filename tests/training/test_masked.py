@@ -18,7 +18,7 @@ from library.diffusion import objective
 from library.options.script import parse
 from library.options.scripts import CACHE_LATENTS, CHECK_DATASET, FINE_TUNE, SDXL_TRAIN_NETWORK
 from library.preparation.check_run import check_dataset
-from library.training.caching import cache_ahead
+from library.training.ahead import cache_latents_ahead
 from library.training.script import Script
 from tests.lllite_fixtures import Pairs
 from tests.masks_fixtures import write_mask, write_transparent
@@ -262,7 +262,7 @@ def test_the_tools_take_the_file_of_a_masked_training(model: Path, masked: Maske
         f'pretrained_model_name_or_path = "{model}"\nnetwork_module = "networks.lora"\noutput_dir = "x"\n'
     )
     words = ["--config_file", str(run), "--max_data_loader_n_workers", "0"]
-    assert cache_ahead(parse(CACHE_LATENTS, words)).encoded == 4
+    assert cache_latents_ahead(parse(CACHE_LATENTS, words)).encoded == 4
     assert parse(SDXL_TRAIN_NETWORK, [*words, "--bucket_reso_steps", "32"]).value_of("masked_loss") is True
     (masks / "photo2.png").unlink()
     report = check_dataset(parse(CHECK_DATASET, [*words, "--html", ""]))

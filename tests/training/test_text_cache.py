@@ -247,7 +247,7 @@ def test_the_tool_fills_the_cache_of_the_training(
 ) -> None:
     from library.options.script import parse
     from library.options.scripts import CACHE_TEXT
-    from library.training.text_caching import cache_text_ahead
+    from library.training.ahead import cache_text_ahead
     from tools.cache_text_encoder_outputs import main
 
     caplog.set_level(logging.INFO, "library")

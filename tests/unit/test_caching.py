@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from library.checkpoint.hashes import weights_fingerprint
 from library.data.cache import LatentStore, target_of
 from library.data.records import Augmentation, ResolvedDataset
 from library.log import UserError
 from library.training.caching import (
     WorkShare,
-    weights_fingerprint,
 )
 from tests.cache_fixtures import archives, disk_store, latents_of, one_image, run
 from tests.data_fixtures import AveragingVae, cover_fit, dataset, record, write_picture
@@ -185,7 +185,7 @@ def test_the_tool_takes_training_options_and_reuses_its_files(
 ) -> None:
     from library.options.script import parse
     from library.options.scripts import CACHE_LATENTS
-    from library.training.caching import cache_ahead
+    from library.training.ahead import cache_latents_ahead
     from tests.toy import write_toy_checkpoint
     from tools.cache_latents import main
 
@@ -196,10 +196,8 @@ def test_the_tool_takes_training_options_and_reuses_its_files(
     arguments = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(tmp_path), "--resolution", "64"]
     arguments += ["--skip_existing", "--vae_batch_size", "2", "--flip_aug"]
     settings = parse(CACHE_LATENTS, arguments)
-    assert [(report.reused, report.encoded) for report in (cache_ahead(settings), cache_ahead(settings))] == [
-        (0, 3),
-        (3, 0),
-    ]
+    reports = [cache_latents_ahead(settings) for _ in range(2)]
+    assert [(report.reused, report.encoded) for report in reports] == [(0, 3), (3, 0)]
     assert archives(images) == ["0.npz", "1.npz", "2.npz"]
     assert main([*arguments, "--vae_batch_size", "0"]) == 1
     assert "vae_batch_size" in capsys.readouterr().err
@@ -211,7 +209,7 @@ def test_archives_serve_types_that_ask_for_no_more_digits(tmp_path: Path) -> Non
     from library.options import ModelOptions
     from library.options.script import parse
     from library.options.scripts import CACHE_LATENTS
-    from library.training.caching import cache_ahead
+    from library.training.ahead import cache_latents_ahead
     from tests.toy import write_toy_checkpoint
 
     model = write_toy_checkpoint(tmp_path / "toy.safetensors")
@@ -221,7 +219,8 @@ def test_archives_serve_types_that_ask_for_no_more_digits(tmp_path: Path) -> Non
 
     def encoded(folder: Path, precision: str) -> int:
         words = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(folder.parent)]
-        return cache_ahead(parse(CACHE_LATENTS, [*words, "--resolution", "64", "--mixed_precision", precision])).encoded
+        words += ["--resolution", "64", "--mixed_precision", precision]
+        return cache_latents_ahead(parse(CACHE_LATENTS, words)).encoded
 
     assert [encoded(whole, precision) for precision in ("no", "bf16", "no")] == [1, 0, 0]
     assert [encoded(half, precision) for precision in ("bf16", "bf16", "no")] == [1, 0, 1]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from library.checkpoint.hashes import weights_fingerprint
 from library.data import cache_files
 from library.data.cache import LatentStore
 from library.data.records import DatasetKind, ResolvedDataset
@@ -18,7 +19,7 @@ from library.data.spec import load_dataset_specs
 from library.options import DataOptions
 from library.preparation import metadata
 from library.training import caching, metadata_latents
-from library.training.caching import bind_prepared_latents, weights_fingerprint
+from library.training.caching import bind_prepared_latents
 from tests.data_fixtures import AveragingVae, write_picture
 from tests.toy import toy_modules, write_toy_checkpoint
 from tools.prepare_buckets_latents import main

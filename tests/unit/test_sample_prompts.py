@@ -1,13 +1,14 @@
 """Prompt files: text with in-line options, TOML, JSON; and the errors they are answered with."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.generation.prompts import PromptSpec, load_prompts, parse_prompt_line
+from library.generation.prompts import PromptSpec, load_prompts
 from library.log import UserError
 
 
@@ -15,6 +16,13 @@ def write(folder: Path, name: str, text: str) -> Path:
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def parse_prompt_line(line: str) -> PromptSpec:
+    """The prompt of a line, wherever it stands: here in a JSON file, which knows no comments and no blank lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        (prompt,) = load_prompts(write(Path(folder), "p.json", json.dumps([line])))
+    return prompt
 
 
 def test_all_options_of_a_line() -> None:

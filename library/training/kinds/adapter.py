@@ -37,7 +37,7 @@ class AdapterTraining(Trainable):
         self._learning_rate = settings[OptimizerOptions].learning_rate
         views = family.adapter_views(parts)
         self._unet = views.unet
-        self._text_encoder: Any = views.text_encoders[0] if len(views.text_encoders) == 1 else views.text_encoders
+        self._text_encoder = views.text_encoder
         self._vae = parts.vae
         self.trains_unet = not options.network_train_text_encoder_only
         self.trains_text_encoder = not options.network_train_unet_only

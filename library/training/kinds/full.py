@@ -24,6 +24,7 @@ from library.options import (
     PrecisionOptions,
 )
 from library.options.settings import Settings
+from library.training.text_source import text_settings
 from library.training.trainable import Artifact, Trainable
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class FullTraining(Trainable):
         zero_snr = settings[NoiseOptions].zero_terminal_snr or parts.zero_terminal_snr
         self._family = family
         self._parts = replace(parts, zero_terminal_snr=zero_snr)
-        self._clip_skip = settings[ModelOptions].clip_skip if family.trains_with_clip_skip else None
+        self._clip_skip = text_settings(settings[ModelOptions], family).clip_skip
         modules = {name: module for name, module in parts.by_name().items() if name in rates}
         self._learning = modules
         self.module = nn.ModuleDict(modules)
