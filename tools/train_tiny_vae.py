@@ -202,8 +202,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="seed of everything that is drawn")
     options = TinyVaeOptions(**vars(parser.parse_args()))
     setup_logging()
-    options.work_dir.mkdir(parents=True, exist_ok=True)
     photos = [Image.open(path).convert("RGB") for path in sorted(options.photos.rglob("*.jpg"))]
+    if not photos:
+        parser.error(f"--photos {options.photos}: there are no .jpg pictures; name a folder that has some")
+    options.work_dir.mkdir(parents=True, exist_ok=True)
     vae = train_vae(options, photos)
     rng = stream(options.seed, "normalise")
     normalise_latents(vae, to_tensor([draw(random_scene(rng), rng, PIXELS) for _ in range(400)]))
