@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.guides import DOCUMENTS, commands_of, relative
 from tests.house.source_map import ROOT
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted(path for path in (ROOT / "examples").glob("*.toml") if "dataset" not in path.name)
 # Options of programs of others that the documents mention.
 FOREIGN = {"--multi_gpu", "--num_processes", "--nproc_per_node", "--cpu", "--index-url", "--logdir", "--no-deps"}
@@ -20,12 +20,7 @@ FOREIGN |= {"--name", "--no-name"}  # stand for any switch
 FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*(?!\w)")
 # The letters behind a prompt in a prompt file.
 PROMPT_LETTERS = re.compile(r"--(n|w|h|d|l|s|ss|cn|am)\b")
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")
-
-
-def relative(path: Path) -> str:
-    return str(path.relative_to(ROOT))
 
 
 def own_options() -> set[str]:
@@ -41,13 +36,6 @@ def own_options() -> set[str]:
     for path in (ROOT / "quickstart.py", *(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
         found |= set(declared.findall(path.read_text("utf-8")))
     return found | {"--check"}
-
-
-def commands_of(document: Path) -> list[str]:
-    """The command lines of blocks without a language."""
-    blocks = [body for language, body in FENCE.findall(document.read_text("utf-8")) if language in ("", "bash", "sh")]
-    starts = ("python ", "accelerate ", "torchrun ", ".venv/", "pip ")
-    return [line.strip() for block in blocks for line in block.splitlines() if line.strip().startswith(starts)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
