@@ -68,7 +68,9 @@ class NetworkCheck:
                 "do not use this file"
             )
         if self.unmoved and len(self.unmoved) == self.modules:
-            found.append(f"{self.file}: no layer moved, the network has no effect; was the learning rate 0?")
+            found.append(
+                f"{self.file}: no layer moved, the network has no effect: no step was made yet, or its rates were 0"
+            )
         elif self.unmoved:
             found.append(f"{self.file}: {len(self.unmoved)} layers did not move, first {self.unmoved[0]}")
         if self.sha256_said is not None and self.sha256 != self.sha256_said:

@@ -312,7 +312,7 @@ def test_lowest_level_of_one_cell_takes_one_picture() -> None:
     generator = torch.Generator().manual_seed(1)
     shapes = build.shapes_of(module)
     unet: Any = build.fill(
-        module, [(k, torch.randn(s, generator=generator) * 0.1) for k, s in shapes.items()], None, "cpu"
+        module, [(k, torch.randn(s, generator=generator) * 0.1) for k, s in shapes.items()], torch.float32, "cpu"
     )
     latents_BCHW, text_BTD = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 32, generator=generator)
     both_BCHW = unet(latents_BCHW, 5, text_BTD).sample
