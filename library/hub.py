@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from library.log import UserError, first_line
 
@@ -86,6 +89,7 @@ def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS
     def fetch() -> Path:
         api = _api()
         logger.info("%s: no such file or folder here, asking the hub", repo_id)
+        _find_host(api.endpoint)
         wanted = files_of_model(api.list_repo_files(repo_id), parts)
         if wanted is None:
             raise UserError(f"{option} {repo_id}: the repository has no whole Diffusers model ({', '.join(parts)})")
@@ -94,6 +98,16 @@ def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS
         return Path(folder)
 
     return _told(fetch, f"{option} {repo_id}: no such file or folder here, and it could not be fetched from the hub")
+
+
+def _find_host(endpoint: str) -> None:
+    """Raise OSError at once if no network knows the hub's name: its client would ask for half a minute.
+
+    A proxy finds names by itself, so with one nothing is asked here.
+    """
+    place = urlsplit(endpoint)
+    if not getproxies():
+        socket.getaddrinfo(place.hostname, place.port or place.scheme)
 
 
 def _local_snapshot(repo_id: str, parts: Sequence[str]) -> Path | None:

@@ -203,6 +203,9 @@ def main() -> None:
     options = TinyVaeOptions(**vars(parser.parse_args()))
     setup_logging()
     photos = [Image.open(path).convert("RGB") for path in sorted(options.photos.rglob("*.jpg"))]
+    if not photos:
+        parser.error(f"--photos {options.photos}: there are no .jpg pictures; name a folder that has some")
+    options.work_dir.mkdir(parents=True, exist_ok=True)
     vae = train_vae(options, photos)
     rng = stream(options.seed, "normalise")
     normalise_latents(vae, to_tensor([draw(random_scene(rng), rng, PIXELS) for _ in range(400)]))

@@ -68,7 +68,9 @@ class NetworkCheck:
                 "do not use this file"
             )
         if self.unmoved and len(self.unmoved) == self.modules:
-            found.append(f"{self.file}: no layer moved, the network has no effect; was the learning rate 0?")
+            found.append(
+                f"{self.file}: no layer moved, the network has no effect: no step was made yet, or its rates were 0"
+            )
         elif self.unmoved:
             share = f"{len(self.unmoved)} of {self.modules} layers did not move"
             found.append(f"{self.file}: {share}, first {self.unmoved[0]}")

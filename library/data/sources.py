@@ -51,7 +51,7 @@ def resolve(
     with many_objects():
         datasets = tuple(search.dataset(index, spec) for index, spec in enumerate(specs))
     if search.errors:
-        raise UserError.of(search.errors)
+        raise UserError.of([*search.errors, *search.ways_out])
     return datasets
 
 
@@ -73,6 +73,7 @@ class _Search:
     on_bad_caption: OnBad
     allow_captionless: bool
     errors: list[str] = field(default_factory=list)
+    lacking: int = 0  # images without their mask or conditioning picture, among the errors
     _contents: dict[tuple[str, tuple[str, ...]], FolderContent | OSError] = field(default_factory=dict)
 
     def dataset(self, index: int, spec: DatasetSpec) -> ResolvedDataset:
@@ -240,11 +241,17 @@ class _Search:
 
         return tuple(fit_size(record.size) for record in records)
 
+    @property
+    def ways_out(self) -> list[str]:
+        """How to go on without the images that lack their mask or conditioning picture."""
+        return ["--on_bad_image skip leaves out images that lack their picture"] if self.lacking else []
+
     def _bad(self, found: _Found, problems: Iterable[ImageProblem], on_bad: OnBad) -> None:
         for problem in problems:
             found.problems.append(problem)
             if on_bad == "error":
                 self.errors.append(f"{problem.path}: {problem.reason}")
+                self.lacking += problem.lacks_pair
             else:
                 logger.warning("%s: left out: %s", problem.path, problem.reason)
 
@@ -255,7 +262,7 @@ class _Search:
             return
         endings = Counter(os.path.splitext(name)[1] for name in content.texts)
         others = [f"{count} {ending} files" for ending, count in endings.items() if ending not in extensions]
-        if subset.class_tokens is not None and not others:
+        if subset.class_tokens and not others:
             return  # the way to train without captions; others are captions that the options leave unread
         hint = f" (there are {' and '.join(others)}: set caption_extension)" if others else ""
         ways = "captions" if subset.conditioning_data_dir is not None else "captions or class_tokens"

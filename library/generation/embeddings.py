@@ -58,7 +58,8 @@ def attach_embeddings(engine: Engine, options: PromptOptions) -> tuple[Embedding
             engine.extensions.append(LayerTexts(engine, tokenizers[0], layers, by_layer).extension)
     engine.family = engine.family.with_tokenizers(tokenizers)
     for embedding in found:
-        logger.info("%s stands for %d vectors (%s)", embedding.word, len(embedding.vectors[0]), embedding.file)
+        count = len(embedding.vectors[0])
+        logger.info("%s stands for %d vector%s (%s)", embedding.word, count, "s" * (count > 1), embedding.file)
     return tuple(found)
 
 

@@ -49,6 +49,23 @@ def without_values() -> Generator[None]:
         yield
 
 
+class _GroupNorm(nn.GroupNorm):
+    """torch's group norm, also of groups that hold one value: nn.functional refuses these, group_norm gives the bias.
+
+    A batch of one small picture has them where the lowest level of the U-Net is a single cell.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def take_any_size(module: nn.Module) -> None:
+    """Let the group norms of a U-Net or ControlNet take groups of one value."""
+    for child in module.modules():
+        if type(child) is nn.GroupNorm:
+            child.__class__ = _GroupNorm
+
+
 def unet_config(spec: UNetSpec) -> dict[str, Any]:
     """The diffusers configuration of a U-Net."""
     last = len(spec.widths) - 1
@@ -123,6 +140,7 @@ def empty_unet(spec: UNetSpec) -> UNet2DConditionModel:
 
     with without_values():
         unet = UNet2DConditionModel(**unet_config(spec))
+    take_any_size(unet)
     unet.set_attn_processor(AttnProcessor2_0())
     return unet
 

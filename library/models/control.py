@@ -69,6 +69,7 @@ def empty_control(config: Mapping[str, Any]) -> ControlNetModel:
     known = inspect.signature(ControlNetModel.__init__).parameters
     with build.without_values():
         net = ControlNetModel(**{name: value for name, value in config.items() if name in known})
+    build.take_any_size(net)
     net.set_attn_processor(AttnProcessor2_0())
     return net
 

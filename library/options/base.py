@@ -71,6 +71,9 @@ def option(
     return dataclasses.field(default=default, metadata={"declaration": told})
 
 
+_PLACES = ("DIR", "FILE", "PATH", "MODEL")  # what metavar says where a value names something on the disk
+
+
 @dataclass(frozen=True)
 class OptionSpec:
     """One option as read from its field. ``kind`` is the type of a single value; scripts may replace ``default``."""
@@ -94,6 +97,11 @@ class OptionSpec:
         return (self.name, *self.told.aliases)
 
     @property
+    def _is_word(self) -> bool:
+        """True if a value may be any word: it is none of a few, and names no file or folder."""
+        return not self.choices and self.told.metavar not in _PLACES
+
+    @property
     def dataset_key(self) -> str:
         """The key of this option in a data set file."""
         return self.told.dataset_key or self.name
@@ -110,7 +118,7 @@ class OptionSpec:
 
         Raises ValueError that says what is wanted ("must be a whole number").
         """
-        if raw is None or (self.is_optional and means_nothing(raw, self.kind, bool(self.choices))):
+        if raw is None or (self.is_optional and means_nothing(raw, self.kind, self._is_word)):
             if self.is_optional:
                 return None
             raise ValueError("must have a value")

@@ -30,6 +30,9 @@ NEEDS = (
     ("sample_with_ema", "ema_decay"),
     ("cache_text_encoder_outputs_variants", "cache_text_encoder_outputs"),
     ("resize_fit", "crop_size"),
+    ("sample_at_first", "sample_prompts"),
+    ("sample_every_n_steps", "sample_prompts"),
+    ("sample_every_n_epochs", "sample_prompts"),
 )
 
 # Two options that exclude each other.
@@ -51,9 +54,6 @@ EXCLUDES = (
 
 # (option, options of which one must be set for it to have an effect).
 NO_EFFECT_WITHOUT = (
-    ("sample_every_n_steps", ("sample_prompts",)),
-    ("sample_every_n_epochs", ("sample_prompts",)),
-    ("sample_at_first", ("sample_prompts",)),
     ("save_last_n_epochs", ("save_every_n_epochs", "save_n_epoch_ratio")),
     ("save_last_n_steps", ("save_every_n_steps",)),
     ("save_last_n_epochs_state", ("save_state",)),
@@ -112,7 +112,7 @@ def implied(values: Mapping[str, Any], known: Container[str]) -> tuple[dict[str,
         f"--{name} switches --{target} on" if value is True else f"--{name} sets --{target} {value}"
         for name, target, value in rows
     ]
-    return {**_implied_name(values), **{target: value for _, target, value in rows}}, lines
+    return {**_implied_name(values), **_no_previews(values), **{target: value for _, target, value in rows}}, lines
 
 
 def _implied_name(values: Mapping[str, Any]) -> dict[str, str]:
@@ -120,6 +120,13 @@ def _implied_name(values: Mapping[str, Any]) -> dict[str, str]:
     if not values.get("token_string") or values.get("output_name"):
         return {}
     return {"output_name": re.sub(r"[/\\\0]", "_", "_".join(values["token_string"]))}
+
+
+def _no_previews(values: Mapping[str, Any]) -> dict[str, Any]:
+    """An empty --sample_prompts switches off the previews that a configuration file asks for."""
+    if "sample_prompts" not in values or values["sample_prompts"]:
+        return {}
+    return {"sample_at_first": False, "sample_every_n_steps": None, "sample_every_n_epochs": None}
 
 
 def _full_precision(settings: Settings) -> Iterator[str]:

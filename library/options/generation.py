@@ -20,7 +20,7 @@ class GenModelOptions(OptionGroup):
     v2: bool = option(False, help="the model is of the SD 2.x family")
     v_parameterization: bool = option(False, help="the model predicts velocity; taken from the file when it says so")
     zero_terminal_snr: bool = option(False, help="noise schedule that ends in pure noise; taken from the file too")
-    vae: str | None = option(None, help="VAE file, folder or hub id in place of the model's own")
+    vae: str | None = option(None, help="VAE file, folder or hub id in place of the model's own", metavar="MODEL")
     tokenizer_cache_dir: str | None = option(
         None, help="folder with a saved tokenizer to use instead of the built-in one", metavar="DIR"
     )

@@ -31,7 +31,7 @@ class ModelOptions(OptionGroup):
     )
     v2: bool = option(False, help="the base model is of the SD 2.x family; must agree with the file")
     v_parameterization: bool = option(False, help="the model predicts velocity v rather than noise")
-    vae: str | None = option(None, help="VAE file, folder or hub id in place of the base model's own")
+    vae: str | None = option(None, help="VAE file, folder or hub id in place of the base model's own", metavar="MODEL")
     tokenizer_cache_dir: str | None = option(
         None, help="folder with a saved tokenizer to use instead of the built-in one", metavar="DIR"
     )

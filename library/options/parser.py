@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NoReturn
 
 from library.log import UserError
@@ -113,4 +113,16 @@ def read_command_line(
     places = [spec.name for spec in script.specs().values() if spec.told.positional and spec.name not in known]
     known |= {name: Given(word, COMMAND_LINE) for name, word in zip(places, words, strict=False)}
     words = words[len(places) :]
-    return known, unknown, [f"command line: {word!r} belongs to no option" for word in words]
+    switches = {f"--{name}" for spec in script.specs().values() if spec.is_flag for name in spec.names}
+    before = dict(zip(argv[1:], argv, strict=False))
+    return known, unknown, [_stray(word, before.get(word, ""), switches) for word in words]
+
+
+def _stray(word: str, before: str, switches: Container[str]) -> str:
+    """What is wrong with a word that belongs to no option, and with the word before it."""
+    if before in switches and word.lower() in ("true", "false"):
+        right = before if word.lower() == "true" else f"--no-{before[2:]}"
+        return f"command line: {before} {word}: a switch takes no value; write {right}"
+    if word.startswith(("\N{EN DASH}", "\N{EM DASH}")):
+        return f"command line: {word!r} begins with a long dash; write two hyphens"
+    return f"command line: {word!r} belongs to no option; texts with blanks need quotes"

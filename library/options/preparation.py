@@ -259,7 +259,9 @@ class CheckDatasetOptions(OptionGroup):
     )
     html: str | None = option("dataset_report.html", help="page to write; empty for none", metavar="FILE")
     max_token_length: Literal[75, 150, 225] = option(75, help="captions over this many tokens are reported")
-    min_side: int = option(256, ge=1, help="images with a shorter side than this are tiny")
+    min_side: int | None = option(
+        None, ge=1, help="images with a shorter side than this are tiny; default: 256, or the resolution if it is less"
+    )
     max_megabytes: float = option(20, gt=0, help="larger files are reported")
     duplicate_distance: int = option(
         4, ge=0, le=8, help="images whose 64-bit hashes differ in at most this many bits are near duplicates"

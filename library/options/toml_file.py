@@ -80,4 +80,17 @@ def read_toml(path: Path, option_name: str) -> TomlFile:
     try:
         return TomlFile(path, parse_toml(text), key_lines(text))
     except ValueError as error:
-        raise UserError(f"--{option_name}: {path} is no valid TOML: {error}") from error
+        raise UserError(f"--{option_name}: {path} is no valid TOML: {error}{_hint(text, str(error))}") from error
+
+
+def _hint(text: str, message: str) -> str:
+    """What a beginner probably meant in the line that a message names; empty if there is no guess."""
+    number = re.search(r"at line (\d+)", message)
+    line = text.splitlines()[int(number[1]) - 1] if number and int(number[1]) <= len(text.splitlines()) else ""
+    if "\\" in line:
+        return "; write paths with / in place of \\"
+    if re.search(r"=\s*(True|False)\b", line):
+        return "; write true and false in small letters"
+    if re.search(r"=\s*[^\s\d\"'\[{+-]", line):
+        return '; texts need straight quotes: "text"'
+    return ""

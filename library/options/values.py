@@ -116,11 +116,11 @@ def check_choice(raw: Any, choices: tuple[Any, ...]) -> Any:
     raise ValueError(f"must be one of {', '.join(str(allowed) for allowed in choices)}")
 
 
-def means_nothing(raw: Any, kind: type, has_choices: bool) -> bool:
-    """True if a value stands for "not given": empty text or list, and the word None where it can be no real value."""
+def means_nothing(raw: Any, kind: type, is_word: bool) -> bool:
+    """True if a value stands for "not given": empty text or list, and the word None unless it can be any word."""
     if raw == "" or raw == []:
         return True
-    return isinstance(raw, str) and raw.lower() == "none" and (has_choices or kind in (int, float))
+    return isinstance(raw, str) and raw.lower() == "none" and (not is_word or kind in (int, float))
 
 
 def split_pair(item: str) -> tuple[str, str]:

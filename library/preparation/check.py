@@ -28,6 +28,7 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "transparent": ("Transparent images", "What is transparent is trained as white, and with alpha_mask not at all."),
     "huge": ("Large files", "They take long to read in each epoch; latents can be cached, or the files made smaller."),
 }
+MIN_SIDE_PX = 256
 _STRONGLY_ENLARGED = 1.5
 _LATENTS = ".npz"
 _WITHOUT_RECORD = ("unreadable", "unpaired")
@@ -37,7 +38,7 @@ _WITHOUT_RECORD = ("unreadable", "unpaired")
 class Limits:
     """From where on something is worth a line."""
 
-    min_side: int = 256
+    min_side: int = MIN_SIDE_PX
     max_bytes: int = 20_000_000
     duplicate_distance: int = 4
 

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from library.checkpoint.io import atomic_write_text
 from library.data.index import image_names
 from library.data.loader import prefetch
-from library.data.records import Augmentation, BucketRules, CaptionRules, DatasetKind, DatasetSpec, SubsetSpec
+from library.data.records import (
+    Augmentation,
+    BucketRules,
+    CaptionRules,
+    DatasetKind,
+    DatasetSpec,
+    ResolvedDataset,
+    SubsetSpec,
+)
 from library.data.report import describe
 from library.data.sources import resolve
 from library.data.spec import load_dataset_specs
@@ -18,7 +27,7 @@ from library.log import UserError, progress
 from library.options import DataOptions, MaskOptions
 from library.options.preparation import CheckDatasetOptions
 from library.options.settings import Settings
-from library.preparation.check import CheckReport, Limits, check, unique_images
+from library.preparation.check import MIN_SIDE_PX, CheckReport, Limits, check, unique_images
 from library.preparation.check_page import report_lines, report_page
 from library.preparation.looks import look_at
 from library.preparation.quarantine import RECORD_NAME, carry_out, plan_moves
@@ -39,7 +48,9 @@ def check_dataset(settings: Settings) -> CheckReport:
     images = unique_images(datasets)
     looks = list(progress(prefetch(images, look_at, data.max_data_loader_n_workers), "images", total=len(images)))
     reports = describe(datasets, count_tokens, options.max_token_length)
-    limits = Limits(options.min_side, int(options.max_megabytes * 1e6), options.duplicate_distance)
+    limits = Limits(
+        options.min_side or _usual_min_side(datasets), int(options.max_megabytes * 1e6), options.duplicate_distance
+    )
     report = check(datasets, reports, looks, limits)
     for line in report_lines(report):
         logger.info("%s", line)
@@ -49,6 +60,12 @@ def check_dataset(settings: Settings) -> CheckReport:
     if options.quarantine is not None:
         _quarantine(report, options, options.quarantine.expanduser())
     return report
+
+
+def _usual_min_side(datasets: Sequence[ResolvedDataset]) -> int:
+    """256 pixels, unless a training size is smaller."""
+    rules = [dataset.spec.buckets for dataset in datasets]
+    return min([MIN_SIDE_PX, *(side for rule in rules if rule is not None for side in rule.resolution)])
 
 
 def _quarantine(report: CheckReport, options: CheckDatasetOptions, folder: Path) -> None:

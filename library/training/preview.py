@@ -82,9 +82,6 @@ class Previewer:
         self._barrier = barrier
         self._in_use = in_use
         self._net = net
-        wanted = options.sample_at_first or options.sample_every_n_steps or options.sample_every_n_epochs
-        if wanted and options.sample_prompts is None:
-            raise UserError("--sample_prompts: previews are asked for, so name a file of prompts")
         self._prompts = load_prompts(options.sample_prompts) if options.sample_prompts else ()
         self._drawn_at_step: int | None = None
 

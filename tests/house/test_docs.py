@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.guides import DOCUMENTS, commands_of, relative
 from tests.house.source_map import ROOT
 
-DOCUMENTS = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+# Also those in Japanese, whose commands are the same.
+PAGES = [*DOCUMENTS, ROOT / "README-ja.md", *sorted((ROOT / "docs" / "ja").glob("*.md"))]
 CONFIGS = sorted(path for path in (ROOT / "examples").glob("*.toml") if "dataset" not in path.name)
 # Options of programs of others that the documents mention.
 FOREIGN = {"--multi_gpu", "--num_processes", "--nproc_per_node", "--cpu", "--index-url", "--logdir", "--no-deps"}
@@ -18,12 +20,7 @@ FOREIGN |= {"--name", "--no-name"}  # stand for any switch
 FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*(?!\w)")
 # The letters behind a prompt in a prompt file.
 PROMPT_LETTERS = re.compile(r"--(n|w|h|d|l|s|ss|cn|am)\b")
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")
-
-
-def relative(path: Path) -> str:
-    return str(path.relative_to(ROOT))
 
 
 def own_options() -> set[str]:
@@ -41,14 +38,7 @@ def own_options() -> set[str]:
     return found | {"--check"}
 
 
-def commands_of(document: Path) -> list[str]:
-    """The command lines of blocks without a language."""
-    blocks = [body for language, body in FENCE.findall(document.read_text("utf-8")) if language in ("", "bash", "sh")]
-    starts = ("python ", "accelerate ", "torchrun ", ".venv/", "pip ")
-    return [line.strip() for block in blocks for line in block.splitlines() if line.strip().startswith(starts)]
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+@pytest.mark.parametrize("document", PAGES, ids=relative)
 def test_options_named_in_documents_exist(document: Path):
     text = PROMPT_LETTERS.sub("", document.read_text("utf-8"))
     named = {flag for flag in FLAG.findall(text) if not flag.endswith(("_", "-"))}
@@ -56,7 +46,7 @@ def test_options_named_in_documents_exist(document: Path):
     assert not unknown, f"{relative(document)} names options that do not exist: {sorted(unknown)}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+@pytest.mark.parametrize("document", PAGES, ids=relative)
 def test_commands_of_documents_name_files_that_exist(document: Path):
     missing: list[str] = []
     for command in commands_of(document):
@@ -66,7 +56,7 @@ def test_commands_of_documents_name_files_that_exist(document: Path):
     assert not missing, "\n".join(missing)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+@pytest.mark.parametrize("document", PAGES, ids=relative)
 def test_training_commands_of_documents_are_accepted(document: Path, monkeypatch: pytest.MonkeyPatch):
     """Together with the example that they name; files of the reader's own are not there to be read."""
     from library.options.script import parse
@@ -82,7 +72,7 @@ def test_training_commands_of_documents_are_accepted(document: Path, monkeypatch
                 parse(rows[script], options)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+@pytest.mark.parametrize("document", PAGES, ids=relative)
 def test_links_lead_somewhere(document: Path):
     broken: list[str] = []
     for target, anchor in LINK.findall(document.read_text("utf-8")):

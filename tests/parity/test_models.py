@@ -16,6 +16,7 @@ from library.families import family_for
 from library.families.base import ModelParts, TextSettings
 from library.log import UserError
 from library.models import build
+from library.models.spec import UNetSpec
 from library.options import ModelOptions
 from tests.toy import toy_modules, toy_spec, write_toy_checkpoint, write_toy_folder
 
@@ -302,3 +303,19 @@ def test_vae_file_without_vae(tmp_path: Path) -> None:
     options = ModelOptions(vae=str(tmp_path / "x.safetensors"))
     with pytest.raises(UserError, match=r"--vae .*no VAE"):
         family_for(options).load_vae(options)
+
+
+def test_lowest_level_of_one_cell_takes_one_picture() -> None:
+    """Group norms of a single value, which the functional form of torch refuses: alone as in a batch."""
+    spec = UNetSpec(widths=(32, 32, 32, 32), context_width=32)
+    module = build.empty_unet(spec)
+    generator = torch.Generator().manual_seed(1)
+    shapes = build.shapes_of(module)
+    unet: Any = build.fill(
+        module, [(k, torch.randn(s, generator=generator) * 0.1) for k, s in shapes.items()], torch.float32, "cpu"
+    )
+    latents_BCHW, text_BTD = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 32, generator=generator)
+    both_BCHW = unet(latents_BCHW, 5, text_BTD).sample
+    alone_BCHW = unet(latents_BCHW[:1], 5, text_BTD[:1]).sample
+    assert float(both_BCHW.std()) > 1e-3
+    torch.testing.assert_close(alone_BCHW, both_BCHW[:1], rtol=1e-4, atol=1e-5)

@@ -1,9 +1,7 @@
-"""What train_controlnet.py writes, what its previews show, what it refuses; the guide to it works as it is written."""
+"""What train_controlnet.py writes, what its previews show, what it refuses."""
 
 from __future__ import annotations
 
-import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,11 @@ from library.models.control import empty_control, load_control, save_control_fil
 from library.models.load import Target
 from library.options import ModelOptions
 from library.options.scripts import GEN_IMG
-from library.training.app import run as run_script
 from tests.control_fixtures import toy_control
 from tests.lllite_fixtures import TWO_STEPS, Pairs, control, refusal, same
 from tests.text_diffusion_fixtures import diffusers_pipeline
 from tests.toy import toy_spec
-from tests.training.runs import CONTROL_SCRIPT, ROOT, metadata, tensors, train, write_pairs
-from tools.canny import main as canny
+from tests.training.runs import CONTROL_SCRIPT, metadata, tensors, train
 
 FLOAT = Target(torch.float32)
 DIFFUSERS: Any = diffusers  # its classes' annotations are wrong in places
@@ -38,9 +34,6 @@ SCHEDULER: dict[str, Any] = {
     "steps_offset": 1,
 }
 SMALL_PICTURE = "--steps 2 --W 64 --H 64 --scale 7.5 --sampler ddim --seed 1"
-GUIDE = (ROOT / "docs" / "control.md").read_text("utf-8")
-SECTION = GUIDE.partition("## Training a ControlNet\n")[2].partition("\n## ")[0]
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -203,37 +196,3 @@ def test_nets_that_cannot_be_begun_with(
 def other_kind(folder: Path) -> Path:
     save_control_folder(folder / "sd1", toy_control())
     return folder / "sd1"
-
-
-# ---- the guide
-
-
-def test_the_commands_of_the_guide(
-    model: Path, model_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a toy model and small pictures in place of those that the examples name."""
-    _, edges = write_pairs(tmp_path / "data", [(64, 64), (80, 64)])
-    for path in edges.iterdir():
-        path.unlink()
-    for path in (tmp_path / "data" / "images").glob("*.caption"):
-        path.rename(path.with_suffix(".txt"))
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
-    commands = [line for _, body in BLOCKS for line in body.splitlines() if line.startswith(("python ", "accelerate "))]
-    small = (
-        "--resolution 64 --min_bucket_reso 32 --max_bucket_reso 96 --mixed_precision no --optimizer_type AdamW"
-        " --max_train_steps 2 --max_train_epochs 1 --max_data_loader_n_workers 0"
-    )
-    for command in commands:
-        words = shlex.split(command)
-        if "tools/canny.py" in words:
-            assert canny(words[2:]) == 0
-        elif "gen_img.py" in words:
-            drawing = ["--ckpt", str(model), *SMALL_PICTURE.split(), "--guide_image_path", str(next(edges.iterdir()))]
-            assert draw(GEN_IMG, [*words[2:], *drawing]) == 0
-        else:
-            assert words[:3] == ["accelerate", "launch", CONTROL_SCRIPT.options.name]
-            base = model_sdxl if "--sdxl" in words else model
-            given = [*words[3:], "--pretrained_model_name_or_path", str(base), *small.split()]
-            assert run_script(CONTROL_SCRIPT, given) == 0
-    assert (tmp_path / "output" / "my_controlnet" / "my_controlnet.safetensors").is_file()

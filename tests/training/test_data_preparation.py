@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import re
-import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +11,12 @@ import pytest
 
 from library.preparation import faces_run, tagging_run
 from library.preparation.faces import Face
-from library.training.app import run
 from tests.captioner_fixtures import write_blip, write_git
+from tests.guides import commands_of, run_command, script_and_options
 from tests.house.source_map import ROOT
 from tests.toy import write_toy_checkpoint
-from tests.training.runs import SCRIPT
 from tests.unit.test_tagging import TABLE, FakeSession
 
-DOCUMENT = ROOT / "docs" / "data_preparation.md"
-BLOCK = re.compile(r"^```\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Added for speed: small sizes, few steps.
 QUICK = {
     "prepare_buckets_latents.py": "--max_resolution 64,64 --min_bucket_reso 32 --bucket_reso_steps 8",
@@ -32,19 +26,17 @@ QUICK = {
 }
 
 
-def commands() -> list[list[str]]:
-    text = DOCUMENT.read_text("utf-8")
-    return [shlex.split(line) for block in BLOCK.findall(text) for line in block.splitlines()]
+COMMANDS = commands_of(ROOT / "docs" / "data_preparation.md")
 
 
 def test_the_document_shows_every_tool():
-    shown = {Path(words[1]).name for words in commands()}
+    shown = {Path(script_and_options(command)[0]).name for command in COMMANDS}
     named = {path.name for path in (ROOT / "finetune").glob("*.py")} | {"check_dataset.py", "canny.py"}
     assert named | {"detect_face_rotate.py", "resize_images_to_resolution.py", "train_network.py"} == shown
 
 
 @pytest.fixture
-def walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
+def walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
     """Runs a command of the document in a folder that has all that it names."""
     shutil.copytree(ROOT / "examples" / "photos" / "subjects" / "1_photo", tmp_path / "photos")
     write_toy_checkpoint(tmp_path / "model.safetensors")
@@ -57,23 +49,19 @@ def walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]
     monkeypatch.setattr(faces_run, "_package_detector", lambda: lambda pixels: [Face((100, 90), (40, 50), 5.0)])
     monkeypatch.chdir(tmp_path)
 
-    def call(words: list[str]) -> int:
-        script = Path(words[1])
-        argv = [*words[2:], *QUICK.get(script.name, "").split()]
-        if script.name == "train_network.py":
-            return run(SCRIPT, argv)
-        return importlib.import_module(f"tools.{script.stem}").main(argv)
+    def call(command: str) -> int:
+        return run_command(command, QUICK.get(Path(script_and_options(command)[0]).name, ""))
 
     return call
 
 
 def test_every_command_of_the_document_runs(
-    walk: Callable[[list[str]], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    walk: Callable[[str], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    for words in commands():
-        if "train_network.py" in words[1]:
+    for command in COMMANDS:
+        if "train_network.py" in command:
             monkeypatch.setattr("library.data.dataset.read_image", lambda path: pytest.fail(f"{path} was decoded"))
-        assert walk(words) == 0, " ".join(words)
+        assert walk(command) == 0, command
     names = {path.stem for path in (tmp_path / "photos").glob("*.jpg")}
     assert len(names) == 7
     assert not (tmp_path / "aside").exists()  # these photos are good

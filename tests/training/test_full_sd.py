@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor
 
@@ -17,7 +16,6 @@ import train_db
 from library.families.sd import SdFamily
 from library.options import ModelOptions
 from library.options.script import parse
-from library.training.app import run
 from library.training.script import Script
 from tests.cells_fixtures import StepReports
 from tests.training import runs
@@ -265,29 +263,6 @@ def test_fine_tuning_on_a_metadata_file(model: Path, tmp_path: Path) -> None:
     saved = train(model, photos, tmp_path / "out", *more, "--mixed_precision", "bf16", script=FT)
     assert metadata(saved)["ss_steps"] == "4"
     assert {key.split(".")[0] for key in changed(model, saved)} >= {"model"}
-
-
-@pytest.mark.parametrize(("script", "example"), [(DB, "dreambooth_sd15"), (FT, "full_sd15")], ids=["db", "ft"])
-def test_the_guides_commands_run(script: Script, example: str, model: Path, tmp_path: Path) -> None:
-    """The first command of each guide, with the paths of this test and a length of one step."""
-    photos = write_photos(tmp_path / "photos", [(64, 64)] * 12)
-    reg = write_photos(tmp_path / "reg", [(64, 64)])
-    names = (photos / "1_sks thing").glob("*.png")
-    (tmp_path / "meta.json").write_text(json.dumps({str(name): {"caption": "sks, thing"} for name in names}))
-    own = {"dreambooth_sd15": ("--reg_data_dir", str(reg)), "full_sd15": ("--in_json", str(tmp_path / "meta.json"))}
-    paths = ("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(photos), *own[example])
-    paths += ("--output_dir", str(tmp_path / "out"), "--output_name", "toy", "--resolution", "64")
-    here = ("--mixed_precision", "no", "--min_bucket_reso", "32", "--no-gradient_checkpointing")
-    guide = (runs.ROOT / "docs" / script.options.name.replace(".py", ".md")).read_text("utf-8")
-    assert f"\naccelerate launch {script.options.name} --config_file examples/{example}.toml\n" in guide
-    config = ("--config_file", str(runs.ROOT / "examples" / f"{example}.toml"))
-    length = ("--max_train_steps", "1") if script is DB else ("--max_train_epochs", "1", "--train_batch_size", "16")
-    logs = ("--logging_dir", str(tmp_path / "logs")) if script is FT else ()
-    optimizer = ("--optimizer_type", "AdamW")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert run(script, [*config, *paths, *here, *length, *logs, *optimizer]) == 0
-    assert changed(model, tmp_path / "out" / "toy.safetensors")
-    assert (tmp_path / "out" / "toy-ema.safetensors").is_file() == (script is FT)
 
 
 def test_options_that_say_nothing_are_named() -> None:

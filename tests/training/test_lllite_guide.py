@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -37,26 +36,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def test_the_commands_of_the_guide(place: Path, model_sdxl: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With a toy model and small pictures in place of those that the example names."""
-    commands = [line for _, body in BLOCKS for line in body.splitlines() if line.startswith(("python ", "accelerate "))]
-    small = (
-        f"--pretrained_model_name_or_path {model_sdxl} --resolution 64 --min_bucket_reso 32 --max_bucket_reso 96"
-        " --mixed_precision no --optimizer_type AdamW --max_train_steps 2 --max_train_epochs 1"
-        " --cond_emb_dim 8 --network_dim 6 --max_data_loader_n_workers 0"
-    )
-    for command in commands:
-        words = shlex.split(command)
-        if "tools/canny.py" in words:
-            assert canny(words[2:]) == 0
-            continue
-        assert words[:3] == ["accelerate", "launch", LLLITE_SCRIPT.options.name]
-        assert run(LLLITE_SCRIPT, [*words[3:], *small.split()]) == 0
-    assert "after pictures of data/edges" in capsys.readouterr().out
-    assert sorted(path.name for path in (place / "data" / "edges").iterdir()) == ["photo0.png", "photo1.png"]
-    assert (place / "output" / "my_lllite" / "my_lllite.safetensors").is_file()
 
 
 def test_the_data_set_of_the_guide(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,9 @@ from library.models.layer_texts import cross_attentions, let_layers_choose
 from library.options.generation import PromptOptions
 from library.text.embedding_files import XTI_LAYERS
 from tests.generation_fixtures import make_engine, make_job, picture, toy_model
-from tests.house.source_map import ROOT
-from tests.house.test_docs import commands_of
 from tests.parity.test_drawing_networks import pipeline
-from tests.training import runs
 from tests.training.runs import tensors
-from tests.words_fixtures import SCRIPTS, SD, SGD, XTI, Trainer, distance, vocabulary, write_pictures
+from tests.words_fixtures import SGD, Trainer, distance, vocabulary, write_pictures
 
 PROMPT = "a (photo:1.2) of sksx, sksx1"
 PLAIN = "a photo of sksx"
@@ -140,27 +136,3 @@ def test_each_layer_picks_its_text_and_plain_texts_pass() -> None:
     unet(latents_BCHW, 5, texts_BSTD)
     assert len(heard) == 16
     assert all(torch.equal(text_BTD, texts_BSTD[:, index]) for index, text_BTD in enumerate(heard))
-
-
-# ---- the guide
-
-
-@pytest.mark.parametrize("script", [SD, XTI], ids=lambda script: script.options.name)
-def test_commands_of_the_guide_run(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The training and the drawing behind it, with fewer steps and in another folder."""
-    assert script in SCRIPTS.values()
-    monkeypatch.chdir(ROOT)
-    lines = commands_of(ROOT / "docs" / "textual_inversion.md")
-    at = next(i for i, line in enumerate(lines) if script.options.name in line.split() and "examples/tiny" in line)
-    training = shlex.split(lines[at].replace("output/", f"{tmp_path}/"))
-    runs.AcceleratorState._reset_state(reset_partial_state=True)
-    given = training[training.index(script.options.name) + 1 :]
-    given += [] if "--output_dir" in given else ["--output_dir", str(tmp_path / "word")]
-    assert runs.run(script, [*given, "--max_train_steps", "2"]) == 0
-    drawing = shlex.split(lines[at + 1].replace("output/", f"{tmp_path}/"))
-    assert drawing[:2] == ["python", "gen_img.py"]
-    from library.generation.app import run as generate
-    from library.options.scripts import GEN_IMG
-
-    assert generate(GEN_IMG, [*drawing[2:], "--steps", "2"]) == 0
-    assert len(list(tmp_path.glob("*/drawn/*.png"))) == 1

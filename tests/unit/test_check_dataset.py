@@ -248,3 +248,11 @@ def test_a_data_set_is_read_as_training_reads_it(folder: Path, tmp_path: Path):
 def test_what_is_no_data_set_is_an_error_line(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]):
     assert main([*words, "--html", ""]) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(("words", "tiny"), [((), True), (("--resolution", "64"), False)])
+def test_tiny_is_below_what_is_trained(tmp_path: Path, words: tuple[str, ...], tiny: bool) -> None:
+    write_picture(tmp_path / "in" / "a.png", (200, 200))
+    given = [str(tmp_path / "in"), "--html", "", "--max_data_loader_n_workers", "0", *words]
+    report = check_dataset(parse(CHECK_DATASET, given))
+    assert bool(report.of_kind("tiny")) == tiny

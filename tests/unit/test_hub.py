@@ -217,6 +217,18 @@ def test_hub_that_cannot_be_reached_is_one_line_before_training(monkeypatch: pyt
     assert "\n" not in str(caught.value)
 
 
+def test_mistyped_path_is_told_at_once_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nobody_knows(*place: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("library.hub.getproxies", dict)
+    monkeypatch.setattr("library.hub.socket.getaddrinfo", nobody_knows)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(UserError, match=r"modles/dir: no such file or folder here.*Name or service not known"):
+        hub.download_model("modles/dir", "--pretrained_model_name_or_path")
+
+
 # ---- downloads
 
 DIFFUSERS = [

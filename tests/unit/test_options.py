@@ -183,6 +183,23 @@ def test_empty_text_and_none_mean_absent():
         assert settings.value_of(name) is None
 
 
+def test_none_is_no_folder_but_may_be_a_name():
+    settings = parse(LOOSE, ["--reg_data_dir", "None", "--vae", "none", "--output_name", "None"])
+    assert (settings.value_of("reg_data_dir"), settings.value_of("vae")) == (None, None)
+    assert settings.value_of("output_name") == "None"
+
+
+def test_no_prompts_are_no_previews(tmp_path: Path):
+    text = 'sample_prompts = "a.txt"\nsample_at_first = true\nsample_every_n_steps = 5\nsample_every_n_epochs = 1\n'
+    words = ["--config_file", config(tmp_path, text)]
+    names = ("sample_at_first", "sample_every_n_steps", "sample_every_n_epochs")
+    assert all(parse(LOOSE, words).value_of(name) for name in names)
+    settings = parse(LOOSE, [*words, "--sample_prompts", ""])
+    assert not any(settings.value_of(name) for name in names)
+    assert not any("sample" in line for line in settings.warnings)
+    assert problems_of("--sample_at_first") == ["--sample_at_first needs --sample_prompts"]
+
+
 def test_negative_numbers_on_the_command_line():
     for text in ("-0.001", "-1e-3", "-.1E-2"):
         settings = parse(LOOSE, ["--noise_offset", "0.1", "--adaptive_noise_scale", text])
@@ -239,7 +256,11 @@ def test_all_problems_at_once(tmp_path: Path):
 
 def test_command_line_problems_are_one_line():
     assert problems_of("--network_dim") == ["command line: argument --network_dim: expected one argument; see --help"]
-    assert problems_of("stray") == ["command line: 'stray' belongs to no option"]
+    assert problems_of("stray") == ["command line: 'stray' belongs to no option; texts with blanks need quotes"]
+    switch = "a switch takes no value; write"
+    assert problems_of("--cache_latents", "true") == [f"command line: --cache_latents true: {switch} --cache_latents"]
+    assert problems_of("--v2", "False") == [f"command line: --v2 False: {switch} --no-v2"]
+    assert "long dash; write two hyphens" in problems_of("\N{EN DASH}seed", "1")[0]
     assert problems_of("--no-metadata") == ["--no-metadata: there is no such option (did you mean no_metadata?)"]
     assert problems_of("--network_di", "4")[0].startswith("--network_di: there is no such option")
 
@@ -284,7 +305,6 @@ def test_combinations_refused(argv: str, part: str):
         ("--dataset_config a.toml --train_data_dir b", "--train_data_dir ignored"),
         ("--in_json a --color_aug", "latents prepared ahead are not used"),
         ("--max_train_epochs 3 --max_train_steps 3", "--max_train_epochs decides"),
-        ("--sample_at_first", "has no effect without"),
         ("--save_last_n_epochs 2", "has no effect without"),
         ("--fused_backward_pass", "ignored"),
         ("--initial_epoch 1", "ignored"),

@@ -87,7 +87,15 @@ def test_byte_order_mark_and_non_ascii(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("content", "part"),
-    [(b"seed = = 1\n", "line 1"), (b"output_name = '\xff'\n", "UTF-8"), (b"seed = 1\nseed = 2\n", "no valid TOML")],
+    [
+        (b"seed = = 1\n", "line 1"),
+        (b'vae = "C:\\Users\\me"\n', "write paths with /"),
+        (b"cache_latents = True\n", "small letters"),
+        ("vae = “a”\n".encode(), "straight quotes"),
+        (b"vae = a/b\n", "straight quotes"),
+        (b"output_name = '\xff'\n", "UTF-8"),
+        (b"seed = 1\nseed = 2\n", "no valid TOML"),
+    ],
 )
 def test_unreadable_files(tmp_path: Path, content: bytes, part: str):
     (tmp_path / "run.toml").write_bytes(content)

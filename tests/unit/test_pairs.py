@@ -138,6 +138,7 @@ def test_all_that_have_no_pair_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         resolved(tmp_path)
     lines = str(caught.value).split("\n")
+    assert lines.pop() == "--on_bad_image skip leaves out images that lack their picture"
     assert len(lines) == 3
     assert "images/a.png: has no conditioning picture; there is no a.* in" in lines[0]
     assert f"its conditioning picture {tmp_path}/edges/b.png: " in lines[1]

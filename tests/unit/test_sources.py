@@ -29,7 +29,9 @@ from library.data.records import (
 )
 from library.data.report import describe
 from library.data.sources import resolve
+from library.data.spec import load_dataset_specs
 from library.log import UserError
+from library.options import DataOptions
 
 
 def picture(path: Path, size: tuple[int, int] = (64, 48), orientation: int = 1) -> Path:
@@ -112,6 +114,12 @@ def test_no_caption_anywhere_is_refused_unless_allowed(tmp_path: Path) -> None:
     assert "no image has a caption file (.caption or .txt)" in line
     assert "--allow_captionless" in line
     assert found(folder(tmp_path, class_tokens=None), allow_captionless=True).records[0].caption == ""
+    place = tmp_path / "set" / "10_"
+    place.mkdir(parents=True)
+    picture(place / "a.png")
+    options = DataOptions(train_data_dir=str(tmp_path / "set"), resolution=(64, 64))
+    with pytest.raises(UserError, match="no image has a caption file"):
+        resolve(load_dataset_specs(options, frozenset({DatasetKind.DREAMBOOTH})))
     (tmp_path / "a.txt").write_text("x")
     (line,) = problems(folder(tmp_path, class_tokens=None, caption_extension=".caption"))
     assert "there are 1 .txt files: set caption_extension" in line

@@ -285,5 +285,6 @@ def _report(file: str, word: str, vectors: tuple[Tensor, ...], started: tuple[Te
         return [f"{file}: its vectors hold NaN or infinite values; do not use this file"]
     norm = sum(float(now.norm(dim=-1).mean()) for now, _ in pairs) / len(pairs)
     moved = sum(float((now - before).norm(dim=-1).mean()) for now, before in pairs) / len(pairs)
-    lines = [f"{file}: {word} stands for {len(vectors[0])} vectors of average norm {norm:.3g}, moved by {moved:.3g}"]
+    count = f"{len(vectors[0])} vector{'s' if len(vectors[0]) > 1 else ''}"
+    lines = [f"{file}: {word} stands for {count} of average norm {norm:.3g}, moved by {moved:.3g}"]
     return lines if moved else [*lines, f"{file}: {word} did not move; does it stand in the captions?"]
