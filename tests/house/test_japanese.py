@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.guides import FENCE, relative
 from tests.house.source_map import ROOT
-from tests.house.test_docs import FENCE, LINK, relative
+from tests.house.test_docs import LINK
 from tools import make_option_docs
 
 # Pages for those who change the code or measure it; they have no Japanese counterpart.
