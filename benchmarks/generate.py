@@ -1,13 +1,14 @@
 """The time of drawing a picture over that of the bare U-Net calls that it takes, with guidance (batches of two).
 
 Both sides share one U-Net with random weights and make the same number of calls; ours also samples, guides and takes
-its text from the cache of the engine. The VAE is left out. ``--networks N`` merges N LoRA networks first, which must
-cost nothing per step.
+its text from the cache of the engine. The VAE is left out. ``--networks N`` merges N LoRA networks into ours first,
+which must cost nothing per step.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,10 +50,9 @@ def merge_networks(unet: nn.Module, count: int, rank: int) -> None:
     """Merge networks with small random weights into the U-Net."""
     for _ in range(count):
         network = create_network(1.0, rank, rank, None, [], unet)
-        network.apply_to([], unet, False, True)
-        for parameter in network.parameters():
+        for parameter in (parameter for adapter in network.adapters for parameter in adapter.parameters()):
             nn.init.normal_(parameter, std=1e-3)
-        network.merge_to([], unet, dict(network.state_dict()), torch.float32, torch.device("cpu"))
+        network.merge_to([], unet, None, torch.float32, torch.device("cpu"))
 
 
 def bare_calls(arguments: argparse.Namespace, unet: Any) -> Callable[[], object]:
@@ -88,7 +88,8 @@ def main() -> int:
     arguments.steps = arguments.steps or (3 if arguments.size == "full" else 10)
     rounds = arguments.rounds or (3 if arguments.size == "full" else 10)
     unet = random_module(build.empty_unet(SIZES[arguments.size].unet), DTYPES[arguments.dtype])
-    bare = bare_calls(arguments, unet)
+    # merging must leave plain layers: the bare calls are those of a U-Net that never had a network
+    bare = bare_calls(arguments, copy.deepcopy(unet) if arguments.networks else unet)
     merge_networks(unet, arguments.networks, arguments.rank)
     turns = {"bare": bare, "ours": our_drawing(arguments, unet)}
     print(f"{arguments.size}, {arguments.dtype}, {arguments.pixels} px, {arguments.steps} steps")

@@ -86,7 +86,7 @@ def main() -> int:
         line = (
             "train_network.py --pretrained_model_name_or_path examples/tiny/tiny-sd1.safetensors --train_data_dir "
             f"{temporary}/data --allow_captionless --output_dir {temporary}/out --network_module networks.lora "
-            "--resolution 64 --cache_latents --max_train_steps 1 --learning_rate 1e-4 --seed 1"
+            "--resolution 64 --train_batch_size 2 --cache_latents --max_train_steps 1 --learning_rate 1e-4 --seed 1"
         )
         imports, ready = IMPORTS, "steps: 1/1"
         if arguments.program == "drawing":
