@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measuring import alternate
+from benchmarks.measuring import Budget, alternate
 from benchmarks.photos import write_photos
 from benchmarks.random_models import DTYPES, SIZES, random_module
 from library.data.cache import LatentStore
@@ -26,6 +26,8 @@ from library.data.records import BucketRules, DatasetKind, DatasetSpec, Resolved
 from library.data.sources import resolve
 from library.models import build
 from library.training.caching import cache_latents
+
+BUDGET = Budget("caching latents, pictures a second over the bare VAE's", 0.9, at_least=True)
 
 
 def find_photos(folder: Path, pixels: int, batch: int) -> tuple[ResolvedDataset, ...]:
@@ -84,8 +86,11 @@ def main() -> int:
 
         timings = alternate({"bare": bare, "ours": ours}, arguments.rounds)
     speed = timings.ratios("bare", "ours")
-    print(timings.lines("bare", "at most 1.11"))
-    print(f"pictures a second, ours over bare: wall {speed.wall:.3f}, processor {speed.processor:.3f} (target 0.9)")
+    print(timings.lines("bare"))
+    print(f"pictures a second, ours over bare: wall {speed.wall:.3f}, processor {speed.processor:.3f}")
+    place = "to disk" if arguments.to_disk else "in memory"
+    case = f"{arguments.size}, {arguments.dtype}, {side * 2 // 3} px, batch {batch}, {place}"
+    print(BUDGET.line(speed.processor, case))
     return 0
 
 

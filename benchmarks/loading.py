@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measuring import MEGABYTE, PeakMemory
+from benchmarks.measuring import MEGABYTE, Budget, PeakMemory
 from benchmarks.random_models import DTYPES, SDXL_SIZES, SIZES, quick_module, write_quick_checkpoint
 from library.models import build
 
@@ -30,6 +30,8 @@ TURNS = {  # (the file's type, the type in memory) of the loads; conversions hav
     "sd": (("fp16", "fp16"), ("fp16", "fp32"), ("fp32", "fp16"), ("fp32", "fp32")),
     "sdxl": (("fp16", "bf16"), ("fp16", "fp16"), ("fp16", "fp32")),
 }
+
+BUDGET = Budget("peak memory of loading or converting over the models", 1.15)
 
 
 def measure(family_name: str, source: Path, kind: str, converted: Path | None = None) -> dict[str, float]:
@@ -79,9 +81,11 @@ def _turn(arguments: argparse.Namespace, title: str, *inside: str) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     print(
         f"{title}: models {found['bytes'] / MEGABYTE:,.0f} MB, peak {found['peak'] / MEGABYTE:,.0f} MB, ratio "
-        f"{found['peak'] / found['bytes']:.3f} (target at most 1.15), {found['seconds']:.1f} s",
+        f"{found['peak'] / found['bytes']:.3f}, {found['seconds']:.1f} s",
         flush=True,
     )
+    if arguments.size == "full":  # the allocator's own pages are larger than a toy
+        print(BUDGET.line(found["peak"] / found["bytes"], f"{arguments.family}, {title}"), flush=True)
 
 
 def main() -> int:

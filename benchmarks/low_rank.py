@@ -21,7 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measuring import timed
+from benchmarks.measuring import Budget, timed
 from library.models import build
 from library.models.spec import SD1, SDXL, ArchitectureSpec
 from library.rng import torch_stream
@@ -30,6 +30,11 @@ from networks.targets import find_targets
 
 SPECS = {"sd15": SD1, "sdxl": SDXL}
 RATIOS = (0.7, 0.4)
+BUDGETS = {
+    title: Budget(f"{title} by thin decompositions, times as fast as a full SVD", limit, at_least=True)
+    for title, limit in (("resizing", 100), ("merging two", 50))
+}
+ERROR_BUDGET = Budget("relative error in float32", 1e-5)
 Shape = tuple[int, int]
 Factors = tuple[Tensor, Tensor]
 Term = tuple[float, Tensor, Tensor]
@@ -70,13 +75,17 @@ class Figures:
         error = float((found[0].double() @ found[1].double() - exact).norm() / exact.norm())
         self.errors[name] = max(error, self.errors.get(name, 0.0))
 
-    def line(self, title: str, target: str) -> str:
-        """The figures as text."""
+    def lines(self, title: str, model: str) -> str:
+        """The figures as text, and their budgets; ``title`` is one of `BUDGETS`."""
         errors = ", ".join(f"{name} {value:.1e}" for name, value in self.errors.items())
         ratio = self.naive / self.ours
-        return (
-            f"{title}: ours {self.ours:.2f} s, naive {self.naive:.1f} s, {ratio:.0f} times as fast (target {target}); "
-            f"largest relative error: {errors} (target for float32 below 1e-5)"
+        return "\n".join(
+            (
+                f"  {title}: ours {self.ours:.2f} s, naive {self.naive:.1f} s, {ratio:.0f} times as fast; "
+                f"largest relative error: {errors}",
+                BUDGETS[title].line(ratio, model),
+                ERROR_BUDGET.line(self.errors["float32"], f"{title}, {model}"),
+            )
         )
 
 
@@ -164,9 +173,9 @@ def main() -> int:
         shapes = layer_shapes(SPECS[name], options.convolutions)
         print(f"{name}: {shapes.total()} layers of {len(shapes)} shapes, rank {options.rank} to {options.new_rank}")
         resized = measure(shapes, options.rank, options.new_rank, (1.0,))
-        print("  " + resized.line("resize", "100"), flush=True)
+        print(resized.lines("resizing", name), flush=True)
         merged = measure(shapes, options.rank, options.new_rank, RATIOS)
-        print("  " + merged.line("merge of two", "50"), flush=True)
+        print(merged.lines("merging two", name), flush=True)
         if options.extraction:
             print(f"extraction of rank {options.rank}:", *extraction(shapes, options.rank), sep="\n", flush=True)
     return 0

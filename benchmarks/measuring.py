@@ -23,6 +23,28 @@ from torch import Tensor
 MEGABYTE = 1e6
 
 
+BUDGET_MARK = "budget: "
+"""How a line begins that `benchmarks/all.py` takes into its table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a figure is to be: at most ``limit``, or at least. ``unit`` empty: a ratio. No test looks at it."""
+
+    what: str
+    limit: float
+    unit: str = ""
+    at_least: bool = False
+
+    def line(self, value: float, case: str = "") -> str:
+        """The figure beside its budget, in the columns of `benchmarks/all.py`. ``case``: what it was measured on."""
+        is_met = value >= self.limit if self.at_least else value <= self.limit
+        bound = f"{'at least' if self.at_least else 'at most'} {self.limit:g}{self.unit}"
+        share = f"{value / self.limit:.3g} of it"
+        what = f"{self.what}, {case}" if case else self.what
+        return BUDGET_MARK + " | ".join((what, f"{value:.3g}{self.unit}", bound, share, "met" if is_met else "missed"))
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """What one turn took, in seconds: on the wall's clock, and on that of this process's threads together."""
@@ -43,7 +65,7 @@ class Timings:
         wall = statistics.median(a.wall / b.wall for a, b in pairs)
         return Turn(wall, statistics.median(a.processor / b.processor for a, b in pairs))
 
-    def lines(self, base: str, target: str) -> str:
+    def lines(self, base: str) -> str:
         """The figures as text, one line a name. Other programs disturb the processor's ratio less than the wall's."""
         rows: list[str] = []
         for name, turns in self.turns.items():
@@ -51,7 +73,7 @@ class Timings:
             text = f"{name:<6} wall {wall * 1000:9.2f} ms, processor {processor * 1000:9.2f} ms, median of {len(turns)}"
             if name != base:
                 ratio = self.ratios(name, base)
-                text += f"; over {base}: wall {ratio.wall:.3f}, processor {ratio.processor:.3f} (target {target})"
+                text += f"; over {base}: wall {ratio.wall:.3f}, processor {ratio.processor:.3f}"
             rows.append(text)
         return "\n".join(rows)
 
