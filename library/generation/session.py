@@ -25,7 +25,7 @@ from library.generation.inputs import InputFiles, find_again, list_pictures
 from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle, texts_of
 from library.generation.lines import parse_line
 from library.generation.model import LoadedModel, load_model
-from library.generation.networks import attach_networks
+from library.generation.networks import attach_networks, read_requests
 from library.generation.output import Place, Writer, now_text, read_recipe, text_entries, write_png
 from library.generation.pictures import size_of_picture
 from library.generation.pipeline import to_picture
@@ -76,6 +76,7 @@ def run_session(settings: Settings) -> int:
     source, failed = make_source(settings[PromptOptions], files)
     if settings[PromptOptions].dry_run:
         return _print_plan(source, settings[PromptOptions]) or min(failed, 1)
+    read_requests(settings[GenNetworkOptions])  # a mistyped file is told before the model is loaded
     with stop_on_signals("stopping after this picture") as stop:
         model = load_model(settings[GenModelOptions], settings[DrawOptions])
         session = Session(settings, model, stop, files)

@@ -10,7 +10,6 @@ from library.data.plan import batches_per_epoch, training_visits
 from library.data.records import ResolvedDataset
 from library.data.report import describe
 from library.data.text_cache import targets_of
-from library.device import save_dtype
 from library.families import family_for
 from library.families.base import ModelParts
 from library.log import UserError
@@ -28,6 +27,7 @@ from library.options.settings import Settings
 from library.text.tokens import count_tokens
 from library.training.arrange import count_steps, make_clock
 from library.training.clock import Clock, due_counts
+from library.training.disk import megabytes, output_bytes
 from library.training.lr import table, table_lines
 from library.training.machine import process_count
 from library.training.optimizers import create_optimizer
@@ -39,7 +39,6 @@ from library.training.text_source import text_settings
 from library.training.trainable import Trainable
 
 _SHOWN = 6  # counts of a long list that are printed at each of its ends
-_MOMENTS = 3  # weight and two moments of an Adam-like optimizer, each in float32
 _LATENT_BYTES_PER_PIXEL = 4 * 4 / 64  # four float32 channels for each 8x8 pixels
 
 
@@ -119,18 +118,7 @@ def _file_lines(settings: Settings, clock: Clock) -> list[str]:
 def _disk_lines(
     settings: Settings, datasets: Sequence[ResolvedDataset], parts: ModelParts, trainable: Trainable, clock: Clock
 ) -> list[str]:
-    save = settings[SaveOptions]
-    plan = SavePlan.of(save, clock.num_epochs)
-    learnt = sum(parameter.numel() for parameter in trainable.trained_parameters())
-    width = (save_dtype(save.save_precision) or torch.float32).itemsize
-    models = _kept(plan.epoch_saves(clock.num_epochs), plan.keep_epochs)
-    models += _kept(plan.step_saves(clock.max_train_steps), plan.keep_steps, plan.every_n_steps) + 1
-    states = (models - 1 if plan.with_state else 0) + plan.state_at_end
-    averages = 1 if settings[EmaOptions].ema_decay else 0
-    needed = {
-        "models": models * (1 + averages) * trainable.saved_numbers() * width,
-        "states": states * learnt * 4 * (_MOMENTS + averages),
-    }
+    needed = output_bytes(settings, trainable, clock)
     if settings[CacheOptions].cache_latents_to_disk:
         needed["latents"] = int(sum(_latent_bytes(dataset) for dataset in datasets))
     text = text_cache_options(settings)
@@ -139,17 +127,10 @@ def _disk_lines(
         layout = layout_of(parts.spec.text_encoders, text_settings(settings[ModelOptions], family))
         targets = targets_of(datasets, text.cache_text_encoder_outputs_variants or 0, to_disk=True)
         needed["text encoder outputs"] = layout.size_bytes * sum(len(one.texts) for one in targets if one.on_disk)
-    free = free_bytes(str(save.output_dir))
-    lines = [f"{name}: {_megabytes(size)}" for name, size in needed.items() if size]
+    free = free_bytes(str(settings[SaveOptions].output_dir))
+    lines = [f"{name}: {megabytes(size)}" for name, size in needed.items() if size]
     enough = "" if sum(needed.values()) < free else " - NOT ENOUGH"
-    return [*lines, f"needed in all: about {_megabytes(sum(needed.values()))}, free: {_megabytes(free)}{enough}"]
-
-
-def _kept(saves: Sequence[int], keep_n: int | None, every_n: int | None = None) -> int:
-    """How many of the saved files exist at once."""
-    if keep_n is None:
-        return len(saves)
-    return min(len(saves), keep_n if every_n is None else keep_n // every_n + 1)
+    return [*lines, f"needed in all: about {megabytes(sum(needed.values()))}, free: {megabytes(free)}{enough}"]
 
 
 def _latent_bytes(dataset: ResolvedDataset) -> float:
@@ -166,7 +147,3 @@ def _counts(counts: Iterable[int]) -> str:
         return ", ".join(map(str, listed)) or "none"
     ends = (", ".join(map(str, part)) for part in (listed[:_SHOWN], listed[-_SHOWN:]))
     return f"{' ... '.join(ends)} ({len(listed)} in all)"
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"

@@ -40,6 +40,7 @@ from library.training.arrange import (
 )
 from library.training.average import WeightAverage, make_average
 from library.training.clock import Clock
+from library.training.disk import warn_of_full_disk
 from library.training.fingerprint import fingerprint
 from library.training.fused import FusedUpdate
 from library.training.guard import FiniteGuard
@@ -96,6 +97,7 @@ def build_run(
     arrangement, steps_of = make_arrangement(settings, models, machine, seed)
     clock = make_clock(steps_of, settings[LoopOptions])
     _log_plan(clock, machine)
+    warn_of_full_disk(settings, models.trainable, clock)
     schedule = make_schedule(models.parts.prediction_type, settings[NoiseOptions].zero_terminal_snr).to(machine.device)
     optimizer, facts = make_optimizer(settings, models, machine, clock)
     step = make_step(settings, models, machine, schedule)

@@ -245,6 +245,7 @@ def test_parts_that_wait_off_the_device_draw_the_same(model: Path, tmp_path: Pat
 REFUSED = [
     (("--prompt", "x", "--ckpt", "nowhere.safetensors"), "there is no such file"),
     (("--prompt", "x", "--ckpt", "./nowhere"), "there is no such file"),
+    (("--prompt", "x", "--ckpt", "nowhere.safetensors", "--network_weights", "gone.pt"), "gone.pt: there is no such"),
     (("--prompt", "x", "--ckpt", "owner/name"), "say with --v1, --v2 or --sdxl"),
     (("--prompt", "x", "--sdxl"), "is another kind of model"),
     (("--prompt", "x", "--v1", "--v2"), "exclude each other"),
