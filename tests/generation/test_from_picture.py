@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +91,17 @@ def test_what_the_mask_does_not_show_stays_bit_for_bit(name: str, tmp_path: Path
     kept[WHITE[1] : WHITE[3], WHITE[0] : WHITE[2]] = False
     assert np.array_equal(drawn[kept], own[kept])
     assert np.abs(drawn[~kept] - own[~kept]).mean() > 5
+
+
+def test_the_edge_of_what_is_drawn_fades_into_what_is_kept(tmp_path: Path) -> None:
+    files = {"source": write_picture(tmp_path / "a.png"), "mask": write_mask(tmp_path / "m.png", WHITE)}
+    paste: Any = toy_engine().after_decode[0]
+    source = torch.from_numpy(pixels(files["source"])).permute(2, 0, 1) / 127.5 - 1
+    share = (paste([job(files=files)], torch.full((1, 3, 64, 64), 2.0))[0] - source) / (2 - source)
+    row = share[:, 36].mean(dim=0)  # through the middle of the white box
+    assert bool((row[: WHITE[0]] == 0).all())
+    assert 0 < float(row[WHITE[0]]) < float(row[WHITE[0] + 1]) < 1
+    assert float(row[32]) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +17,10 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
 from library.families.sd import SdFamily
+from library.generation import guidance
 from library.generation.app import run
 from library.generation.critics import ClipCritic, VggCritic, sphere_distance
+from library.generation.denoise import Setup
 from library.generation.engine import Engine
 from library.generation.guidance import attach_guidance
 from library.generation.guides import guide_pictures
@@ -123,6 +126,43 @@ def test_the_loss_sinks(
     before, after = float(loss(plain).detach()), float(loss(guided).detach())
     print(f"{kind} {sampler} {prediction}: {before:.4f} -> {after:.4f}")
     assert after < 0.97 * before
+
+
+class Enough(Exception):
+    """Nothing has to be drawn."""
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", ["ddim", "lms"])
+def test_pushes_are_as_long_as_the_formulas_say(
+    sampler: str, prediction: str, clip: str, vgg: str, guide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The noise that is predicted changes by sqrt(1 - ac) g, latents of level sigma by sigma^2 g; here g is 1."""
+    monkeypatch.setattr(guidance._Steering, "_direction", lambda _, latents, *__: torch.ones_like(latents))
+    options, _ = losses(clip, vgg, guide)["vgg"]
+    engine = engine_with("sd1" if prediction == "epsilon" else "sd2", prediction, **options)
+    changes: list[tuple[float, Tensor]] = []
+
+    @contextmanager
+    def look(setup: Setup) -> Generator[None]:
+        timestep, x = setup.sampler.timesteps[1], setup.latents_BCHW
+        plain, steered = setup.unet(x, timestep, 1), setup.predict(x, timestep, 1)
+        ac = float(engine.settings.schedule.alphas_cumprod_T[int(timestep)])
+        if sampler == "ddim":
+            share = ac**0.5 if prediction == "v_prediction" else 1.0
+            changes.append((-((1 - ac) ** 0.5), share * (steered - plain)))
+        else:
+            assert torch.equal(steered, plain)
+            sigma = float(setup.sampler.scheduler.sigmas[1])
+            changes.append((sigma**2, setup.after_step[0](torch.zeros_like(x), 1)))
+        raise Enough
+        yield
+
+    engine.extensions.append(look)
+    with pytest.raises(Enough):
+        engine.draw([toy_job(guide, sampler=sampler)])
+    ((expected, found),) = changes
+    torch.testing.assert_close(found, torch.full_like(found, expected), atol=1e-4, rtol=1e-4)
 
 
 def test_each_picture_has_its_own_loss(clip: str, vgg: str, guide: Path) -> None:

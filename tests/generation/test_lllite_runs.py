@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,19 @@ def test_it_acts_where_there_is_a_guide_only(parts: ModelParts, nets: list[str],
     assert distance(guided, plain) > 0.02
     assert distance(engine.draw([toy_job(guides[1])]), guided) > 1e-3
     assert distance(engine.draw([toy_job()]), plain) == 0
+
+
+def test_each_net_sees_its_own_picture_from_black_to_white(tmp_path: Path) -> None:
+    """-1 is black and 1 is white, as in training; afterwards there is no picture."""
+    files = [tmp_path / "black.png", tmp_path / "white.png"]
+    for file, colour in zip(files, ("black", "white"), strict=True):
+        Image.new("RGB", (64, 64), colour).save(file)
+    told: dict[str, list[Any]] = {"first": [], "second": []}
+    made: Any = [SimpleNamespace(multiplier=1.0, set_condition=pictures.append) for pictures in told.values()]
+    setup: Any = SimpleNamespace(batch=[toy_job(*files)], predict=None)
+    with LLLiteNets(made, [Use(), Use()])(setup):
+        assert [pictures[0].unique().tolist() for pictures in told.values()] == [[-1.0], [1.0]]
+    assert [pictures[1:] for pictures in told.values()] == [[None], [None]]
 
 
 def test_pictures_alone_and_in_a_batch(parts: ModelParts, nets: list[str], guides: list[Path]) -> None:

@@ -135,6 +135,8 @@ def test_first_stage_sizes() -> None:
     small = first_stage(Job(0, "", "", "", 1, big), 0.6, 28, 0.5, 32).shared
     assert (small.width, small.height, small.steps, small.strength) == (576, 288, 28, 0.5)
     assert (small.sizes.original_width, small.sizes.crop_top, small.sizes.crop_left) == (600, 6, None)
+    near = first_stage(Job(0, "", "", "", 1, replace(big, width=533)), 0.6, 28, 0.5, 32).shared
+    assert near.width == 320  # 319.8 pixels are 320, not less
 
 
 def test_a_job_survives_its_json() -> None:
