@@ -11,7 +11,6 @@ from library.options.values import file_suffix, pixel_sizes, ratio_pair, trainin
 _FOLDER = "folder with the images"
 _RECURSIVE = "go into subfolders too"
 _WORKERS = "threads that read images ahead; 4 when absent"
-_SKIP_EXISTING = "leave images alone that have a file with this suffix already"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,68 +93,60 @@ class PrepareOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlipCaptionOptions(OptionGroup):
-    """Captions by BLIP."""
-
-    title: ClassVar[str] = "Captions by BLIP"
+class TextToolOptions(OptionGroup):
+    """What all tools have that look at images and write a text file beside each."""
 
     train_data_dir: str | None = option(None, positional=True, help=_FOLDER, metavar="DIR")
-    caption_weights: str = option(
-        "Salesforce/blip-image-captioning-large",
-        help="BLIP model for captions in the form of transformers: folder or hub id",
-        metavar="MODEL",
-    )
     caption_extension: str = option(
         ".caption",
         convert=file_suffix,
         aliases=("caption_extention",),
-        help="suffix of the caption files to write",
+        help="suffix of the text files to write",
         metavar="EXT",
+    )
+    recursive: bool = option(False, help=_RECURSIVE)
+    skip_existing: bool = option(False, help="leave images alone that have a file with this suffix already")
+    batch_size: int = option(1, ge=1, help="images looked at together; does not change the texts")
+    max_data_loader_n_workers: int | None = option(None, ge=0, help=_WORKERS)
+    debug: bool = option(False, help="print each text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlipCaptionOptions(TextToolOptions):
+    """Captions by BLIP."""
+
+    title: ClassVar[str] = "Captions by BLIP"
+
+    caption_weights: str = option(
+        "Salesforce/blip-image-captioning-large",
+        help="BLIP model for captions in the form of transformers: folder or hub id",
+        metavar="MODEL",
     )
     beam_search: bool = option(False, help="take the likeliest caption by beam search instead of drawing one")
     num_beams: int = option(1, ge=1, help="beams of the search")
     top_p: float = option(0.9, gt=0, le=1, help="words are drawn from the likeliest ones that have this probability")
     max_length: int = option(75, ge=1, help="longest caption in tokens, with the prompt")
     min_length: int = option(5, ge=0, help="shortest caption in tokens, with the prompt")
-    batch_size: int = option(1, ge=1, help="images captioned together; does not change the captions")
-    max_data_loader_n_workers: int | None = option(None, ge=0, help=_WORKERS)
     seed: int = option(42, ge=0, help="another seed draws other captions")
-    skip_existing: bool = option(False, help=_SKIP_EXISTING)
-    debug: bool = option(False, help="print each caption")
-    recursive: bool = option(False, help=_RECURSIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GitCaptionOptions(OptionGroup):
+class GitCaptionOptions(TextToolOptions):
     """Captions by GIT."""
 
     title: ClassVar[str] = "Captions by GIT"
 
-    train_data_dir: str | None = option(None, positional=True, help=_FOLDER, metavar="DIR")
-    caption_extension: str = option(
-        ".caption",
-        convert=file_suffix,
-        aliases=("caption_extention",),
-        help="suffix of the caption files to write",
-        metavar="EXT",
-    )
     model_id: str = option("microsoft/git-large-textcaps", help="GIT model: folder or hub id", metavar="MODEL")
-    batch_size: int = option(1, ge=1, help="images captioned together; does not change the captions")
-    max_data_loader_n_workers: int | None = option(None, ge=0, help=_WORKERS)
     max_length: int = option(50, ge=1, help="longest caption in tokens")
     remove_words: bool = option(False, help="take out what the model reads in pictures, such as: with the words ...")
-    skip_existing: bool = option(False, help=_SKIP_EXISTING)
-    debug: bool = option(False, help="print each caption")
-    recursive: bool = option(False, help=_RECURSIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TagOptions(OptionGroup):
+class TagOptions(TextToolOptions):
     """Tags by a WD14 tagger."""
 
     title: ClassVar[str] = "Tags by WD14"
 
-    train_data_dir: str | None = option(None, positional=True, help=_FOLDER, metavar="DIR")
     repo_id: str = option(
         "SmilingWolf/wd-v1-4-convnext-tagger-v2", help="hub id of the tagger (v2 and v3 ones)", metavar="REPO"
     )
@@ -166,7 +157,6 @@ class TagOptions(OptionGroup):
     )
     force_download: bool = option(False, help="fetch the tagger again although it is there")
     batch_size: int = option(1, ge=1, help="images tagged together, if the model does not fix it")
-    max_data_loader_n_workers: int | None = option(None, ge=0, help=_WORKERS)
     caption_extension: str = option(
         ".txt",
         convert=file_suffix,
@@ -177,9 +167,7 @@ class TagOptions(OptionGroup):
     thresh: float = option(0.35, ge=0, le=1, help="least confidence of a tag")
     general_threshold: float | None = option(None, ge=0, le=1, help="of general tags; thresh when absent")
     character_threshold: float | None = option(None, ge=0, le=1, help="of characters' names; thresh when absent")
-    recursive: bool = option(False, help=_RECURSIVE)
     remove_underscore: bool = option(False, help="write blanks for underscores in tags of over 3 characters")
-    debug: bool = option(False, help="print the tags of each image")
     undesired_tags: str = option("", help="tags never written, between separators", metavar="TAGS")
     frequency_tags: bool = option(False, help="print how often each tag was given")
     onnx: bool = option(False, help="accepted for old command lines: the ONNX model is always used")
@@ -187,7 +175,6 @@ class TagOptions(OptionGroup):
     use_rating_tags: bool = option(False, help="write the likeliest rating as the first tag")
     character_tags_first: bool = option(False, help="write characters' names before the general tags")
     caption_separator: str = option(", ", help="what stands between tags", metavar="TEXT")
-    skip_existing: bool = option(False, help=_SKIP_EXISTING)
 
 
 @dataclass(frozen=True, kw_only=True)

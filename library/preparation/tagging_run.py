@@ -17,7 +17,7 @@ from library.options.preparation import TagOptions
 from library.preparation.files import read_text, with_extension
 from library.preparation.outcome import Outcome
 from library.preparation.tagging import Session, TagChooser, Tagger, TagRules, joined, read_tag_names
-from library.preparation.text_files import TextTask, images_to_describe, write_texts
+from library.preparation.text_files import images_to_describe, write_texts
 
 logger = logging.getLogger(__name__)
 MODEL, TABLE = "model.onnx", "selected_tags.csv"
@@ -27,8 +27,7 @@ _PROVIDERS = ("CUDAExecutionProvider", "ROCMExecutionProvider", "OpenVINOExecuti
 
 def tag_folder(options: TagOptions, open_session: Callable[[Path], Session] | None = None) -> Outcome:
     """Write a tag file beside each image. Raises UserError. ``open_session`` None: by onnxruntime."""
-    task = TextTask.of(options)
-    images, outcome = images_to_describe(task)
+    images, outcome = images_to_describe(options)
     if not images:
         return outcome
     folder = model_folder(options)
@@ -37,7 +36,7 @@ def tag_folder(options: TagOptions, open_session: Callable[[Path], Session] | No
     tagger = Tagger.of((open_session or _open_session)(folder / MODEL))
 
     def load(path: Path) -> tuple[NDArray[np.float32], list[str]]:
-        existing = _existing(with_extension(path, task.extension), rules) if options.append_tags else []
+        existing = _existing(with_extension(path, options.caption_extension), rules) if options.append_tags else []
         return tagger.prepare(read_image(str(path))), existing
 
     def describe(paths: Sequence[Path], loaded: Sequence[tuple[NDArray[np.float32], list[str]]]) -> list[str]:
@@ -45,7 +44,7 @@ def tag_folder(options: TagOptions, open_session: Callable[[Path], Session] | No
         pairs = zip(loaded, scores_BN, strict=True)
         return [joined(existing, chooser.choose(scores_N), rules) for (_, existing), scores_N in pairs]
 
-    write_texts(task, images, outcome, load, describe)
+    write_texts(options, images, outcome, load, describe)
     if options.frequency_tags:
         for tag, count in chooser.counts.most_common():
             logger.info("%s: %d", tag, count)

@@ -13,7 +13,7 @@ from library.checkpoint.io import atomic_write_text
 from library.data.images import Pixels, UnreadableImage, read_image
 from library.data.loader import prefetch
 from library.log import progress
-from library.options.preparation import BlipCaptionOptions, GitCaptionOptions, TagOptions
+from library.options.preparation import TextToolOptions
 from library.preparation.files import find_images, with_extension
 from library.preparation.outcome import Outcome
 
@@ -22,34 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
-TextToolOptions = BlipCaptionOptions | GitCaptionOptions | TagOptions
 _WORKERS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class TextTask:
-    """Which images get a text file, and how they are read. ``workers`` None takes the usual number of threads."""
-
-    folder: str
-    recursive: bool
-    extension: str
-    batch_size: int
-    workers: int | None
-    skip_existing: bool
-    debug: bool
-
-    @classmethod
-    def of(cls, options: TextToolOptions) -> TextTask:
-        """What the options of such a tool say."""
-        return cls(
-            folder=str(options.train_data_dir),
-            recursive=options.recursive,
-            extension=options.caption_extension,
-            batch_size=options.batch_size,
-            workers=options.max_data_loader_n_workers,
-            skip_existing=options.skip_existing,
-            debug=options.debug,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +30,16 @@ class _Failed:
     reason: str
 
 
-def images_to_describe(task: TextTask) -> tuple[list[Path], Outcome]:
+def images_to_describe(options: TextToolOptions) -> tuple[list[Path], Outcome]:
     """The images that get a text, and the count of those that have one already. Raises UserError."""
-    images = find_images(task.folder, task.recursive)
-    wanted = [path for path in images if not (task.skip_existing and with_extension(path, task.extension).exists())]
+    images = find_images(str(options.train_data_dir), options.recursive)
+    suffix = options.caption_extension
+    wanted = [path for path in images if not (options.skip_existing and with_extension(path, suffix).exists())]
     return wanted, Outcome(skipped=len(images) - len(wanted))
 
 
 def write_texts(
-    task: TextTask,
+    options: TextToolOptions,
     images: Sequence[Path],
     outcome: Outcome,
     load: Callable[[Path], Loaded],
@@ -82,15 +56,15 @@ def write_texts(
         except UnreadableImage as error:
             return path, _Failed(error.reason)
 
-    workers = _WORKERS if task.workers is None else task.workers
-    loaded = prefetch(images, try_load, workers, ahead=max(2 * workers, 2 * task.batch_size))
+    workers = _WORKERS if options.max_data_loader_n_workers is None else options.max_data_loader_n_workers
+    loaded = prefetch(images, try_load, workers, ahead=max(2 * workers, 2 * options.batch_size))
     with closing(loaded) as source, progress(len(images), "images") as bar:
-        for batch in _batches(source, task.batch_size, outcome):
+        for batch in _batches(source, options.batch_size, outcome):
             paths, inputs = [path for path, _ in batch], [one for _, one in batch]
             for path, text in zip(paths, describe(paths, inputs), strict=True):
-                atomic_write_text(with_extension(path, task.extension), text + "\n", durable=False)
+                atomic_write_text(with_extension(path, options.caption_extension), text + "\n", durable=False)
                 outcome.done += 1
-                if task.debug:
+                if options.debug:
                     logger.info("%s: %s", path, text)
             bar.advance(len(batch), images=len(batch))
     return outcome
@@ -108,13 +82,12 @@ class Captioner(Protocol):
         ...
 
 
-def caption_images(options: BlipCaptionOptions | GitCaptionOptions, load: Callable[[], Captioner]) -> Outcome:
+def caption_images(options: TextToolOptions, load: Callable[[], Captioner]) -> Outcome:
     """Write a caption file beside each image; the model is loaded only if there is an image to describe.
 
     Raises UserError.
     """
-    task = TextTask.of(options)
-    images, outcome = images_to_describe(task)
+    images, outcome = images_to_describe(options)
     if not images:
         return outcome
     captioner = load()
@@ -122,7 +95,7 @@ def caption_images(options: BlipCaptionOptions | GitCaptionOptions, load: Callab
     def describe(paths: Sequence[Path], pictures: Sequence[Tensor]) -> list[str]:
         return captioner.captions([path.name for path in paths], pictures)
 
-    return write_texts(task, images, outcome, lambda path: captioner.prepare(read_image(str(path))), describe)
+    return write_texts(options, images, outcome, lambda path: captioner.prepare(read_image(str(path))), describe)
 
 
 def _batches(
