@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from library.checkpoint.io import atomic_path, open_model_file, save_safetensors
+from library.checkpoint.io import open_model_file, save_pickle, save_safetensors
 from library.checkpoint.keymap import raise_key_problems
 from library.checkpoint.unet_paths import layer_paths, structure_of, takes_sizes
 from library.log import UserError
@@ -204,14 +204,10 @@ class ControlNetLLLite(nn.Module):
         """Write a safetensors file, or by the extensions .ckpt and .pt a pickled state dict, which has no place for
         metadata. Floating point tensors are cast to ``dtype`` (None: as they are).
         """
-        if Path(file).suffix.lower() not in (".ckpt", ".pt"):
+        if Path(file).suffix.lower() in (".ckpt", ".pt"):
+            save_pickle(file, self.state_dict(), dtype)
+        else:
             save_safetensors(file, self.state_dict(), metadata, dtype)
-            return
-        plain = {
-            key: tensor.detach().to("cpu", dtype or tensor.dtype).clone() for key, tensor in self.state_dict().items()
-        }
-        with atomic_path(file) as temporary:
-            torch.save(plain, temporary)
 
 
 def _noting(place: _Place) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoint.hashes import network_hashes
-from library.checkpoint.io import atomic_path, open_model_file, save_safetensors
+from library.checkpoint.io import open_model_file, save_pickle, save_safetensors
 from library.log import UserError
 from networks.targets import text_encoder_name, text_encoder_prefixes, unet_name
 
@@ -239,7 +239,5 @@ def write_weights(
     """
     if Path(path).suffix.lower() == ".safetensors":
         save_safetensors(path, tensors, network_hashes(tensors, metadata or {}, dtype), dtype)
-        return
-    plain = {key: tensor.detach().to("cpu", dtype or tensor.dtype).clone() for key, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        torch.save(plain, temporary)
+    else:
+        save_pickle(path, tensors, dtype)

@@ -1,7 +1,7 @@
 """The one place that opens and writes model files, and the helper that makes every write whole or absent.
 
 Nothing heavy is imported at the top, so that option and data code can use `atomic_path` cheaply.
-File formats: safetensors (read and written tensor by tensor) and torch pickles (read with ``weights_only`` only).
+File formats: safetensors (read and written tensor by tensor) and torch pickles (how they are read: `pickles`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from library.checkpoint.pickles import tensors_of_pickle
 from library.log import UserError
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ class _SafetensorsFile(ModelFile):
 
 class _PickleFile(ModelFile):
     def __init__(self, path: Path) -> None:
-        self._tensors = _load_pickle(path)
+        self._tensors = tensors_of_pickle(path)
         infos = {key: TensorInfo(type_name(t.dtype), tuple(t.shape)) for key, t in self._tensors.items()}
         super().__init__(path, infos, {})
 
@@ -310,65 +311,6 @@ def _byte_count(info: TensorInfo) -> int:
     return count
 
 
-# Classes that trainers left in the bookkeeping of old checkpoints beside the tensors. They are replaced by an empty
-# shell, never imported, so no code of theirs runs.
-_INERT_PREFIXES = (
-    *("pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.", "omegaconf."),
-    "torch.nn.modules.container.ParameterDict",
-)
-
-
-class _Shell(dict[Any, Any]):
-    """Stands in for an object of a pickle; of a ParameterDict (old embedding files) it keeps the tensors."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        super().__init__()
-
-    def __setstate__(self, state: Any) -> None:
-        self.update(state.get("_parameters", {}) if isinstance(state, dict) else {})
-
-
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    import torch
-
-    loaded = read_pickle(path)
-    for wrapper in ("state_dict", "string_to_param"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} holds no state dict, it is not a model file")
-    return {str(key): value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
-
-
-def read_pickle(path: Path) -> Any:
-    """What a torch pickle holds, tensors mapped from the file; nothing in it is run. Raises UserError."""
-    import pickle
-
-    import torch
-    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-
-    mapped = _is_zip(path)
-    try:
-        unknown = get_unsafe_globals_in_checkpoint(path) if mapped else []
-        shells = [(_Shell, name) for name in unknown if name.startswith(_INERT_PREFIXES)]
-        with safe_globals(shells):  # pyright: ignore[reportArgumentType] (pairs are allowed since torch 2.6)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        if any(word in str(error).lower() for word in ("global", "unsupported class", "allowlist")):
-            raise UserError(
-                f"{path} is a pickle that could run code on loading, so it is refused; "
-                "ask for a .safetensors version of the model"
-            ) from error
-        raise UserError(f"{path} is not a readable model file: copy or download it again") from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise UserError(f"{path} is damaged or cut short: copy or download it again") from error
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
 # ---- writing
 
 
@@ -439,3 +381,28 @@ def save_safetensors(
         file.write(header)
         for key in order:
             file.write(tensor_bytes(tensors[key], dtype))
+
+
+def save_pickle(
+    path: StrPath,
+    tensors: Mapping[str, Tensor | LazyTensor],
+    dtype: dtype | None = None,
+    beside: Mapping[str, object] | None = None,
+) -> None:
+    """Write a torch pickle of the tensors, cast as in `save_safetensors`; all are in memory at once.
+
+    With ``beside`` (plain values) they stand in its entry ``state_dict``, next to these. Metadata have no place in a
+    pickle. Raises WriteError.
+    """
+    import torch
+
+    state: dict[str, object] = {key: _alone(value, dtype) for key, value in tensors.items()}
+    with atomic_path(path) as temporary:
+        torch.save(state if beside is None else {"state_dict": state, **beside}, temporary)
+
+
+def _alone(value: Tensor | LazyTensor, cast: dtype | None) -> Tensor:
+    tensor = value.read() if isinstance(value, LazyTensor) else value
+    tensor = tensor.detach().to("cpu", stored_dtype(value, cast))
+    # of a view torch would write all that it is a view of
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

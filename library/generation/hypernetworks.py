@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.checkpoint.io import is_safetensors, read_pickle
+from library.checkpoint.io import is_safetensors
+from library.checkpoint.pickles import read_pickle
 from library.generation.engine import Engine
 from library.log import UserError
 from library.options.generation import GenNetworkOptions

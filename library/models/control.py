@@ -19,12 +19,11 @@ from library.checkpoint.control_keys import CONTROL_PREFIX, PART
 from library.checkpoint.io import (
     LazyTensor,
     ModelFile,
-    atomic_path,
     atomic_write_json,
     open_model_file,
     read_header,
+    save_pickle,
     save_safetensors,
-    stored_dtype,
 )
 from library.checkpoint.keymap import MappedFile
 from library.log import UserError
@@ -220,11 +219,8 @@ def _write_file(
 ) -> None:
     if path.suffix not in _PICKLED:
         save_safetensors(path, tensors, metadata, dtype)
-        return
-    whole = {key: value if isinstance(value, Tensor) else value.read() for key, value in tensors.items()}
-    state = {key: value.detach().to("cpu", stored_dtype(value, dtype)) for key, value in whole.items()}
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    else:
+        save_pickle(path, tensors, dtype)
 
 
 def save_control_folder(folder: Path, net: ControlNetModel, dtype: torch.dtype | None = None) -> None:

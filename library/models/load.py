@@ -99,7 +99,8 @@ def check_written(path: Path, spec: ArchitectureSpec) -> list[str]:
     found, title = recognise(path).spec, FAMILY_TITLES[spec.family]
     if found.family != spec.family or found.unet.widths != spec.unet.widths:
         raise UserError(f"{path.name}: what was written is not recognised as {title}; keep what it was made from")
-    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    parts = (path / name for name in (*spec.text_parts, "unet", "vae"))  # what else is in a folder is not ours
+    files = [path] if path.is_file() else [file for part in parts for file in sorted(part.glob("*.safetensors"))]
     count, size = sum(len(read_header(file)[0]) for file in files), sum(file.stat().st_size for file in files)
     return [f"{path.name}: {title}, {count} tensors, {size / 1e6:,.0f} MB, can be read"]
 

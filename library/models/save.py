@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from library.checkpoint.io import (
     LazyTensor,
-    atomic_path,
     atomic_write_json,
     open_model_file,
+    save_pickle,
     save_safetensors,
-    stored_dtype,
 )
 from library.checkpoint.sd_keys import OPENCLIP_PREFIX
 from library.checkpoint.sdxl_keys import LOGIT_SCALE, MARKERS
@@ -66,9 +65,7 @@ def write_single_file(
     if path.suffix != ".ckpt":
         save_safetensors(path, tensors, metadata, dtype)
         return
-    state = {key: value.read().detach().to("cpu", stored_dtype(value, dtype)) for key, value in tensors.items()}
-    with atomic_path(path) as temporary:
-        torch.save({"state_dict": state, **(counters or {})}, temporary)
+    save_pickle(path, tensors, dtype, counters or {})
 
 
 def whole_state(

@@ -22,6 +22,7 @@ LAYERS = {
     "library.data.records": 0,
     "library.models.spec": 0,
     "library.checkpoint.io": 0,  # whole-or-absent writes are for everybody
+    "library.checkpoint.pickles": 0,
     "library.checkpoint": 1,
     "library.hub": 1,
     "library.diffusion": 1,
