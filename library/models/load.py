@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoint.io import ModelFile, open_model_file, read_header
-from library.checkpoint.keymap import MAX_LISTED, MappedFile, Row, fit_shape, raise_key_problems
+from library.checkpoint.keymap import MAX_LISTED, KeyMap, MappedFile, Row, fit_shape, raise_key_problems
 from library.checkpoint.sd_keys import VAE_PREFIX, aliases, modern_vae_key, vae_rows
 from library.checkpoint.tables import key_map
 from library.log import UserError
@@ -68,10 +68,7 @@ def load_parts(path: Path, spec: ArchitectureSpec, targets: Mapping[str, Target]
     if path.is_dir():
         return {name: _load_folder_part(path / name, name, spec, target) for name, target in targets.items()}
     with open_model_file(path) as file:
-        table = key_map(spec, file.infos)
-        others = {key: actual for key, actual in aliases(file.infos).items() if key not in file.infos}
-        names = (set(file.infos) - set(others.values())) | set(others)
-        unread = table.check(names, str(path), targets)
+        table, others, unread = checked_table(file, spec, targets)
         if unread:
             logger.warning("%s: %d tensors are of no use here and not read (%s ...)", path.name, len(unread), unread[0])
         modules: dict[str, nn.Module] = {}
@@ -80,6 +77,18 @@ def load_parts(path: Path, spec: ArchitectureSpec, targets: Mapping[str, Target]
             mapped = MappedFile(file, table.part(name), others)
             modules[name] = build.fill(module, mapped.tensors(build.shapes_of(module)), target.dtype, target.device)
         return modules
+
+
+def checked_table(
+    file: ModelFile, spec: ArchitectureSpec, parts: Iterable[str] | None = None
+) -> tuple[KeyMap, dict[str, str], list[str]]:
+    """The key table of a single file, its keys that stand there under an older name (table key -> key in the file), and
+    the keys that nobody reads. ``parts``: only these are needed. Raises UserError for keys that do not fit.
+    """
+    table = key_map(spec, file.infos)
+    others = {key: actual for key, actual in aliases(file.infos).items() if key not in file.infos}
+    names = (set(file.infos) - set(others.values())) | set(others)
+    return table, others, table.check(names, str(file.path), parts)
 
 
 def empty_part(name: str, spec: ArchitectureSpec) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoint.io import LazyTensor, ModelFile, open_model_file
+from library.checkpoint.keymap import same_matrix
 from library.checkpoint.sd_keys import VAE_PREFIX, aliases
 from library.log import UserError
 from library.models import infer
@@ -91,17 +92,12 @@ def _require_same(first: MergeInput, spec: ArchitectureSpec, other: MergeInput) 
     if found.family != spec.family:
         titles = f"{FAMILY_TITLES[found.family]}, the first one {FAMILY_TITLES[spec.family]}"
         raise UserError(f"--models {other.file.path}: it is {titles}; only models of one family can be merged")
-    wrong = [key for key in first.keys if other.has(key) and _core(other.shape(key)) != _core(first.shape(key))]
+    wrong = [key for key in first.keys if other.has(key) and not same_matrix(other.shape(key), first.shape(key))]
     if wrong:
         shapes = f"{other.shape(wrong[0])} where the first model has {first.shape(wrong[0])}"
         raise UserError(
             f"--models {other.file.path}: {len(wrong)} tensors have another shape, first {wrong[0]}: {shapes}"
         )
-
-
-def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1x1 kernel counts as its matrix: SD 2.x files have either."""
-    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def _mean(

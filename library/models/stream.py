@@ -13,14 +13,13 @@ from torch import Tensor
 
 from library.checkpoint.io import LazyTensor, ModelFile, open_model_file
 from library.checkpoint.keymap import Row, canonical_shape, file_tensor, fit_shape, from_file
-from library.checkpoint.sd_keys import aliases
-from library.checkpoint.tables import key_map
 from library.models import build
 from library.models.load import (
     IGNORABLE_FOLDER_KEY,
     WEIGHT_STEMS,
     Recognised,
     canonical_key,
+    checked_table,
     empty_part,
     recognise,
     weight_files,
@@ -112,9 +111,7 @@ def _canonical_parts(stored: Parts) -> dict[str, dict[str, LazyTensor]]:
 
 def _rows_of(file: ModelFile, found: Recognised) -> dict[str, list[Row]]:
     """The rows of the key table by the keys that the file really has. Raises UserError for keys that do not fit."""
-    table = key_map(found.spec, file.infos)
-    others = {key: actual for key, actual in aliases(file.infos).items() if key not in file.infos}
-    table.check((set(file.infos) - set(others.values())) | set(others), str(file.path))
+    table, others, _ = checked_table(file, found.spec)
     rows: dict[str, list[Row]] = {}
     for row in table.rows:
         rows.setdefault(others.get(row.file_key, row.file_key), []).append(row)

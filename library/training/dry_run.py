@@ -28,10 +28,10 @@ from library.text.tokens import count_tokens
 from library.training.arrange import count_steps, make_clock
 from library.training.clock import Clock, due_counts
 from library.training.disk import megabytes, output_bytes
-from library.training.lr import table, table_lines
 from library.training.machine import process_count
 from library.training.optimizers import create_optimizer
 from library.training.preflight import check_bucket_steps, free_bytes
+from library.training.rates import table, table_lines
 from library.training.saving import SavePlan
 from library.training.script import Script
 from library.training.text_caching import layout_of, text_cache_options

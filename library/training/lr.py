@@ -41,18 +41,6 @@ class Schedule(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class RateRow:
-    """One parameter group in the table of learning rates; ``rates`` belong to ``steps``, None = the optimizer
-    decides.
-    """
-
-    name: str
-    parameters: int
-    steps: tuple[int, ...]
-    rates: tuple[float | None, ...]
-
-
 # ---- public
 
 
@@ -66,7 +54,7 @@ def create_schedule(options: ScheduleOptions, optimizer: torch.optim.Optimizer, 
             logger.warning("Adafactor with relative_step makes its own rate: the learning-rate schedule has no effect")
         return _NoSchedule()
     if options.lr_scheduler_type:
-        return _class_schedule(options, optimizer)
+        return class_schedule(options, optimizer)
     if is_schedule_free(optimizer) and options.lr_scheduler != "constant":
         logger.warning(
             "a schedule-free optimizer is made for --lr_scheduler constant (its own warm-up: --optimizer_args"
@@ -127,81 +115,6 @@ def warmup_steps(value: float | str | None, max_train_steps: int, option: str = 
     if number != int(number):
         raise UserError(f"{option} {value!r}: steps are whole numbers, fractions are below 1")
     return int(number)
-
-
-def learning_rates(optimizer: torch.optim.Optimizer) -> list[tuple[str, float]]:
-    """The rates in force, under the names that they are logged by.
-
-    ``lr/<name>`` for each group by its ``lr_name`` (else ``group<i>``); optimizers that find the rate by themselves
-    (D-Adaptation, Prodigy: key ``d``) add ``lr/d*lr``, per group if there are more than two.
-    """
-    groups = optimizer.param_groups
-    names = group_names(optimizer)
-    rates = [_rate_of(optimizer, index) for index in range(len(groups))]
-    result = [(f"lr/{name}", rate) for name, rate in zip(names, rates, strict=True)]
-    adaptive = [(i, float(group["d"]) * rates[i]) for i, group in enumerate(groups) if group.get("d") is not None]
-    if len(groups) <= 2:
-        return result + [("lr/d*lr", product) for i, product in adaptive if i == 0]
-    return result + [(f"lr/d*lr/{names[i]}", product) for i, product in adaptive]
-
-
-def group_names(optimizer: torch.optim.Optimizer) -> list[str]:
-    """One name for each parameter group, unique in the optimizer."""
-    names: list[str] = []
-    for index, group in enumerate(optimizer.param_groups):
-        name = str(group.get("lr_name") or f"group{index}")
-        names.append(name if name not in names else f"{name}_group{index}")
-    return names
-
-
-def table(options: ScheduleOptions, optimizer: torch.optim.Optimizer, max_train_steps: int) -> tuple[RateRow, ...]:
-    """For each group its number of parameters and its rate at step 0, at the end of the warm-up, in the middle and at
-    the last step.
-
-    Call it with a fresh optimizer: the group's rates are taken as the full ones. The optimizer is not changed.
-    """
-    warmup = warmup_steps(options.lr_warmup_steps, max_train_steps)
-    last = max(0, max_train_steps - 1)
-    steps = tuple(sorted({0, min(warmup, last), min(max_train_steps // 2, last), last}))
-    names, groups = group_names(optimizer), optimizer.param_groups
-    counts = [sum(p.numel() for p in group["params"]) for group in groups]
-    if uses_relative_step(optimizer):
-        return tuple(RateRow(n, c, steps, (None,) * len(steps)) for n, c in zip(names, counts, strict=True))
-    fulls = [float(group.get("initial_lr", group["lr"])) for group in groups]
-    if options.lr_scheduler_type:
-        rates = _simulated(options, fulls, steps)
-    else:
-        multiplier = built_in_multiplier(options, max_train_steps, optimizer.defaults.get("lr"))
-        rates = {step: [full * multiplier(step) for full in fulls] for step in steps}
-    return tuple(
-        RateRow(name, count, steps, tuple(rates[step][index] for step in steps))
-        for index, (name, count) in enumerate(zip(names, counts, strict=True))
-    )
-
-
-def _simulated(options: ScheduleOptions, fulls: list[float], steps: tuple[int, ...]) -> dict[int, list[float]]:
-    """Rates of a schedule class, which only running it can tell: on a stand-in optimizer with the same full rates."""
-    stand_in = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in fulls], lr=0.0)
-    schedule = _class_schedule(options, stand_in)
-    rates: dict[int, list[float]] = {}
-    for step in range(steps[-1] + 1):
-        if step in steps:
-            rates[step] = [float(group["lr"]) for group in stand_in.param_groups]
-        stand_in.step()
-        schedule.step()
-    return rates
-
-
-def table_lines(rows: tuple[RateRow, ...]) -> list[str]:
-    """The table as text."""
-    if not rows:
-        return []
-    width = max(len("component"), *(len(row.name) for row in rows))
-    lines = [f"{'component':<{width}} {'parameters':>12}" + "".join(f" {f'step {s}':>12}" for s in rows[0].steps)]
-    for row in rows:
-        cells = "".join(f" {'optimizer' if rate is None else f'{rate:.3g}':>12}" for rate in row.rates)
-        lines.append(f"{row.name:<{width}} {row.parameters:>12,}{cells}")
-    return lines
 
 
 # ---- built-in schedules
@@ -367,23 +280,8 @@ class _MultiplierSchedule:
             group["lr"] = group["initial_lr"] * factor
 
 
-class _ClassSchedule:
-    """A torch or user schedule class, stepped once per optimizer step."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
-
-    def step(self) -> None:
-        self._scheduler.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._scheduler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._scheduler.load_state_dict(state)
-
-
-def _class_schedule(options: ScheduleOptions, optimizer: torch.optim.Optimizer) -> Schedule:
+def class_schedule(options: ScheduleOptions, optimizer: torch.optim.Optimizer) -> Schedule:
+    """The schedule of ``--lr_scheduler_type``, a class of torch or the user's own. Raises UserError."""
     name = options.lr_scheduler_type
     if options.lr_warmup_steps not in (0, 0.0, None, "0"):
         raise UserError(
@@ -405,7 +303,7 @@ def _class_schedule(options: ScheduleOptions, optimizer: torch.optim.Optimizer) 
         )
     arguments = parse_arguments(options.lr_scheduler_args or [], "lr_scheduler_args")
     try:
-        return _ClassSchedule(cast("Callable[..., Any]", scheduler_class)(optimizer, **arguments))
+        return cast("Callable[..., Schedule]", scheduler_class)(optimizer, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"--lr_scheduler_type {name} refuses its arguments (--lr_scheduler_args): {error}") from error
 
@@ -415,17 +313,3 @@ def _class_schedule(options: ScheduleOptions, optimizer: torch.optim.Optimizer) 
 
 def _is_percentage(value: object) -> bool:
     return isinstance(value, str) and value.strip().endswith("%")
-
-
-def _rate_of(optimizer: torch.optim.Optimizer, index: int) -> float:
-    group = optimizer.param_groups[index]
-    if group["lr"] is not None:
-        return float(group["lr"])
-    # Adafactor's relative step (Shazeer and Stern 2018, section 8), as far as the first tensor of the group has come
-    state: Mapping[str, Any] = optimizer.state.get(group["params"][0], {})
-    step = int(state.get("step", 0))
-    if step == 0:
-        return 0.0
-    limit = 1e-6 * step if group.get("warmup_init") else 1e-2
-    scale = max(group["eps"][1], float(state["RMS"])) if group.get("scale_parameter") else 1.0
-    return scale * min(limit, 1.0 / math.sqrt(step))

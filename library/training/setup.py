@@ -45,13 +45,14 @@ from library.training.fingerprint import fingerprint
 from library.training.fused import FusedUpdate
 from library.training.guard import FiniteGuard
 from library.training.loop import Job
-from library.training.lr import Schedule, create_schedule, learning_rates, table, table_lines
+from library.training.lr import Schedule, create_schedule
 from library.training.machine import Machine, open_machine
 from library.training.metadata import model_facts
 from library.training.optimizers import OptimizerMode, create_optimizer
 from library.training.output import OptimizerFacts, Output, identify, open_uploader, refuse_another_run
 from library.training.prepare import Models, load_models, make_previewer, make_step, make_validator
 from library.training.preview import Previewer
+from library.training.rates import learning_rates, table, table_lines
 from library.training.report import Reporter
 from library.training.script import Script
 from library.training.state import RunState, read_run

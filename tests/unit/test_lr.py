@@ -11,16 +11,9 @@ from hypothesis import strategies as st
 
 from library.log import UserError
 from library.options import OptimizerOptions, ScheduleOptions
-from library.training.lr import (
-    built_in_multiplier,
-    create_schedule,
-    group_names,
-    learning_rates,
-    table,
-    table_lines,
-    warmup_steps,
-)
+from library.training.lr import built_in_multiplier, create_schedule, warmup_steps
 from library.training.optimizers import create_optimizer
+from library.training.rates import group_names, learning_rates, table, table_lines
 
 T = 40
 
