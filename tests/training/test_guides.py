@@ -73,6 +73,10 @@ def trained_fish(folder: Path) -> None:
     assert run_command("train_network.py --config_file examples/quickstart.toml", f"{ONE_STEP} {alone}") == 0
 
 
+def old_training(folder: Path) -> None:
+    shutil.copy("my_lora.toml", "my_old_training.toml")
+
+
 def net_for_sd(folder: Path) -> None:
     write_toy_checkpoint(folder / "toy.safetensors")
     save_control_file(folder / "canny.safetensors", toy_control(), toy_spec().unet)
@@ -100,13 +104,18 @@ def only_deep_blocks(folder: Path) -> None:
 
 WORD = "--max_train_steps 1"
 TWO_EACH = "--steps 2 --images_per_prompt 2"
-CANNY = Row("--thres1 63 --thres2 191", ("data/edges/*.png",), after=edges)
+CANNY = Row("data/edges --thres1 63 --thres2 191", ("data/edges/*.png",), after=edges)
 CONTROLNET = "output/my_controlnet/my_controlnet.safetensors"
 WALKS: dict[str, tuple[Row, ...]] = {
     "docs/getting_started.md": (
         Row("my_lora.toml --dry_run", says=PLAN, more=SMALL),
         Row("my_lora.toml --debug_dataset", ("output/my_lora/debug_dataset/*.png",), more=SMALL),
         Row("train_network.py --config_file my_lora.toml", ("output/my_lora/my_lora.safetensors",), more=SMALL),
+    ),
+    "docs/performance.md": (Row("benchmarks/all.py", says="missed, 0 not run", more="--only help"),),
+    "docs/migrating.md": (
+        Row("my_old_training.toml --dry_run", says=PLAN, more=SMALL, before=old_training),
+        Row("--max_train_steps 2 --dry_run", says=PLAN),
     ),
     "docs/train_network.md": (
         Row(
@@ -137,7 +146,7 @@ WALKS: dict[str, tuple[Row, ...]] = {
     ),
     "docs/control.md": (
         Row("--control_net_preps canny", ("outputs/*.png",), more=f"--ckpt toy.safetensors {DRAW}", before=net_for_sd),
-        Row("--output edges.png --thres1 32 --thres2 224", ("edges.png",)),
+        Row("--output edges.png --thres1 63 --thres2 191", ("edges.png",)),
         Row("--guide_image_path edges.png", ("outputs/*.png",), "", DRAW, before=net_for_sdxl),
         CANNY,
         Row("lllite_sdxl.toml --dry_run", says="after pictures of data/edges", more=SMALL),
