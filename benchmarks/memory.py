@@ -56,11 +56,13 @@ FULL_LINE = (
     " --gradient_checkpointing"
 )
 CONTROL_LINE = (  # with AdamW its moments alone would take 10 GB
-    "--sdxl --conditioning_data_dir none --optimizer_type AdaFactor --optimizer_args relative_step=False"
+    "--sdxl --conditioning_data_dir unread --optimizer_type AdaFactor --optimizer_args relative_step=False"
     " scale_parameter=False --max_grad_norm 0"
 )
-LLLITE_LINE = "--conditioning_data_dir none --optimizer_type AdamW"
-COMMON_LINE = "--pretrained_model_name_or_path none --train_data_dir none --output_dir none --cache_latents --seed 1"
+LLLITE_LINE = "--conditioning_data_dir unread --optimizer_type AdamW"
+COMMON_LINE = (
+    "--pretrained_model_name_or_path unread --train_data_dir unread --output_dir out --cache_latents --seed 1"
+)
 
 
 @dataclass(frozen=True)

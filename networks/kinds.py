@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 import networks
+from library.checkpoint.inspection import low_rank_norms
 from library.log import UserError
 from networks.adapter import Adapter
 from networks.weights import WeightTable, read_weights
+
+_PLAIN_PAIR = {"lora_down.weight", "lora_up.weight", "alpha"}
 
 
 @functools.cache
@@ -117,13 +120,18 @@ def adapter_of(
 
 
 def weight_norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Frobenius norm of the weight change of every module of a file, where it can be told without the base model."""
+    """Frobenius norm of the weight change of every module of a file, where it can be told without the base model.
+
+    Plain pairs of matrices are measured as they are, which is much faster than making an adapter of each.
+    """
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         module, _, tensor_name = key.partition(".")
         modules.setdefault(module, {})[tensor_name] = tensor
-    norms: dict[str, float] = {}
-    for module, own in modules.items():
+    pairs = {module for module, own in modules.items() if own.keys() == _PLAIN_PAIR}
+    norms = low_rank_norms({key: tensor for key, tensor in tensors.items() if key.partition(".")[0] in pairs})
+    for module in modules.keys() - pairs:
+        own = modules[module]
         kind = kind_of(own)
         if kind is not None and not kind.needs_weight and kind.layer_shape(own) is not None:
             norms[module] = float(adapter_of(module, own, kind).delta_norm())

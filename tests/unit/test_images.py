@@ -209,7 +209,7 @@ def test_random_crop_reports_the_cut_really_made() -> None:
 
 def test_a_random_crop_can_be_anywhere_from_edge_to_edge() -> None:
     image, fit = picture((66, 67)), Fit((64, 64), (66, 67), (0, 0, 64, 64), 0.0)
-    cuts = {fit_pixels(image, fit, Augmentation(random_crop=True), seed).crop_left_top for seed in SEEDS}
+    cuts = {fit_pixels(image, fit, Augmentation(random_crop=True), seed).cut.left_top for seed in SEEDS}
     assert cuts == {(left, top) for left in range(3) for top in range(4)}
 
 

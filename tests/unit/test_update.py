@@ -88,7 +88,6 @@ def test_what_is_not_finite_stops_or_is_skipped(bad: StepReport, what: str) -> N
     guard = FiniteGuard("skip", has_scaler=False)
     assert guard.is_good(report())
     assert not guard.is_good(bad)
-    assert guard.skipped_count == 1
 
 
 def test_gradients_under_a_scaler_are_the_scalers_business() -> None:
