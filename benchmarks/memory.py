@@ -60,9 +60,7 @@ CONTROL_LINE = (  # with AdamW its moments alone would take 10 GB
     " scale_parameter=False --max_grad_norm 0"
 )
 LLLITE_LINE = "--conditioning_data_dir unread --optimizer_type AdamW"
-COMMON_LINE = (
-    "--pretrained_model_name_or_path unread --train_data_dir unread --output_dir out --cache_latents --seed 1"
-)
+COMMON_LINE = "--pretrained_model_name_or_path unread --train_data_dir unread --output_dir out --cache_latents --seed 1"
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,9 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     """The options that a user would give for this training."""
     mixed = "no" if arguments.dtype == "fp32" else arguments.dtype
     line = (
-        "--pretrained_model_name_or_path unread --train_data_dir unread --output_dir out --network_module networks.lora "
-        f"--network_dim {arguments.rank} --network_alpha {arguments.rank} --network_train_unet_only --cache_latents "
+        "--pretrained_model_name_or_path unread --train_data_dir unread --output_dir out "
+        f"--network_module networks.lora --network_dim {arguments.rank} --network_alpha {arguments.rank} "
+        "--network_train_unet_only --cache_latents "
         f"--learning_rate 1e-4 --optimizer_type AdamW --seed 1 --mixed_precision {mixed} "
         f"--max_train_steps {MANY_STEPS} --train_batch_size {arguments.batch} --resolution {arguments.pixels}"
     )

@@ -28,7 +28,7 @@ FISH = ROOT / "examples" / "fish"
 WORD = "sks"
 MANY_PROMPTS, FEW_PROMPTS, SAMPLING_STEPS = 24, 8, 10
 STEPS = 100  # a third of the quickstart's
-LEAST_TAUGHT = {"ground": 0.8, "colour": 0.8, "shape": 0.4}
+LEAST_TAUGHT = {"ground": 0.9, "colour": 0.8, "shape": 0.4}
 LEAST_KNOWN = {"ground": 0.9, "colour": 0.9, "shape": 0.65}
 MOST_LEAKED = 0.1
 MOST_UNMOVED = 0.1  # the lowest level of the U-Net sees one pixel of 64 px pictures: some of its layers never move
@@ -99,8 +99,8 @@ def test_captions_of_other_pictures_teach_something_else(tmp_path: Path) -> None
     texts = [path.read_text("utf-8") for path in captions]
     for path, text in zip(captions, texts[5:] + texts[:5], strict=True):
         path.write_text(text, "utf-8")
-    problems = verdict(train(tmp_path, STEPS, "--train_data_dir", str(folder.parent)), MANY_PROMPTS)
-    assert {"shape, subject", "ground, subject"} & set(problems)
+    problems = verdict(train(tmp_path, STEPS // 2, "--train_data_dir", str(folder.parent)), 12)
+    assert "ground, subject" in problems
 
 
 def test_layers_that_are_not_attached_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
