@@ -55,7 +55,7 @@ def open_data_set(parent: Path) -> dict[str, float]:
     from library.options.script import parse
     from library.options.scripts import TRAIN_NETWORK
 
-    line = ["--pretrained_model_name_or_path", "none", "--output_dir", "none", "--network_module", "networks.lora"]
+    line = ["--pretrained_model_name_or_path", "unread", "--output_dir", "out", "--network_module", "networks.lora"]
     line += ["--train_data_dir", str(parent), "--resolution", "64", "--train_batch_size", "4", "--enable_bucket"]
     options = parse(TRAIN_NETWORK, [*line, "--min_bucket_reso", "32", "--bucket_reso_steps", "8"])[DataOptions]
     gc.collect()
