@@ -91,7 +91,9 @@ def install(venv: Path, torch: str, with_dev: bool) -> Path:
     run([*pip, *listed, "-c", lock], f"the requirements could not be installed: {hint}")
     if not answers(python, "import torch"):
         raise SetupError(f"PyTorch does not start in {venv}: run `{python} -c 'import torch'` to see why")
-    stamp.write_text(mark)
+    part = stamp.with_suffix(".part")
+    part.write_text(mark)
+    os.replace(part, stamp)  # whole or not there, if this is killed
     return python
 
 

@@ -63,6 +63,22 @@ def test_installs_once(quickstart: ModuleType, calls: list[list[str]], monkeypat
     assert str(ROOT / "requirements-dev.txt") in calls[-1]
 
 
+def test_a_broken_off_write_leaves_the_earlier_stamp(
+    quickstart: ModuleType, calls: list[list[str]], monkeypatch, tmp_path: Path
+):
+    stamp = tmp_path / "quickstart.stamp"
+    stamp.write_text("of earlier requirements")
+    monkeypatch.setattr(quickstart, "answers", lambda python, code: True)
+
+    def killed(*paths: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quickstart.install(tmp_path, "torch==9.9", with_dev=False)
+    assert stamp.read_text() == "of earlier requirements"
+
+
 def test_keeps_the_torch_that_is_there(quickstart: ModuleType, calls: list[list[str]], monkeypatch, tmp_path: Path):
     monkeypatch.setattr(quickstart, "answers", lambda python, code: True)
     quickstart.install(tmp_path, "torch==9.9", with_dev=False)
