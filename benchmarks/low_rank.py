@@ -22,13 +22,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measuring import Budget, timed
+from benchmarks.random_models import TOY
 from library.models import build
 from library.models.spec import SD1, SDXL, ArchitectureSpec
 from library.rng import torch_stream
 from networks.lowrank import gram_svd, product_svd, randomised_svd, stacked_product
 from networks.targets import find_targets
 
-SPECS = {"sd15": SD1, "sdxl": SDXL}
+SPECS = {"sd15": SD1, "sdxl": SDXL, "toy": TOY}
+PUBLISHED = ("sd15", "sdxl")
 RATIOS = (0.7, 0.4)
 BUDGETS = {
     title: Budget(f"{title} by thin decompositions, times as fast as a full SVD", limit, at_least=True)
@@ -162,7 +164,7 @@ def _full_change(shape: Shape) -> Tensor:
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Thin decompositions against the full SVD of dense changes.")
-    parser.add_argument("--models", nargs="*", choices=sorted(SPECS), default=sorted(SPECS), help="layers of these")
+    parser.add_argument("--models", nargs="*", choices=sorted(SPECS), default=PUBLISHED, help="layers of these")
     parser.add_argument("--rank", type=int, default=64, help="rank of the networks (64)")
     parser.add_argument("--new_rank", type=int, default=16, help="rank after resizing and merging (16)")
     parser.add_argument("--convolutions", action="store_true", help="also layers that only networks with conv_dim have")

@@ -76,6 +76,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Time to the first step or picture over the time of the imports.")
     parser.add_argument("--program", choices=sorted(BUDGETS), default="training", help="what is started")
     parser.add_argument("--rounds", type=int, default=3, help="measured pairs of starts")
+    parser.add_argument("--warm_up", type=int, default=1, help="pairs before those, which fill the disk's cache")
     parser.add_argument("--images", type=int, default=4, help="pictures in the data set")
     arguments = parser.parse_args()
     if arguments.program == "help":
@@ -95,7 +96,7 @@ def main() -> int:
             "imports": ([sys.executable, "-c", imports], "imported"),
             arguments.program: ([sys.executable, *line.split()], ready),
         }
-        for number in range(-1, arguments.rounds):  # the first round fills the disk cache
+        for number in range(-arguments.warm_up, arguments.rounds):
             for name, (command, beginning) in turns.items():
                 turn = until_line(command, beginning)
                 if number >= 0:

@@ -4,11 +4,14 @@ folder, from the script's own last line on, but in this process.
 
 from __future__ import annotations
 
+import argparse
+import io
 import re
 import runpy
 import shlex
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -17,11 +20,14 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 
+from library.options.parser import read_command_line
+from library.options.scripts import SCRIPTS
 from tests.house.source_map import ROOT
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "tiny" / "README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 STARTS = ("python ", "accelerate ", "torchrun ", ".venv/", "pip ")
+SPAN = re.compile(r"`([^`]+)`")
 
 
 def relative(path: Path) -> str:
@@ -33,6 +39,15 @@ def commands_of(document: Path) -> list[str]:
     """The command lines of blocks without a language."""
     blocks = [body for language, body in FENCE.findall(document.read_text("utf-8")) if language in ("", "bash", "sh")]
     return [line.strip() for block in blocks for line in block.splitlines() if line.strip().startswith(STARTS)]
+
+
+def inline_commands(document: Path) -> list[str]:
+    """The command lines within sentences and tables, once each: an interpreter or options stand beside a script.
+
+    A script's name alone is a name.
+    """
+    spans = (" ".join(span.split()) for span in SPAN.findall(FENCE.sub("", document.read_text("utf-8"))))
+    return [*dict.fromkeys(span for span in spans if re.search(r"(^| )[\w/]+\.py( |$)", span) and " " in span)]
 
 
 def script_and_options(command: str) -> tuple[str, list[str]]:
@@ -58,6 +73,48 @@ def run_command(command: str, more: str = "") -> int:
     """Run a command line of a document with ``more`` words behind it, which win; its exit status."""
     script, options = script_and_options(command)
     return run_script(script, [*options, *shlex.split(more)])
+
+
+class _Parsed(Exception):
+    """A command line was understood, and the program stopped there."""
+
+
+def assert_accepted(command: str) -> None:
+    """The script of a command line knows its options. What else a run needs may be missing, and ``...`` is skipped."""
+    script, options = script_and_options(command)
+    row = {row.name: row for row in SCRIPTS}.get(script)
+    if row:
+        _, unknown, problems = read_command_line(row, [word for word in options if word != "..."])
+        assert not unknown, f"{command}: {script} has no --{', --'.join(name for name, _ in unknown)}"
+        assert not problems, f"{command}: {problems}"
+        return
+    assert (ROOT / script).is_file(), f"{command}: there is no {script}"
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> None:
+        parse_args(parser, argv)
+        raise _Parsed
+
+    stopped = False
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_and_stop):
+        try:
+            run_script(script, options)
+        except _Parsed:
+            stopped = True
+    assert stopped, f"{command} is not accepted"
+
+
+def run_here(command: list[str]) -> str:
+    """Run ``python script.py ...`` or ``python -c text`` in this process instead of its own; what it printed."""
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        status = 0
+        if command[1] == "-c":
+            exec(command[2], {})
+        else:
+            status = run_script(command[1], command[2:])
+    assert status == 0, f"{command} ended with {status}: {printed.getvalue()}"
+    return printed.getvalue()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guides import FENCE, relative
+from tests.guides import FENCE, inline_commands, relative
 from tests.house.source_map import ROOT
 from tests.house.test_docs import LINK
 from tools import make_option_docs
@@ -89,6 +89,12 @@ def test_headings_have_the_same_levels(pair: Pair):
 @pytest.mark.parametrize("pair", PAIRS)
 def test_commands_are_identical(pair: Pair):
     english, japanese = (commands(document) for document in pair)
+    assert japanese == english
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_commands_within_sentences_are_identical(pair: Pair):
+    english, japanese = (set(inline_commands(document)) for document in pair)
     assert japanese == english
 
 
