@@ -159,6 +159,7 @@ def enlarge_files(options: UpscaleToolOptions) -> list[Path]:
     paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
     if not paths:
         raise UserError(f"--image_pattern {options.image_pattern}: no file fits")
+    _refuse_equal_names(paths)
     device = choose_device()
     vae = load_vae(Path(str(options.vae_path)).expanduser(), Target(torch.float32, device))
     upscaler = create_upscaler(weights=str(options.weights)).to(device)
@@ -169,6 +170,18 @@ def enlarge_files(options: UpscaleToolOptions) -> list[Path]:
             for _ in batch:
                 bar.advance()
     return written
+
+
+def _refuse_equal_names(paths: Sequence[Path]) -> None:
+    """All results stand in one folder, so pictures of one name in several folders would take each other's place."""
+    first: dict[str, Path] = {}
+    twice = [(first[path.name], path) for path in paths if first.setdefault(path.name, path) != path]
+    if twice:
+        raise UserError.of(
+            f"--image_pattern: {one} and {other} would both be written as {one.stem}_upscaled{one.suffix}; enlarge "
+            "them one after the other, each with its own --output_dir"
+            for one, other in twice
+        )
 
 
 def _batches(paths: Sequence[Path], size: int) -> Iterator[list[tuple[Path, Image]]]:

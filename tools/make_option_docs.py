@@ -7,6 +7,7 @@ stands in the Japanese page as it is, and is named as missing.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,9 +118,12 @@ def option_docs(words: Words) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Write the pages, or check them. The exit status is 1 if the check fails."""
+    parser = argparse.ArgumentParser(description="Write the tables of all options, in English and Japanese.")
+    parser.add_argument("--check", action="store_true", help="write nothing; the exit status is 1 if they are stale")
+    check_only: bool = parser.parse_args(argv).check
     japanese = Words(parse_toml(JAPANESE_TEXTS.read_text(encoding="utf-8")))
     pages = {PAGE: option_docs(Words({})), JAPANESE_PAGE: option_docs(japanese)}
-    if "--check" not in argv:
+    if not check_only:
         for path, text in pages.items():
             atomic_write_text(path, text)
             print(f"wrote {path.relative_to(ROOT)}")
@@ -128,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
     problems += [f"docs/ja/help.toml has no Japanese for: {text}" for text in japanese.missing()]
     problems += [f"docs/ja/help.toml has Japanese for what no option says: {text}" for text in japanese.unused()]
     print("\n".join(problems) or "the option tables are up to date")
-    return 1 if problems and "--check" in argv else 0
+    return 1 if problems and check_only else 0
 
 
 if __name__ == "__main__":

@@ -73,8 +73,11 @@ def write_crops(source_dir: Path, target_dir: Path, longest_side: int = 320, qua
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make examples/photos from the images of scikit-image.")
     parser.add_argument("source_dir", type=Path, help="folder skimage/data of an unpacked scikit-image wheel")
-    parser.add_argument("--target_dir", type=Path, default=Path("examples/photos"))
+    parser.add_argument("--target_dir", type=Path, default=Path("examples/photos"), help="folder to write to")
     options = parser.parse_args()
+    missing = sorted({crop.source for crop in CROPS if not (options.source_dir / crop.source).is_file()})
+    if missing:
+        parser.error(f"source_dir {options.source_dir} has no {', '.join(missing)}; give the wheel's skimage/data")
     write_crops(options.source_dir, options.target_dir)
 
 

@@ -271,3 +271,9 @@ def test_enlarging_files(weights: str, tmp_path: Path, capsys: pytest.CaptureFix
     }
     assert main([*command, "--image_pattern", str(tmp_path / "*.gif")]) == 1
     assert "no file fits" in capsys.readouterr().err
+    (tmp_path / "inner").mkdir()
+    write_picture(tmp_path / "inner" / "a.png", (64, 48))
+    assert main([*command, "--image_pattern", str(tmp_path / "**" / "a.png")]) == 1
+    said = capsys.readouterr().err
+    assert "would both be written as a_upscaled.png" in said
+    assert str(Path("inner") / "a.png") in said

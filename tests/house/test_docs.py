@@ -35,7 +35,7 @@ def own_options() -> set[str]:
     declared = re.compile(r"add_argument\(\s*\"(--\w+)\"")
     for path in (ROOT / "quickstart.py", *(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
         found |= set(declared.findall(path.read_text("utf-8")))
-    return found | {"--check"}
+    return found
 
 
 @pytest.mark.parametrize("document", PAGES, ids=relative)
