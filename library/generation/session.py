@@ -14,7 +14,7 @@ from library.checkpoint.privacy import without_folders
 from library.generation.control import attach_control, check_control
 from library.generation.deep_shrink import attach_deep_shrink
 from library.generation.embeddings import attach_embeddings
-from library.generation.engine import Engine, EngineSettings
+from library.generation.engine import USUAL_ROWS, Engine, EngineSettings
 from library.generation.from_picture import attach_pictures
 from library.generation.gradual_latent import attach_gradual_latent
 from library.generation.grid import Sheet, with_grid_networks
@@ -22,13 +22,12 @@ from library.generation.guidance import attach_guidance
 from library.generation.highres import TWO_STAGES, make_stages
 from library.generation.hypernetworks import attach_hypernetworks
 from library.generation.inputs import InputFiles, find_again, list_pictures
-from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle, texts_of
+from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle
 from library.generation.lines import parse_line
 from library.generation.model import LoadedModel, load_model
 from library.generation.networks import attach_networks, read_requests
 from library.generation.output import Place, Writer, now_text, read_recipe, text_entries, write_png
-from library.generation.pictures import size_of_picture
-from library.generation.pipeline import to_picture
+from library.generation.pictures import size_of_picture, to_picture
 from library.generation.sources import (
     KeyboardLines,
     LineSource,
@@ -58,7 +57,6 @@ from library.rng import fresh_seed, stream
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_ROWS = 3
 _NOT_OF_A_PICTURE = frozenset(vars(OutputOptions())) | {
     *("prompt", "from_file", "from_module", "prompter_module_args", "from_image", "interactive", "no_preview"),
     *("images_per_prompt", "n_iter", "shuffle_prompts", "seed", "iter_same_seed", "dry_run", "batch_size", "lowram"),
@@ -192,7 +190,7 @@ class Session:
                 device=self.model.device,
                 dtype=self.model.dtype,
                 clip_skip=options.clip_skip,
-                max_rows=options.max_embeddings_multiples or DEFAULT_ROWS,
+                max_rows=options.max_embeddings_multiples or USUAL_ROWS,
                 normalize=options.emb_normalize_mode,
                 vae_batch=draw.vae_batch_size,
             ),
@@ -295,7 +293,7 @@ class Session:
                 prompt=parsed.prompt,
                 negative_prompt=negative,
                 seed=self._seed(own_seed(parsed, index)),
-                shared=shared.with_rows(self.engine.rows_of(*texts_of(parsed.prompt, shared), negative)),
+                shared=self.engine.with_rows(shared, parsed.prompt, negative),
                 clip_prompt=parsed.options.get("clip_prompt"),
                 source=source,
                 mask=line.mask or self.files.mask_of(number + index),

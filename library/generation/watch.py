@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from library.generation.denoise import Setup
 from library.generation.output import write_png
-from library.generation.pipeline import to_picture
+from library.generation.pictures import to_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
