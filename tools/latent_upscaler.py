@@ -208,8 +208,7 @@ def _enlarge(
 ) -> list[Path]:
     import torch
 
-    from library.generation.pictures import resized
-    from library.generation.pipeline import to_picture
+    from library.generation.pictures import resized, to_picture
 
     images = [picture for _, picture in batch]
     width, height = (side * FACTOR for side in images[0].size)

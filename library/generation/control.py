@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.families.base import ControlResiduals, Geometry, ModelFamily, TextCondition
-from library.generation.denoise import Setup
+from library.generation.denoise import Extension, Setup
 from library.generation.engine import Engine
 from library.generation.guides import guide_pictures
 from library.generation.preprocess import Preprocessor, make_preprocessor, unchanged
@@ -80,15 +80,17 @@ def attach_control(engine: Engine, settings: Settings) -> None:
         loaded = [_load(engine, name, target, settings[GenModelOptions]) for name in nets]
         extension = ControlNets(engine.family, loaded, uses)
 
-    @contextmanager
-    def when_wanted(setup: Setup) -> Generator[None]:
-        if not setup.batch[0].guides or (only_first_stage and setup.stage == 1):
-            yield
-            return
-        with extension(setup):
-            yield
+    engine.extensions.append(when_guided(extension, only_first_stage))
 
-    engine.extensions.append(when_wanted)
+
+def when_guided(net: Extension, only_first_stage: bool = False) -> Extension:
+    """The net for jobs that name guide pictures; others are drawn without it, as is the second stage if asked for."""
+
+    def extension(setup: Setup) -> AbstractContextManager[object]:
+        is_wanted = bool(setup.batch[0].guides) and not (only_first_stage and setup.stage == 1)
+        return net(setup) if is_wanted else nullcontext()
+
+    return extension
 
 
 def _load(engine: Engine, name: str, target: Target, options: GenModelOptions) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from library.checkpoint.io import open_model_file
-from library.log import UserError
+from library.log import UserError, first_line
 from library.text.emphasis import BREAK, parse_emphasis
 from library.text.tokenizer import clip_tokenizer
 
@@ -34,10 +34,9 @@ def load_clip(kind: Any, model: str, option: str, device: torch.device) -> Any:
     try:
         loaded = kind.from_pretrained(str(local) if local.is_dir() else model, dtype=torch.float32)
     except Exception as error:  # the library and the hub's client raise many kinds
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--{option} {model}: cannot be loaded ({reason}); give the folder of a CLIP model with an image part, or "
-            "its hub id"
+            f"--{option} {model}: cannot be loaded ({first_line(error)}); give the folder of a CLIP model with an "
+            "image part, or its hub id"
         ) from error
     return loaded.to(device).eval().requires_grad_(False)
 

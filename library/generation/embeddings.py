@@ -1,20 +1,20 @@
 """Textual inversion in generation: words of the prompts that stand for vectors from files.
 
-Shapes: V vectors of a word, D width of a text encoder, B rows of text, S cross-attention layers, T tokens.
+Shapes: V vectors of a word, D width of a text encoder.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from typing import cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from library.generation.denoise import Setup
+from library.families.sd import SdFamily
+from library.families.sd_layers import LayeredSdFamily
 from library.generation.engine import Engine
+from library.generation.jobs import Job
 from library.log import UserError
 from library.models.layer_texts import let_layers_choose
 from library.options.generation import PromptOptions
@@ -42,69 +42,47 @@ def attach_embeddings(engine: Engine, options: PromptOptions) -> tuple[Embedding
     if not found:
         return ()
     require_own_words(engine.family.tokenizers, found, "rename the file")
-    tokenizers: list[TriggerTokenizer] = []
-    encoders = zip(engine.parts.text_encoders, engine.family.tokenizers, strict=True)
-    for index, (encoder, tokenizer) in enumerate(encoders):
-        meanings: dict[str, list[int]] = {}
-        for embedding in plain:
-            meanings |= embedding.meanings(_add(encoder, embedding.vectors[index], embedding.file))
-        layers = [{key: list(ids) for key, ids in meanings.items()} for _ in XTI_LAYERS]
-        for embedding in by_layer:
-            for own, vectors_VD in zip(layers, embedding.vectors, strict=True):
-                own |= embedding.meanings(_add(encoder, vectors_VD, embedding.file))
-        tokenizers.append(TriggerTokenizer(tokenizer, layers[0] if by_layer else meanings))
-        if by_layer:
-            let_layers_choose(engine.parts.unet)
-            engine.extensions.append(LayerTexts(engine, tokenizers[0], layers, by_layer).extension)
-    engine.family = engine.family.with_tokenizers(tokenizers)
+    encoders = enumerate(engine.parts.text_encoders)
+    meanings = [_meanings(encoder, plain, index) for index, encoder in encoders]
+    if by_layer:
+        engine.family = _layered(engine, by_layer, meanings[0])
+    else:
+        pairs = zip(engine.family.tokenizers, meanings, strict=True)
+        engine.family = engine.family.with_tokenizers([TriggerTokenizer(*pair) for pair in pairs])
     for embedding in found:
         count = len(embedding.vectors[0])
         logger.info("%s stands for %d vector%s (%s)", embedding.word, count, "s" * (count > 1), embedding.file)
     return tuple(found)
 
 
-def _add(encoder: nn.Module, vectors_VD: Tensor, file: str) -> int:
-    """The id of the first of the vectors."""
-    try:
-        return add_vectors(encoder, vectors_VD)
-    except ValueError as error:
-        raise UserError(f"{file}: {error}; it was made for another kind of model") from error
+def _meanings(encoder: nn.Module, embeddings: Sequence[Embedding], index: int) -> dict[str, list[int]]:
+    """The ids that words stand for, once their vectors of this index (V, D) are in the encoder's table."""
+    found: dict[str, list[int]] = {}
+    for embedding in embeddings:
+        try:
+            found |= embedding.meanings(add_vectors(encoder, embedding.vectors[index]))
+        except ValueError as error:
+            raise UserError(f"{embedding.file}: {error}; it was made for another kind of model") from error
+    return found
 
 
-# ---- one text for each layer
+def _layered(engine: Engine, embeddings: Sequence[Embedding], plain: dict[str, list[int]]) -> LayeredSdFamily:
+    """The engine's family with words of which each layer has vectors of its own, beside ``plain`` ones."""
+    (encoder,), (tokenizer,) = engine.parts.text_encoders, engine.family.tokenizers
+    layers = [plain | _meanings(encoder, embeddings, index) for index in range(len(XTI_LAYERS))]
+    first = TriggerTokenizer(tokenizer, layers[0])
+    let_layers_choose(engine.parts.unet)
+    engine.before_batch.append(_refusing_regions(embeddings))
+    return LayeredSdFamily(cast(SdFamily, engine.family), [first.with_meanings(own) for own in layers])
 
 
-class LayerTexts:
-    """Gives each cross-attention layer the texts as its own vectors make them."""
+def _refusing_regions(embeddings: Sequence[Embedding]) -> Callable[[Sequence[Job]], None]:
+    """In regions a text is read by itself, the same in all layers."""
+    words = [word for embedding in embeddings for word in embedding.words]
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: TriggerTokenizer,
-        meanings: Sequence[Mapping[str, Sequence[int]]],
-        embeddings: Sequence[Embedding],
-    ) -> None:
-        self._words = [word for embedding in embeddings for word in embedding.words]
-        self._tokenizers = [tokenizer.with_meanings(own) for own in meanings]
-        self._base = engine
-        self._engines: list[Engine] = []
+    def refuse(batch: Sequence[Job]) -> None:
+        texts = "\n".join(text for job in batch for text in (job.prompt, job.negative_prompt))
+        if batch[0].shared.regional and any(word in texts for word in words):
+            raise UserError("--XTI_embeddings cannot be used in regions (AND and --mask_path)")
 
-    @contextmanager
-    def extension(self, setup: Setup) -> Generator[None]:
-        """Texts without such words are the same for all layers and left alone."""
-        texts = "\n".join(text for job in setup.batch for text in (job.prompt, job.negative_prompt))
-        if any(word in texts for word in self._words):
-            if setup.batch[0].shared.regional:
-                raise UserError("--XTI_embeddings cannot be used in regions (AND and --mask_path)")
-            of_layers = [engine.condition(setup.batch).hidden_BTD for engine in self._of_layers()]
-            setup.unet.condition = replace(setup.unet.condition, by_layer_BSTD=torch.stack(of_layers, dim=1))
-        yield
-
-    def _of_layers(self) -> list[Engine]:
-        """The engine once for each layer, with that layer's words and a memory of its own for texts."""
-        if not self._engines:
-            base = self._base
-            self._engines = [
-                replace(base, family=base.family.with_tokenizers([own]), _texts={}) for own in self._tokenizers
-            ]
-        return self._engines
+    return refuse

@@ -7,39 +7,43 @@ H W latent height and width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.diffusion.schedule import NoiseSchedule
 from library.families.base import Geometry, ModelFamily, ModelParts, TextCondition
 from library.generation.denoise import Denoising, Extension, Guidance, GuidedUNet, Setup, starting_noise
-from library.generation.jobs import Job, Shared
-from library.generation.pipeline import decode, encode, on_device
+from library.generation.jobs import Job, Shared, texts_of
 from library.generation.samplers import make_sampler
+from library.generation.vae import decode, encode
 from library.text.encode import ConditionCache
 from library.text.tokens import CHUNK_TOKENS, TextSettings
 
 logger = logging.getLogger(__name__)
 
+USUAL_ROWS = 3
+"""Rows of 75 tokens that a prompt may have, unless an option says something else."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What holds for all pictures of a run. ``dtype`` is the U-Net's; the VAE takes ``vae_batch`` pictures at a time
-    (below 1: a share of the batch).
+    """What holds for all pictures of a run. ``dtype`` is the U-Net's, ``precision`` opens the autocast region of text
+    encoders and U-Net; the VAE takes ``vae_batch`` pictures at a time (below 1: a share of the batch).
     """
 
     schedule: NoiseSchedule
     device: torch.device
     dtype: torch.dtype = torch.float32
     clip_skip: int | None = None
-    max_rows: int = 3
+    max_rows: int = USUAL_ROWS
     normalize: Literal["original", "none", "abs"] = "original"
     vae_batch: float | None = None
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 AfterDecode = Callable[[Sequence[Job], Tensor], Tensor]
@@ -67,19 +71,27 @@ class Engine:
 
     # ---- text
 
-    def rows_of(self, *texts: str) -> int:
-        """How many rows of 75 tokens the longest of the texts needs, at most ``max_rows``."""
+    def with_rows(self, shared: Shared, prompt: str, negative_prompt: str) -> Shared:
+        """The same for these texts: with as many rows as the longest of them needs that is drawn after."""
+        texts = [*texts_of(prompt, shared), *([negative_prompt] if guidance_of(shared).copies > 1 else ())]
         settings = replace(self._text_settings(self.settings.max_rows), shrink=True)
-        return self.family.tokenize(list(texts), settings).rows[0].ids_BNT.shape[1]
+        return replace(shared, rows=self.family.tokenize(texts, settings).rows[0].ids_BNT.shape[1])
+
+    def forget_texts(self) -> None:
+        """Encode every text anew from now on: the text encoders have changed."""
+        self._texts.clear()
 
     def encode(self, texts: Sequence[str], shared: Shared) -> TextCondition:
         """The condition of texts, one row each; every text is encoded once for each strength of the networks."""
         key = (shared.rows, shared.multipliers)
         if key not in self._texts:
             self._texts[key] = ConditionCache(lambda captions: self._encode(captions, shared))
-        hidden_BTD, pooled_BP = self._texts[key](texts)
-        assert hidden_BTD is not None
-        return TextCondition(hidden_BTD, pooled_BP)
+        rows: list[TextCondition] = []
+        for text in texts:  # one by one: one text may be told to each layer, its neighbour to all alike
+            hidden_BTD, pooled_BP, by_layer_BSTD = self._texts[key]([text])
+            assert hidden_BTD is not None
+            rows.append(TextCondition(hidden_BTD, pooled_BP, by_layer_BSTD))
+        return _joined(*rows)
 
     def _text_settings(self, rows: int) -> TextSettings:
         return TextSettings(
@@ -94,10 +106,10 @@ class Engine:
         self.set_multipliers(shared.multipliers)
         settings = self._text_settings(shared.rows)
         tokens = self.family.tokenize(list(captions), settings)
-        with on_device(self.parts.text_encoders, self.settings.device):
+        with self.settings.precision(), _on_device(self.parts.text_encoders, self.settings.device):
             condition = self.family.encode(self.parts.text_encoders, tokens, settings)
         condition = condition.to(self.settings.device, self.settings.dtype)
-        return condition.hidden_BTD, condition.pooled_BP
+        return condition.hidden_BTD, condition.pooled_BP, condition.by_layer_BSTD
 
     def condition(self, batch: Sequence[Job]) -> TextCondition:
         """The condition of all copies: negative prompts, prompts (the last sub-prompts), empty prompts."""
@@ -156,6 +168,7 @@ class Engine:
             clean_BCHW=clean_BCHW,
         )
         with ExitStack() as stack:
+            stack.enter_context(self.settings.precision())
             for extension in self.extensions:
                 stack.enter_context(extension(setup))
             unet.steps = setup.steps
@@ -205,10 +218,29 @@ class Engine:
 
 
 def _joined(*conditions: TextCondition) -> TextCondition:
-    """Conditions one below another."""
-    pooled = [condition.pooled_BP for condition in conditions if condition.pooled_BP is not None]
+    """Conditions one below another; for each layer as soon as one of them is."""
     hidden_BTD = torch.cat([condition.hidden_BTD for condition in conditions])
-    return TextCondition(hidden_BTD, torch.cat(pooled) if pooled else None)
+    pooled = [condition.pooled_BP for condition in conditions if condition.pooled_BP is not None]
+    layers = {one.by_layer_BSTD.shape[1] for one in conditions if one.by_layer_BSTD is not None}
+    by_layer = [
+        one.hidden_BTD[:, None].expand(-1, *layers, -1, -1) if one.by_layer_BSTD is None else one.by_layer_BSTD
+        for one in conditions
+        if layers
+    ]
+    return TextCondition(hidden_BTD, torch.cat(pooled) if pooled else None, torch.cat(by_layer) if by_layer else None)
+
+
+@contextmanager
+def _on_device(modules: Sequence[nn.Module], device: torch.device) -> Generator[None]:
+    """Modules on the device meanwhile, for those that live elsewhere to leave it free."""
+    homes = [(module, next(module.parameters()).device) for module in modules]
+    try:
+        for module, _ in homes:
+            module.to(device)
+        yield
+    finally:
+        for module, home in homes:
+            module.to(home)
 
 
 def guidance_of(shared: Shared) -> Guidance:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from library.generation.engine import Engine
 from library.generation.jobs import Job, first_stage
-from library.generation.pictures import resized, to_tensor
-from library.generation.pipeline import to_picture
+from library.generation.pictures import resized, to_picture, to_tensor
 from library.log import UserError
 from library.options.generation import HighresOptions
 from library.rng import seed_of, torch_stream

@@ -85,10 +85,6 @@ class Shared:
     deep_shrink: DeepShrink | None = None
     gradual_latent: GradualLatent | None = None
 
-    def with_rows(self, rows: int) -> Shared:
-        """The same for texts of this many rows."""
-        return replace(self, rows=rows)
-
     def for_text(self, part: int | None) -> Shared:
         """What holds while a text is encoded, a sub-prompt or (None) one that belongs to no region.
 

@@ -114,6 +114,14 @@ def to_tensor(pictures: Sequence[Image]) -> Tensor:
     return pixels_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def to_picture(images_BCHW: Tensor) -> Image:
+    """The first image of a batch (B, 3, H, W) in -1..1 as an 8-bit picture."""
+    from PIL import Image as PilImage
+
+    pixels_HWC = ((images_BCHW[0] / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    return PilImage.fromarray(pixels_HWC.numpy())
+
+
 def feathered(mask_1HW: Tensor) -> Tensor:
     """The mask with a ramp of a few pixels along its edge, all on the side that is drawn: what is 0 stays 0."""
     import cv2

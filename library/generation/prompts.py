@@ -7,7 +7,6 @@ Only what begins with a blank and two dashes followed by a letter is an option.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from library.generation.samplers import MAX_STEPS, SAMPLER_NAMES
-from library.log import UserError
+from library.log import UserError, nearest
 from library.options.toml_file import parse_toml
 
 _OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
@@ -142,8 +141,7 @@ def _from_mapping(values: dict[str, Any], where: str, problems: list[str]) -> Pr
         if name in _READERS:
             read[name] = _read(name, value, f"{where}: {name} = {value!r}", problems)
         else:
-            near = difflib.get_close_matches(name, _READERS, 1)
-            hint = f"; did you mean {near[0]}?" if near else f" (keys: {', '.join(_READERS)})"
+            hint = nearest(name, _READERS) or f" (keys: {', '.join(_READERS)})"
             problems.append(f"{where}: there is no key {name}{hint}")
     return PromptSpec(**read)
 

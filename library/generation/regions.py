@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from library.data.images import UnreadableImage, read_image
 from library.generation.denoise import Setup
 from library.generation.engine import Engine
 from library.log import UserError
@@ -60,15 +61,11 @@ def region_masks(pixels_HW3: np.ndarray, parts: int, color_codes: int | None = N
 
 
 def read_masks(path: str, parts: int, color_codes: int | None) -> Tensor:
-    """`region_masks` of a file, at its own size. Raises UserError."""
-    from PIL import Image, UnidentifiedImageError
-
+    """`region_masks` of a file, at its own size, what is transparent taken as white. Raises UserError."""
     try:
-        with Image.open(path) as image:
-            pixels_HW3 = np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"--mask_path {path}: cannot be read as a picture ({error})") from error
-    return region_masks(pixels_HW3, parts, color_codes)
+        return region_masks(read_image(path), parts, color_codes)
+    except (UnreadableImage, OSError) as error:
+        raise UserError(f"--mask_path {error}; choose another picture") from error
 
 
 def text_shares(masks_PBN: Tensor) -> Tensor:

@@ -127,13 +127,19 @@ class Sampler:
         return self.has_midpoints and call % 2 == 1 and call < len(self.timesteps)
 
 
-def make_sampler(name: str, steps: int, schedule: NoiseSchedule, device: torch.device | str = "cpu") -> Sampler:
-    """A sampler by name for ``steps`` steps. Raises UserError for an unknown name or too few steps."""
+def check_sampler(name: str, steps: int) -> SamplerRow:
+    """What a sampler is. Raises UserError for an unknown name or too few steps."""
     row = _ROWS.get(_SAME.get(name, name))
     if row is None:
         raise UserError(f"sampler {name!r}: there is none of this name; choose one of {', '.join(SAMPLER_NAMES)}")
     if steps < row.min_steps:
-        raise UserError(f"sampler {name}: needs at least {row.min_steps} steps, not {steps}")
+        raise UserError(f"sampler {name}: needs at least {row.min_steps} steps, not {steps}; ask for more")
+    return row
+
+
+def make_sampler(name: str, steps: int, schedule: NoiseSchedule, device: torch.device | str = "cpu") -> Sampler:
+    """A sampler by name for ``steps`` steps. Raises UserError for an unknown name or too few steps."""
+    row = check_sampler(name, steps)
     settings = {
         "num_train_timesteps": len(schedule),
         "trained_betas": _finite_betas(schedule).tolist(),

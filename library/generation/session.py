@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from library.checkpoint.privacy import without_folders
 from library.generation.control import attach_control, check_control
 from library.generation.deep_shrink import attach_deep_shrink
 from library.generation.embeddings import attach_embeddings
-from library.generation.engine import Engine, EngineSettings
+from library.generation.engine import USUAL_ROWS, Engine, EngineSettings
 from library.generation.from_picture import attach_pictures
 from library.generation.gradual_latent import attach_gradual_latent
 from library.generation.grid import Sheet, with_grid_networks
@@ -22,13 +22,13 @@ from library.generation.guidance import attach_guidance
 from library.generation.highres import TWO_STAGES, make_stages
 from library.generation.hypernetworks import attach_hypernetworks
 from library.generation.inputs import InputFiles, find_again, list_pictures
-from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle, texts_of
+from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle
 from library.generation.lines import parse_line
 from library.generation.model import LoadedModel, load_model
 from library.generation.networks import attach_networks, read_requests
 from library.generation.output import Place, Writer, now_text, read_recipe, text_entries, write_png
-from library.generation.pictures import size_of_picture
-from library.generation.pipeline import to_picture
+from library.generation.pictures import size_of_picture, to_picture
+from library.generation.samplers import check_sampler
 from library.generation.sources import (
     KeyboardLines,
     LineSource,
@@ -58,7 +58,6 @@ from library.rng import fresh_seed, stream
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_ROWS = 3
 _NOT_OF_A_PICTURE = frozenset(vars(OutputOptions())) | {
     *("prompt", "from_file", "from_module", "prompter_module_args", "from_image", "interactive", "no_preview"),
     *("images_per_prompt", "n_iter", "shuffle_prompts", "seed", "iter_same_seed", "dry_run", "batch_size", "lowram"),
@@ -73,9 +72,11 @@ def run_session(settings: Settings) -> int:
     if pictures:
         return max(_repeat(settings, path) for path in pictures)
     files = input_files(settings)
-    source, failed = make_source(settings[PromptOptions], files)
+    source, failed = make_source(settings, files)
     if settings[PromptOptions].dry_run:
         return _print_plan(source, settings[PromptOptions]) or min(failed, 1)
+    if failed and isinstance(source, ListedLines) and not source.all:
+        return 1
     read_requests(settings[GenNetworkOptions])  # a mistyped file is told before the model is loaded
     with stop_on_signals("stopping after this picture") as stop:
         model = load_model(settings[GenModelOptions], settings[DrawOptions])
@@ -100,19 +101,20 @@ def _repeat(settings: Settings, path: str) -> int:
         return session.draw([[job] * count], only=index)
 
 
-def make_source(options: PromptOptions, files: InputFiles) -> tuple[LineSource, int]:
-    """Where the lines come from, and how many of them were found to be wrong (and left out) already."""
-    if options.interactive:
-        return KeyboardLines(), 0
-    if options.from_module and not options.from_file:
-        return ListedLines(()), 0
+def make_source(settings: Settings, files: InputFiles) -> tuple[LineSource, int]:
+    """Where the lines come from, and how many of them are wrong, told and left out already. Raises UserError."""
+    options = settings[PromptOptions]
+    is_listed = not options.interactive and (options.from_file or not options.from_module)
+    if not is_listed:
+        _check_steps({}, settings)
+        return KeyboardLines() if options.interactive else ListedLines(()), 0
     if options.from_file:
         lines = read_prompt_file(options.from_file)
-    elif options.prompt is None and files.sources:
+    elif not settings.given("prompt") and files.sources:
         lines = prompts_of_pictures(files.sources, files.masks)
     else:
         lines = [RawLine(options.prompt or "", "--prompt")]
-    good = [line for line in lines if _is_good(line)]
+    good = [line for line in lines if _is_good(line, settings)]
     seed = options.seed
     shuffle = None
     if options.shuffle_prompts:
@@ -139,15 +141,24 @@ def _print_plan(source: LineSource, options: PromptOptions) -> int:
     return 0
 
 
-def _is_good(line: RawLine) -> bool:
+def _is_good(line: RawLine, settings: Settings) -> bool:
     """False for a line with which nothing can be drawn, which is reported: before any model is loaded."""
     try:
         for text in expand(line.text, 1, stream(0, "check")):
-            parse_line(text)
+            _check_steps(parse_line(text).options, settings)
     except UserError as error:
         logger.error("%s: %s; it is left out", line.where, error)
         return False
     return True
+
+
+def _check_steps(given: Mapping[str, Any], settings: Settings) -> None:
+    """Raise UserError if a line's options, or for what it does not say the command line's, are too few steps."""
+    draw, highres = settings[DrawOptions], settings[HighresOptions]
+    sampler = given.get("sampler", draw.sampler)
+    check_sampler(sampler, given.get("steps", draw.steps))
+    if highres.highres_fix_scale is not None:
+        check_sampler(sampler, highres.highres_fix_steps)
 
 
 def input_files(settings: Settings, repeating: bool = False) -> InputFiles:
@@ -192,7 +203,7 @@ class Session:
                 device=self.model.device,
                 dtype=self.model.dtype,
                 clip_skip=options.clip_skip,
-                max_rows=options.max_embeddings_multiples or DEFAULT_ROWS,
+                max_rows=options.max_embeddings_multiples or USUAL_ROWS,
                 normalize=options.emb_normalize_mode,
                 vae_batch=draw.vae_batch_size,
             ),
@@ -295,7 +306,7 @@ class Session:
                 prompt=parsed.prompt,
                 negative_prompt=negative,
                 seed=self._seed(own_seed(parsed, index)),
-                shared=shared.with_rows(self.engine.rows_of(*texts_of(parsed.prompt, shared), negative)),
+                shared=self.engine.with_rows(shared, parsed.prompt, negative),
                 clip_prompt=parsed.options.get("clip_prompt"),
                 source=source,
                 mask=line.mask or self.files.mask_of(number + index),

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from library.generation.denoise import Setup
 from library.generation.output import write_png
-from library.generation.pipeline import to_picture
+from library.generation.pictures import to_picture
+from library.log import first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,4 +79,4 @@ class Window:
             cv2.destroyAllWindows()
         except Exception as error:  # whatever is wrong with windows here, the pictures are on the disk
             self._works = False
-            logger.warning("no preview window here (%s); --no_preview leaves it out", str(error).splitlines()[0])
+            logger.warning("no preview window here (%s); --no_preview leaves it out", first_line(error))

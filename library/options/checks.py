@@ -92,6 +92,9 @@ _FOLDERS = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir"
 
 MAX_NAME_BYTES = 200  # file systems take 255; step numbers and suffixes are added
 
+# Options that are set by an empty text as well: an empty prompt can be drawn.
+MAY_BE_EMPTY = frozenset({"prompt"})
+
 # What is not needed to look at the data only.
 NOT_FOR_DEBUG_DATASET = frozenset({"pretrained_model_name_or_path", "network_module"})
 
@@ -426,9 +429,13 @@ def missing(settings: Settings) -> list[str]:
         names = (needed,) if isinstance(needed, str) else needed
         if settings.value_of("debug_dataset") and NOT_FOR_DEBUG_DATASET.intersection(names):
             continue
-        if not any(_on(settings.value_of(name)) for name in names):
+        if not any(_on(settings.value_of(name)) or _is_given_empty(settings, name) for name in names):
             found.append(f"{' or '.join(_as_typed(settings, name) for name in names)} is missing")
     return found
+
+
+def _is_given_empty(settings: Settings, name: str) -> bool:
+    return name in MAY_BE_EMPTY and settings.given(name)
 
 
 def _as_typed(settings: Settings, name: str) -> str:

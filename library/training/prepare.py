@@ -20,7 +20,8 @@ from library.diffusion.objective import Objective
 from library.diffusion.schedule import NoiseSchedule
 from library.families import family_for
 from library.families.base import ModelFamily, ModelParts
-from library.generation.pipeline import GenerationSettings
+from library.generation.control import when_guided
+from library.generation.engine import Engine, EngineSettings
 from library.log import UserError
 from library.models.memory import keep_less_for_backward, set_attention, set_gradient_checkpointing
 from library.options import (
@@ -275,23 +276,27 @@ def make_previewer(
             yield
 
     sample, save = settings[SampleOptions], settings[SaveOptions]
-    return Previewer(
-        sample,
+    net = models.trainable.preview_extension()
+    engine = Engine(
         models.family,
         models.parts,
-        GenerationSettings(
+        EngineSettings(
             schedule=schedule,
             device=machine.device,
             dtype=machine.weight_dtype,
             clip_skip=text_settings(settings[ModelOptions], models.family).clip_skip,
-            default_sampler=sample.sample_sampler,
             precision=lambda: models.trainable.precision(machine.device, machine.weight_dtype),
         ),
+        extensions=[] if net is None else [when_guided(net)],
+    )
+    return Previewer(
+        sample,
+        engine,
+        sampler=sample.sample_sampler,
         output_dir=str(save.output_dir),
         output_name=save.output_name,
         trained=(models.trainable.module,),
         in_use=in_use,
-        net=models.trainable.preview_extension(),
         rank=machine.rank,
         processes=machine.processes,
         trackers=trackers.open(machine.accelerator),

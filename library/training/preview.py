@@ -11,22 +11,17 @@ import random
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from library.families.base import ModelFamily, ModelParts
-from library.generation.denoise import Extension
-from library.generation.guided import generate_guided
-from library.generation.pipeline import GenerationSettings, generate
+from library.generation.engine import Engine
 from library.generation.prompts import PromptSpec, load_prompts
+from library.generation.sample import draw_sample
 from library.log import UserError
 from library.training.clock import Clock, is_due
 from library.training.preview_files import START, PreviewFiles
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +45,9 @@ class Previewer:
     def __init__(
         self,
         options: PreviewOptions,
-        family: ModelFamily,
-        parts: ModelParts,
-        settings: GenerationSettings,
+        engine: Engine,
         *,
+        sampler: str,
         output_dir: str | Path,
         output_name: str | None,
         trained: Sequence[nn.Module] = (),
@@ -62,26 +56,23 @@ class Previewer:
         trackers: Sequence[Any] = (),
         barrier: Callable[[], None] | None = None,
         in_use: Callable[[], AbstractContextManager[object]] = nullcontext,
-        net: Extension | None = None,
     ) -> None:
-        """``trained`` are further modules to put in eval mode (the network); ``trackers`` are accelerate's, if any.
-        ``in_use`` puts the weights in place that would be saved, for as long as pictures are drawn. ``net`` takes part
-        in drawing prompts that name a picture to draw after.
+        """``engine`` draws with the model in training, prompts that name no sampler with ``sampler``. ``trained`` are
+        further modules to put in eval mode (the network); ``trackers`` are accelerate's, if any. ``in_use`` puts the
+        weights in place that would be saved, for as long as pictures are drawn.
 
         The prompt file is read here, so that its mistakes show before training, and again at each preview, so that it
         may be edited meanwhile. Raises UserError.
         """
         self._options = options
-        self._family = family
-        self._parts = parts
-        self._settings = settings
+        self._engine = engine
+        self._sampler = sampler
         self._files = PreviewFiles(Path(output_dir), output_name)
-        self._modules = (*parts.modules(), *trained)
+        self._modules = (*engine.parts.modules(), *trained)
         self._rank, self._processes = rank, processes
         self._trackers = trackers
         self._barrier = barrier
         self._in_use = in_use
-        self._net = net
         self._prompts = load_prompts(options.sample_prompts) if options.sample_prompts else ()
         self._drawn_at_step: int | None = None
 
@@ -113,7 +104,9 @@ class Previewer:
             return
         self._drawn_at_step = clock.step
         prompts = self._current_prompts()
-        with evaluating(self._modules), untouched_random_states(self._settings.device), self._in_use():
+        device = self._engine.settings.device
+        with evaluating(self._modules), untouched_random_states(device), self._in_use():
+            self._engine.forget_texts()  # the text encoders may have learned
             for index in range(self._rank, len(prompts), self._processes):
                 self._draw(index, prompts[index], moment)
         if self._barrier is not None:
@@ -130,18 +123,14 @@ class Previewer:
 
     def _draw(self, index: int, prompt: PromptSpec, moment: str) -> None:
         try:
-            file = self._files.write(self._picture(prompt), index, prompt.seed, moment)
+            picture = draw_sample(self._engine, prompt, self._sampler)
+            file = self._files.write(picture, index, prompt.seed, moment)
             logger.info("preview: %s", file)
         except (KeyboardInterrupt, SystemExit):
             raise
         except Exception as error:  # whatever goes wrong in a preview must not end the training
             logger.warning("preview %d (%s) failed: %s: %s", index, moment, type(error).__name__, error)
             logger.debug("preview %d", index, exc_info=True)
-
-    def _picture(self, prompt: PromptSpec) -> Image:
-        if prompt.controlnet_image is not None and self._net is not None:
-            return generate_guided(self._family, self._parts, prompt, self._settings, self._net)
-        return generate(self._family, self._parts, prompt, self._settings)
 
     def _show(self, prompts: Sequence[PromptSpec], moment: str, step: int) -> None:
         """Put the pictures of all processes on the sheet, and give them to the trackers."""

@@ -16,6 +16,7 @@ from library.generation.app import run
 from library.generation.denoise import Denoising
 from library.generation.jobs import DeepShrink, GradualLatent, defaults_of, settle
 from library.generation.lines import parse_line
+from library.generation.watch import Window
 from library.options.script import parse
 from library.options.scripts import GEN_IMG, SDXL_GEN_IMG
 from tests.toy import write_toy_checkpoint, write_toy_folder
@@ -111,6 +112,43 @@ def test_bad_lines_are_told_and_left_out(model: Path, tmp_path: Path, caplog: py
         assert place in caplog.text
 
 
+def test_an_empty_prompt_is_drawn(model: Path, tmp_path: Path) -> None:
+    (empty,) = draw(model, tmp_path / "a", "--prompt", "", "--seed", "1")
+    (other,) = draw(model, tmp_path / "b", "--prompt", "a cat", "--seed", "1")
+    assert not np.array_equal(pixels(empty), pixels(other))
+    (again,) = draw(model, tmp_path / "c", "--from_image", str(empty))
+    assert np.array_equal(pixels(again), pixels(empty))
+
+
+TOO_FEW = [
+    ("--prompt", "x", "--steps", "1"),
+    ("--prompt", "x --s 1"),
+    ("--prompt", "x --ss dpm_2_a", "--steps", "2"),
+    ("--prompt", "x", "--highres_fix_scale", "0.5", "--highres_fix_steps", "1"),
+    ("--interactive", "--steps", "1"),
+    ("--from_module", "any.py", "--steps", "1"),
+]
+
+
+@pytest.mark.parametrize("more", TOO_FEW, ids=" ".join)
+def test_too_few_steps_are_told_before_the_model_is_loaded(
+    more: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(GEN_IMG, ["--ckpt", "nowhere.safetensors", "--outdir", str(tmp_path), *more]) == 1
+    said = capsys.readouterr().err
+    assert "needs at least" in said
+    assert "nowhere" not in said
+
+
+def test_a_line_that_asks_for_enough_steps_is_drawn(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = lines(tmp_path, "x --s 1 --d 1", "x --s 2 --d 2")
+    made = draw(model, tmp_path / "out", "--from_file", str(file), "--steps", "1", status=1)
+    assert [path.name.split("_")[-1] for path in made] == ["2.png"]
+    assert "line 1: sampler euler_a: needs at least 2 steps, not 1" in caplog.text
+
+
 def test_names_are_never_taken_twice(model: Path, tmp_path: Path) -> None:
     more = ("--prompt", "x", "--images_per_prompt", "2", "--sequential_file_name")
     draw(model, tmp_path, *more)
@@ -193,6 +231,15 @@ def test_grid_and_preview(model: Path, tmp_path: Path) -> None:
     with Image.open(sheet) as picture:
         cells = [picture.getpixel((x, y)) for x in (200, 272) for y in (60, 132)]
     assert all(cell != (255, 255, 255) for cell in cells)
+
+
+def test_a_window_may_fail_without_a_word(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr("cv2.imshow", fail)
+    Window().show(Image.new("RGB", (8, 8)), "x")
+    assert "no preview window here (RuntimeError)" in caplog.text
 
 
 def test_long_prompts_use_the_rows_that_they_need(model: Path, tmp_path: Path) -> None:

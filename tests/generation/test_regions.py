@@ -108,8 +108,20 @@ def test_shares_sum_to_one() -> None:
 
 def test_a_mask_that_is_no_picture(tmp_path: Path) -> None:
     (tmp_path / "mask.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"--mask_path .*mask.png: cannot be read"):
+    with pytest.raises(UserError, match=r"--mask_path .*mask.png: .*; choose another picture"):
         read_masks(str(tmp_path / "mask.png"), 2, None)
+
+
+def test_masks_are_read_as_all_pictures(tmp_path: Path) -> None:
+    """Turned as EXIF says, what is transparent laid over white."""
+    path, clear = tmp_path / "turned.png", tmp_path / "clear.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter to the right: what was on the left is on top
+    Image.fromarray(np.array([[RED] * 2 + [GREEN] * 2], dtype=np.uint8)).save(path, exif=exif)
+    masks = read_masks(str(path), 2, None)
+    assert masks[:, :, 0].tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
+    Image.fromarray(np.array([[(*RED, 255), (*RED, 0)]], dtype=np.uint8)).save(clear)
+    assert read_masks(str(clear), 2, None)[:, 0].tolist() == [[1, 1], [0, 1]]
 
 
 # ---- attention on toy tensors

@@ -10,8 +10,9 @@ import torch
 
 from library.diffusion.schedule import make_schedule
 from library.families.sd import SdFamily
-from library.generation.pipeline import GenerationSettings, draw, generate
+from library.generation.engine import Engine, EngineSettings
 from library.generation.prompts import PromptSpec
+from library.generation.sample import draw_sample, sample_job
 from tests.text_diffusion_fixtures import diffusers_pipeline
 from tests.text_diffusion_fixtures import toy_parts as fresh_parts
 
@@ -34,9 +35,14 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 PROMPT = PromptSpec("a photo of a cat", "blurry", 64, 64, seed=3, sample_steps=4, scale=5.0)
 
 
+def engine_of(parts: Any, zero: bool = False, clip_skip: int | None = None) -> Engine:
+    settings = EngineSettings(make_schedule(parts.prediction_type, zero), CPU, clip_skip=clip_skip)
+    return Engine(SdFamily(v2=parts.spec.family == "sd2"), parts, settings)
+
+
 def ours(parts: Any, prompt: PromptSpec, zero: bool = False, clip_skip: int | None = None) -> np.ndarray:
-    settings = GenerationSettings(make_schedule(parts.prediction_type, zero), CPU, clip_skip=clip_skip)
-    images_BCHW = draw(SdFamily(v2=parts.spec.family == "sd2"), parts, prompt, settings)
+    engine = engine_of(parts, zero, clip_skip)
+    images_BCHW = engine.draw([sample_job(engine, prompt, "ddim")])
     return (images_BCHW[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
@@ -102,7 +108,7 @@ def test_clip_skip_and_size_reach_the_picture() -> None:
 
 def test_picture_is_eight_bit_rgb() -> None:
     parts = toy_parts()
-    picture = generate(SdFamily(), parts, PROMPT, GenerationSettings(make_schedule(), CPU))
+    picture = draw_sample(engine_of(parts), PROMPT, "ddim")
     assert (picture.mode, picture.size) == ("RGB", (64, 64))
     assert error(np.asarray(picture, dtype=np.float32) / 255, ours(parts, PROMPT)) < 0.51 / 255
 

@@ -20,8 +20,9 @@ from library.diffusion.schedule import make_schedule
 from library.families import family_for
 from library.families.base import Geometry, ModelParts, TextSettings
 from library.families.sdxl import SdxlFamily, time_ids
-from library.generation.pipeline import GenerationSettings, draw
+from library.generation.engine import Engine, EngineSettings
 from library.generation.prompts import PromptSpec
+from library.generation.sample import sample_job
 from library.log import UserError
 from library.models import build
 from library.models.infer import spec_of_file
@@ -341,8 +342,8 @@ def test_sizes_are_needed(parts: ModelParts) -> None:
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 def test_picture_is_diffusers_own(parts: ModelParts, pipeline: Any, scale: float) -> None:
     prompt = PromptSpec("a photo of a cat", "blurry", 96, 64, seed=3, sample_steps=4, scale=scale)
-    settings = GenerationSettings(make_schedule(), torch.device("cpu"), default_sampler="euler_a")
-    images_BCHW = draw(FAMILY, parts, prompt, settings)
+    engine = Engine(FAMILY, parts, EngineSettings(make_schedule(), torch.device("cpu")))
+    images_BCHW = engine.draw([sample_job(engine, prompt, "euler_a")])
     ours = (images_BCHW[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
     plain: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     pipeline.scheduler = EulerAncestralDiscreteScheduler(**plain)

@@ -11,10 +11,13 @@ from diffusers.models.embeddings import Timesteps
 from PIL import Image
 from torch import nn
 
+from library.diffusion.schedule import make_schedule
 from library.families.base import ModelParts, ModelSource
 from library.families.sdxl import SdxlFamily
-from library.generation import pipeline
+from library.generation import engine
+from library.generation.engine import Engine, EngineSettings
 from library.generation.prompts import PromptSpec
+from library.generation.sample import sample_job
 from library.models import load
 from library.models.spec import SDXL
 from tests.cells_fixtures import Runner
@@ -185,8 +188,8 @@ def test_latents_that_are_never_finite_stop_the_run(model_sdxl, photos, tmp_path
 def test_a_preview_is_of_the_models_size_by_euler_a(fit, monkeypatch, tmp_path):
     """The toy's own size is 64; a prompt's sampler and size win."""
     names = []
-    original = pipeline.make_sampler
-    monkeypatch.setattr(pipeline, "make_sampler", lambda name, *more: names.append(name) or original(name, *more))
+    original = engine.make_sampler
+    monkeypatch.setattr(engine, "make_sampler", lambda name, *more: names.append(name) or original(name, *more))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a thing --s 2 --d 1\na thing --s 2 --d 2 --ss ddim --w 96\n")
     done = fit(UNET_ONLY, "--sample_prompts", str(prompts), "--sample_at_first", steps=1)
@@ -198,7 +201,10 @@ def test_a_preview_is_of_the_models_size_by_euler_a(fit, monkeypatch, tmp_path):
 def test_the_usual_picture_of_a_published_model_has_1024_pixels():
     nothing = nn.Identity()
     parts = ModelParts((), nothing, nothing, SDXL, "epsilon", ModelSource("x", Path("x")))  # type: ignore[arg-type]
-    assert pipeline.picture_size(SdxlFamily(), parts, PromptSpec("x")) == (1024, 1024)
+    shared = sample_job(
+        Engine(SdxlFamily(), parts, EngineSettings(make_schedule(), torch.device("cpu"))), PromptSpec("x"), "ddim"
+    ).shared
+    assert (shared.width, shared.height) == (1024, 1024)
 
 
 def test_buckets_are_multiples_of_32(fit, wide):

@@ -72,7 +72,7 @@ def test_pictures_are_read_turned_and_without_transparency(tmp_path: Path) -> No
 
 
 def test_eight_bit_values_survive_the_range_of_the_model() -> None:
-    from library.generation.pipeline import to_picture
+    from library.generation.pictures import to_picture
 
     every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     assert np.array_equal(np.asarray(to_picture(to_tensor([Image.fromarray(every)]))), every)

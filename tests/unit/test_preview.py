@@ -18,8 +18,9 @@ from torch import nn
 from library.diffusion.schedule import make_schedule
 from library.families.base import TextCondition
 from library.families.sd import SdFamily
-from library.generation.pipeline import GenerationSettings, encode_prompt
+from library.generation.engine import Engine, EngineSettings
 from library.generation.prompts import PromptSpec
+from library.generation.sample import sample_job
 from library.log import UserError
 from library.training import preview
 from library.training.clock import Clock
@@ -28,7 +29,7 @@ from library.training.preview_files import in_words, spread
 from tests.text_diffusion_fixtures import toy_parts
 
 PARTS = toy_parts()
-SETTINGS = GenerationSettings(make_schedule(), torch.device("cpu"))
+SETTINGS = EngineSettings(make_schedule(), torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def previewer(folder: Path, options: Options, **extra: Any) -> Previewer:
-    settings = {"output_dir": folder / "out", "output_name": "my", **extra}
-    return Previewer(options, SdFamily(), PARTS, SETTINGS, **settings)
+    settings = {"sampler": "ddim", "output_dir": folder / "out", "output_name": "my", **extra}
+    return Previewer(options, Engine(SdFamily(), PARTS, SETTINGS), **settings)
 
 
 def files(folder: Path) -> list[str]:
@@ -60,10 +61,10 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     drawn: list[str] = []
 
     def note(*args: Any) -> Image.Image:
-        drawn.append(args[2].prompt)
+        drawn.append(args[1].prompt)
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr(preview, "generate", note)
+    monkeypatch.setattr(preview, "draw_sample", note)
     return drawn
 
 
@@ -144,8 +145,8 @@ def test_modes_and_random_states_are_untouched(tmp_path: Path, prompts: Path, mo
         torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
         return preview_of(*args)
 
-    preview_of = preview.generate
-    monkeypatch.setattr(preview, "generate", draw)
+    preview_of = preview.draw_sample
+    monkeypatch.setattr(preview, "draw_sample", draw)
     PARTS.unet.train()
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1:3]  # noqa: NPY002
     try:
@@ -162,6 +163,26 @@ def test_modes_and_random_states_are_untouched(tmp_path: Path, prompts: Path, mo
     keys, place = np.random.get_state()[1:3]  # noqa: NPY002
     assert np.array_equal(keys, states[2][0])
     assert place == states[2][1]
+
+
+def test_texts_of_the_moment_before_are_forgotten(tmp_path: Path, prompts: Path) -> None:
+    """The text encoders learn between two moments."""
+    parts = toy_parts()
+    seen: list[list[str]] = [[]]
+
+    class Family(SdFamily):
+        def encode(self, text_encoders: Any, tokens: Any, settings: Any) -> Any:
+            seen[-1].append("text")
+            return super().encode(text_encoders, tokens, settings)
+
+    options = Options(str(prompts), sample_every_n_steps=1)
+    drawer = Previewer(
+        options, Engine(Family(), parts, SETTINGS), sampler="ddim", output_dir=tmp_path / "out", output_name="my"
+    )
+    for step in (1, 2):
+        drawer.after_step(Clock(9, 1, step=step))
+        seen.append([])
+    assert [len(texts) for texts in seen[:2]] == [4, 4]  # three prompts, and a negative one that they share
 
 
 def test_eval_mode_holds_inside_and_is_undone_after_an_error() -> None:
@@ -183,11 +204,11 @@ def test_a_failed_preview_is_a_warning_and_the_others_are_drawn(
     tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail_first(*args: Any) -> Image.Image:
-        if args[2].prompt == "a cat":
+        if args[1].prompt == "a cat":
             raise RuntimeError("out of memory")
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr(preview, "generate", fail_first)
+    monkeypatch.setattr(preview, "draw_sample", fail_first)
     with caplog.at_level(logging.WARNING):
         previewer(tmp_path, Options(str(prompts), sample_at_first=True)).at_start(Clock(1, 1))
     assert "out of memory" in caplog.text
@@ -278,16 +299,16 @@ def test_text_encoders_are_on_the_device_while_they_work(fails: bool) -> None:
             return TextCondition(torch.zeros(1, 77, 8))
 
     parts: Any = SimpleNamespace(text_encoders=encoders)
-    settings = replace(SETTINGS, device=torch.device("meta"))
+    engine = Engine(Family(), parts, replace(SETTINGS, device=torch.device("meta")))
     with pytest.raises(MemoryError) if fails else nullcontext():
-        encode_prompt(Family(), parts, PromptSpec("a cat"), settings)
+        engine.encode(["a cat"], sample_job(Engine(Family(), PARTS, SETTINGS), PromptSpec("a cat"), "ddim").shared)
     assert seen == [["meta", "meta"]]
     assert [str(encoder.place) for encoder in encoders] == ["cpu", "meta"]
 
 
 def solid(monkeypatch: pytest.MonkeyPatch, colour: tuple[int, int, int]) -> None:
     """Let every picture be of one colour."""
-    monkeypatch.setattr(preview, "generate", lambda *_: Image.new("RGB", (16, 16), colour))
+    monkeypatch.setattr(preview, "draw_sample", lambda *_: Image.new("RGB", (16, 16), colour))
 
 
 def sheet_colours(folder: Path) -> list[tuple[int, int, int]]:
@@ -348,12 +369,12 @@ def test_columns_are_in_the_order_of_time_though_a_picture_failed(
     tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def red_but_for_the_first(*args: Any) -> Image.Image:
-        if args[2].prompt == "a cat":
+        if args[1].prompt == "a cat":
             raise RuntimeError
         return Image.new("RGB", (16, 16), (255, 0, 0))
 
     drawer = previewer(tmp_path, Options(str(prompts), sample_at_first=True, sample_every_n_steps=1))
-    monkeypatch.setattr(preview, "generate", red_but_for_the_first)
+    monkeypatch.setattr(preview, "draw_sample", red_but_for_the_first)
     drawer.at_start(Clock(9, 1))
     solid(monkeypatch, (0, 255, 0))
     drawer.after_step(Clock(9, 1, step=1))
