@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from library import hub
+from library.checkpoint.folders import atomic_folder, recover
 from library.families.base import ModelFamily, ModelParts, ModelSource
 from library.log import UserError
 from library.models import build, load
 from library.models.load import Recognised, Target
-from library.models.save import save_folder, save_single_file, whole_folder
+from library.models.save import save_folder, save_single_file
 from library.models.spec import FAMILY_TITLES, ArchitectureSpec, PredictionType, TextEncoderSpec
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class StableDiffusionFamily(ModelFamily):
         save_single_file(path, parts.spec, parts.by_name(), dtype, metadata, source, markers, counters)
 
     def save_diffusers(self, parts: ModelParts, folder: Path, dtype: torch.dtype | None) -> None:
-        with whole_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             save_folder(temporary, parts.spec, parts.by_name(), parts.prediction_type, dtype, parts.zero_terminal_snr)
             for tokenizer, name in zip(self.tokenizers, ("tokenizer", "tokenizer_2"), strict=False):
                 tokenizer.save_pretrained(temporary / name)
@@ -184,6 +185,7 @@ def may_be_hub_id(given: str) -> bool:
 def find_source(given: str, option: str, parts: Sequence[str]) -> ModelSource:
     """A local file or folder (links followed), or a hub id that is fetched once. Raises UserError for a wrong path."""
     path = Path(given).expanduser()
+    recover(path)
     if path.exists():
         return ModelSource(given, path.resolve())
     if not may_be_hub_id(given):

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +140,7 @@ def save_folder(
 ) -> None:
     """Write the parts of a Diffusers folder with their configurations (the tokenizers are added by the family).
 
-    The folder must not be in use; `whole_folder` makes the write atomic.
+    The folder must not be in use; `atomic_folder` makes the write atomic.
     """
     states = {name: build.canonical_state(module) for name, module in modules.items()}
     save_folder_state(folder, spec, states, prediction_type, dtype, zero_terminal_snr)
@@ -221,19 +217,3 @@ def model_index(family: FamilyName = "sd1") -> dict[str, Any]:
         "safety_checker": [None, None],
         "requires_safety_checker": False,
     }
-
-
-@contextlib.contextmanager
-def whole_folder(target: Path) -> Generator[Path]:
-    """A temporary sibling that takes the target's place when the block ends well; an older target is then removed."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if target.exists():
-            os.replace(target, aside)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)

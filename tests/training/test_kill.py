@@ -108,7 +108,7 @@ def go_on(model: Path, photos: Path, out: Path) -> bytes:
         ("replace", 3),  # within the first state
         ("replace", 6),  # ahead of the first state's own name
         ("tensor_bytes", 3300),  # within the second state
-        ("fsync", 24),  # the second state has its name
+        ("fsync", 36),  # the second state has its name
         ("rmdir", 1),  # while an old state is removed
     ],
 )
