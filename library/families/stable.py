@@ -89,10 +89,11 @@ class StableDiffusionFamily(ModelFamily):
 
     def outline(self, options: ModelOptions) -> ModelParts:
         source, found = self._find(options)
+        vae_source = None if options.vae is None else find_source(options.vae, "--vae", ("vae",))
         spec = found.spec
         text_encoders = tuple(build.empty_text_encoder(text) for text in spec.text_encoders)
         parts = (text_encoders, build.empty_unet(spec.unet), build.empty_vae(spec.vae))
-        return ModelParts(*parts, spec, self._prediction(options, found, source), source)
+        return ModelParts(*parts, spec, self._prediction(options, found, source), source, vae_source)
 
     def load_vae(
         self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
