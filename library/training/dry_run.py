@@ -30,6 +30,7 @@ from library.text.tokens import count_tokens
 from library.training.arrange import count_steps, make_clock
 from library.training.clock import Clock, due_counts
 from library.training.disk import megabytes, output_bytes
+from library.training.lr import create_schedule
 from library.training.machine import process_count
 from library.training.metadata import model_facts
 from library.training.optimizers import create_optimizer
@@ -123,6 +124,7 @@ def _step_lines(settings: Settings, datasets: Sequence[ResolvedDataset], clock: 
 def _rate_lines(settings: Settings, trainable: Trainable, clock: Clock) -> list[str]:
     optimizer, name = create_optimizer(settings[OptimizerOptions], trainable.parameter_groups(), torch.device("cpu"))
     rows = table(settings[ScheduleOptions], optimizer, clock.max_train_steps)
+    create_schedule(settings[ScheduleOptions], optimizer, clock.max_train_steps)  # for what it warns of
     return [f"optimizer {name}", *table_lines(rows)]
 
 
