@@ -1,6 +1,6 @@
 """The Hugging Face hub: fetch models and states, upload what was saved. The network is touched only when asked for.
 
-The endpoint is the environment variable HF_ENDPOINT, the token HF_TOKEN or, for states and uploads, the option. Tokens
+The endpoint is the environment variable HF_ENDPOINT, the token HF_TOKEN or, where a script has it, the option. Tokens
 never appear in messages.
 """
 
@@ -74,7 +74,7 @@ def _weights(present: set[str], folder: str, part: str) -> list[str]:
     return []
 
 
-def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS) -> Path:
+def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS, token: str | None = None) -> Path:
     """The local folder of a hub model: what is on this machine already, else what is fetched now.
 
     Only the needed files are fetched. Raises UserError that names the option.
@@ -87,7 +87,7 @@ def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS
         return local
 
     def fetch() -> Path:
-        api = _api()
+        api = _api(token)
         logger.info("%s: no such file or folder here, asking the hub", repo_id)
         _find_host(api.endpoint)
         wanted = files_of_model(api.list_repo_files(repo_id), parts)

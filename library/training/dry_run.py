@@ -18,6 +18,7 @@ from library.options import (
     CacheOptions,
     DataOptions,
     EmaOptions,
+    HubOptions,
     LoopOptions,
     ModelOptions,
     OptimizerOptions,
@@ -59,7 +60,8 @@ def print_plan(
     clock = make_clock(count_steps(datasets, settings[LoopOptions], process_count()), settings[LoopOptions])
     family = family_for(settings[ModelOptions], settings.family)
     check_bucket_steps(family, datasets)
-    parts = family.outline(settings[ModelOptions])  # what would learn, on models without weights
+    # what would learn, on models without weights
+    parts = family.outline(settings[ModelOptions], token=settings[HubOptions].huggingface_token)
     trainable = script.load_kind()(settings, family, parts)
     resumed = _refuse_what_resume_would(settings, datasets, family, parts)
     sections = {
