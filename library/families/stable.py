@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-
 
 class StableDiffusionFamily(ModelFamily):
     """Loading and saving, in single files and Diffusers folders. ``parts_on_hub`` are the folders of a hub model."""
@@ -197,7 +195,7 @@ def _check_latents(parts: ModelParts) -> None:
 def may_be_hub_id(given: str) -> bool:
     """True if what is no file or folder here may still be ``name`` or ``owner/name`` on the hub."""
     is_path = given.count("/") > 1 or "\\" in given or given[0] in "./~"
-    return not is_path and not given.lower().endswith(_FILE_SUFFIXES)
+    return not is_path and not given.lower().endswith(hub.WEIGHT_SUFFIXES)
 
 
 def find_source(given: str, option: str, parts: Sequence[str], token: str | None = None) -> ModelSource:

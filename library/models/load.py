@@ -22,15 +22,21 @@ from library.checkpoint.sd_keys import VAE_PREFIX, aliases, modern_vae_key, vae_
 from library.checkpoint.tables import key_map
 from library.log import UserError
 from library.models import build, infer
-from library.models.spec import FAMILY_TITLES, TEXT_PARTS, ArchitectureSpec, PredictionType, VaeSpec
+from library.models.spec import (
+    FAMILY_TITLES,
+    PICKLE_STEMS,
+    TEXT_PARTS,
+    WEIGHT_STEMS,
+    ArchitectureSpec,
+    PredictionType,
+    VaeSpec,
+)
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 logger = logging.getLogger(__name__)
 
-PART_NAMES = (*TEXT_PARTS, "unet", "vae")
-WEIGHT_STEMS = {name: "model" if name in TEXT_PARTS else "diffusion_pytorch_model" for name in PART_NAMES}
 IGNORABLE_FOLDER_KEY = re.compile(r"position_ids$")
 
 
@@ -129,8 +135,7 @@ def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Pa
 
     ``variant``: only the files of this variant.
     """
-    old_stem = "pytorch_model" if stem == "model" else stem
-    for name, extension in ((stem, "safetensors"), (old_stem, "bin")):
+    for name, extension in ((stem, "safetensors"), (PICKLE_STEMS[stem], "bin")):
         for kind in ("", ".fp16") if variant is None else (f".{variant}",):
             index = folder / f"{name}.{extension}.index{kind}.json"
             if index.is_file():

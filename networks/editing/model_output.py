@@ -12,8 +12,7 @@ from library.checkpoint.folders import atomic_folder
 from library.checkpoint.io import save_safetensors
 from library.families.files import FILE_SUFFIXES, is_file_name, watched, write_model
 from library.log import UserError, progress
-from library.models.load import WEIGHT_STEMS
-from library.models.spec import PredictionType
+from library.models.spec import WEIGHT_STEMS, PredictionType
 from library.models.stream import OpenModel, Parts
 
 _OTHER_SUFFIXES = (".pt", ".pth", ".bin")
