@@ -228,7 +228,9 @@ class Output:
         if self._uploader is not None:
             self._uploader.close()
         if self._machine.is_main:
-            for line in self._trainable.check(path):
+            with self._mode.evaluating():  # as in the file
+                lines = self._trainable.check(path)
+            for line in lines:
                 logger.info("%s", line)
             if self._reporter.skipped_steps:
                 logger.warning("%d steps were skipped: loss or gradient was not finite", self._reporter.skipped_steps)
