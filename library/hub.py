@@ -1,6 +1,6 @@
 """The Hugging Face hub: fetch models and states, upload what was saved. The network is touched only when asked for.
 
-The endpoint is the environment variable HF_ENDPOINT, the token HF_TOKEN or, for states and uploads, the option. Tokens
+The endpoint is the environment variable HF_ENDPOINT, the token HF_TOKEN or, where a script has it, the option. Tokens
 never appear in messages.
 """
 
@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from library.log import UserError, first_line
+from library.models.spec import PICKLE_STEMS, WEIGHT_STEMS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 MODEL_PARTS = ("text_encoder", "unet", "vae")
-_STEMS: dict[str, tuple[str, str]] = dict.fromkeys(("text_encoder", "text_encoder_2"), ("model", "pytorch_model"))
-_DEFAULT_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model")
 
 
 def _api(token: str | None = None) -> HfApi:
@@ -60,8 +61,8 @@ def files_of_model(names: Iterable[str], parts: Sequence[str] = MODEL_PARTS) -> 
 
 
 def _weights(present: set[str], folder: str, part: str) -> list[str]:
-    modern, old = _STEMS.get(part, _DEFAULT_STEMS)
-    for stem, extension in ((modern, "safetensors"), (old, "bin")):
+    modern = WEIGHT_STEMS[part]
+    for stem, extension in ((modern, "safetensors"), (PICKLE_STEMS[modern], "bin")):
         for variant in ("", ".fp16"):
             single = f"{folder}{stem}{variant}.{extension}"
             if single in present:
@@ -74,7 +75,7 @@ def _weights(present: set[str], folder: str, part: str) -> list[str]:
     return []
 
 
-def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS) -> Path:
+def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS, token: str | None = None) -> Path:
     """The local folder of a hub model: what is on this machine already, else what is fetched now.
 
     Only the needed files are fetched. Raises UserError that names the option.
@@ -87,7 +88,7 @@ def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS
         return local
 
     def fetch() -> Path:
-        api = _api()
+        api = _api(token)
         logger.info("%s: no such file or folder here, asking the hub", repo_id)
         _find_host(api.endpoint)
         wanted = files_of_model(api.list_repo_files(repo_id), parts)
@@ -98,6 +99,36 @@ def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS
         return Path(folder)
 
     return _told(fetch, f"{option} {repo_id}: no such file or folder here, and it could not be fetched from the hub")
+
+
+def load_pretrained(load: Callable[..., Any], name: str, option: str, example: str) -> Any:
+    """What ``load`` (a ``from_pretrained`` of transformers) makes of a folder or a hub id; the copy on this machine
+    comes first.
+
+    Raises UserError that names the option, and for a file or address of another program's weights what to give
+    instead (``example``).
+    """
+    from transformers.utils import logging as library_logging
+
+    library_logging.disable_progress_bar()  # of the weights: over before it is read, and in the way of ours
+    place = Path(name).expanduser()
+    if place.is_file() or "://" in name or name.lower().endswith(WEIGHT_SUFFIXES):
+        raise UserError(
+            f"{option} {name}: a single weights file of another program is not read here; give the same model as a "
+            f"folder in the form of transformers, or its hub id ({example})"
+        )
+    if place.is_dir():
+        try:
+            return load(str(place), local_files_only=True)
+        except Exception as error:  # the library raises many kinds for damaged folders
+            raise UserError(f"{option} {name}: it cannot be read ({first_line(error)})") from error
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{option} {name}: there is no such folder")
+    try:
+        return load(name, local_files_only=True)
+    except Exception:  # not on this machine, or not whole: each part of the library has its own errors
+        logger.info("%s: not whole on this machine, asking the hub", name)
+        return _told(lambda: load(name), f"{option} {name}: no such folder here, and the hub did not give it")
 
 
 def _find_host(endpoint: str) -> None:
@@ -127,7 +158,7 @@ def _listing(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
-def _told(action: Callable[[], Path], start: str) -> Path:
+def _told(action: Callable[[], T], start: str) -> T:
     """Run a download; network and hub errors become one line."""
     try:
         return action()

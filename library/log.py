@@ -52,9 +52,10 @@ def some_of(names: Sequence[str]) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint at the most similar name: `` (did you mean x?)``, or nothing."""
-    found = difflib.get_close_matches(name.replace("-", "_"), list(names), n=1, cutoff=0.7)
-    return f" (did you mean {found[0]}?)" if found else ""
+    """A hint at the most similar name, whatever its case: `` (did you mean x?)``, or nothing."""
+    known = {known.lower(): known for known in names}
+    found = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1, cutoff=0.7)
+    return f" (did you mean {known[found[0]]}?)" if found else ""
 
 
 def process_index() -> int:

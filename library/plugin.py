@@ -16,7 +16,7 @@ from library.log import UserError
 
 
 class NetworkModule(Protocol):
-    """Functions that a network module offers at top level."""
+    """Functions that a network module offers at top level; the second is needed for ranks or base weights of files."""
 
     def create_network(
         self,
@@ -27,7 +27,7 @@ class NetworkModule(Protocol):
         text_encoder: nn.Module | list[nn.Module],
         unet: nn.Module,
         neuron_dropout: float | None = None,
-        **network_args: str | None,
+        **network_args: Any,
     ) -> Network | None: ...
 
     def create_network_from_weights(
@@ -39,8 +39,8 @@ class NetworkModule(Protocol):
         unet: nn.Module,
         weights_sd: dict[str, Tensor] | None = None,
         for_inference: bool = False,
-        **network_args: str | None,
-    ) -> tuple[Network, dict[str, Tensor]]: ...
+        **network_args: Any,
+    ) -> tuple[Any, dict[str, Tensor]]: ...
 
 
 class Network(Protocol):

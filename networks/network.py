@@ -376,6 +376,11 @@ class AdapterNetwork(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     @torch.no_grad()
+    def delta_norms(self) -> dict[str, float]:
+        """Frobenius norm of each adapter's weight change at multiplier 1, by its name."""
+        return {adapter.name: float(adapter.delta_norm()) for adapter in self.adapters}
+
+    @torch.no_grad()
     def apply_max_norm_regularization(self, max_norm: float, device: Any = None) -> tuple[int, float, float]:
         """Shrink every weight difference whose norm (at multiplier 1) exceeds ``max_norm`` to that norm.
 

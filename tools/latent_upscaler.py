@@ -161,7 +161,7 @@ def enlarge_files(options: UpscaleToolOptions) -> list[Path]:
         raise UserError(f"--image_pattern {options.image_pattern}: no file fits")
     _refuse_equal_names(paths)
     device = choose_device()
-    vae = load_vae(Path(str(options.vae_path)).expanduser(), Target(torch.float32, device))
+    vae = load_vae(Path(str(options.vae_path)).expanduser(), Target(torch.float32, device), "--vae_path")
     upscaler = create_upscaler(weights=str(options.weights)).to(device)
     written: list[Path] = []
     with torch.no_grad(), progress(len(paths), "pictures") as bar:

@@ -74,15 +74,15 @@ def atomic_path(target: StrPath, *, durable: bool = True) -> Generator[Path]:
         yield temporary
         temporary.chmod(mode)
         if durable:
-            _flush_to_disk(temporary)
+            flush_file(temporary)
         os.replace(temporary, final)
         if durable:
             flush_folder(final.parent)
     except OSError as error:
-        reason = _write_problem(error, final, temporary)
-        if reason is None:
+        problem = write_problem(error, final, temporary)
+        if problem is None:
             raise
-        raise reason from error
+        raise problem from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -104,8 +104,9 @@ def atomic_write_json(target: StrPath, value: Any, *, indent: int | None = 2, du
     atomic_write_text(target, json.dumps(value, ensure_ascii=False, indent=indent) + "\n", durable=durable)
 
 
-def _flush_to_disk(path: Path) -> None:
-    with path.open("rb+") as file:
+def flush_file(path: Path) -> None:
+    """Make a file's content survive a power cut. Windows flushes only what may be written."""
+    with path.open("rb+" if os.name == "nt" else "rb") as file:
         os.fsync(file.fileno())
 
 
@@ -121,14 +122,20 @@ def flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _write_problem(error: OSError, final: Path, temporary: Path) -> WriteError | None:
-    """What the user should read, or None if the error is not about writing this file."""
+def write_problem(error: OSError, final: Path, temporary: Path) -> WriteError | None:
+    """What the user should read, or None if there is nothing to add: the error is not about writing ``final``.
+
+    ``temporary`` is the name that it was written under, in which users see no sense: also not in the message of
+    something that was itself written whole inside.
+    """
     if isinstance(error, WriteError):
-        return None
-    if error.errno in _FULL:
+        text = str(error).replace(str(temporary), str(final))
+        if text == str(error):
+            return None
+    elif error.errno in _FULL:
         free = _free_megabytes(final.parent)
         text = f"the disk is full: could not write {final} ({free} MB free); free some space or choose another folder"
-    elif error.errno in _FORBIDDEN and error.filename in (None, str(temporary), str(final), str(final.parent)):
+    elif error.errno in _FORBIDDEN and _is_of(error.filename, final, temporary):
         text = f"no permission to write {final}; choose a folder that you may write to"
     elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EISDIR):
         text = f"cannot write {final}: {error.strerror}; choose another name"
@@ -137,6 +144,10 @@ def _write_problem(error: OSError, final: Path, temporary: Path) -> WriteError |
     problem = WriteError(text)
     problem.errno = error.errno
     return problem
+
+
+def _is_of(name: str | None, final: Path, temporary: Path) -> bool:
+    return name in (None, str(final), str(final.parent)) or temporary in (Path(name), *Path(name).parents)
 
 
 def _free_megabytes(folder: Path) -> int | str:
@@ -392,13 +403,18 @@ def save_pickle(
     """Write a torch pickle of the tensors, cast as in `save_safetensors`; all are in memory at once.
 
     With ``beside`` (plain values) they stand in its entry ``state_dict``, next to these. Metadata have no place in a
-    pickle. Raises WriteError.
+    pickle. The same content gives the same bytes. Raises WriteError.
     """
     import torch
 
     state: dict[str, object] = {key: _alone(value, dtype) for key, value in tensors.items()}
-    with atomic_path(path) as temporary:
-        torch.save(state if beside is None else {"state_dict": state, **beside}, temporary)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(state if beside is None else {"state_dict": state, **beside}, file)
+        except RuntimeError as error:  # of torch's own, who cannot end the file that the disk had no room for
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _alone(value: Tensor | LazyTensor, cast: dtype | None) -> Tensor:

@@ -212,25 +212,37 @@ class ModelFamily(ABC):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         part_dtypes: Mapping[str, torch.dtype] | None = None,
+        token: str | None = None,
     ) -> ModelParts:
         """Load the model that the options name, in ``dtype`` on ``device``, in eval mode and frozen.
 
         ``part_dtypes``: types of parts that differ from it, by name (unet, vae, text_encoder, text_encoder_2).
+        ``token``, here and below: for a model that the hub gives only to some; without it HF_TOKEN counts.
         """
 
     @abstractmethod
-    def outline(self, options: ModelOptions) -> ModelParts:
+    def outline(self, options: ModelOptions, *, token: str | None = None) -> ModelParts:
         """What the options name, without its weights (meta tensors): for plans."""
 
     @abstractmethod
     def load_vae(
-        self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        options: ModelOptions,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        token: str | None = None,
     ) -> AutoencoderKL:
         """Only the VAE of what the options name: for caching latents ahead of time."""
 
     @abstractmethod
     def load_text_encoders(
-        self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        options: ModelOptions,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        token: str | None = None,
     ) -> tuple[tuple[nn.Module, ...], tuple[TextEncoderSpec, ...]]:
         """Only the text encoders of what the options name, and what they are: for encoding captions ahead of time."""
 

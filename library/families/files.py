@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from library.checkpoint.folders import atomic_folder
 from library.checkpoint.io import LazyTensor
 from library.checkpoint.modelspec import CHECKPOINT_IMPLEMENTATION, Modelspec
 from library.families import family_named
-from library.models.save import save_folder_state, single_file_state, whole_folder, write_single_file
+from library.models.save import save_folder_state, single_file_state, write_single_file
 from library.models.spec import FamilyName, PredictionType
 from library.models.stream import SINGLE_FILE, OpenModel, Parts
 
@@ -70,7 +71,7 @@ def _write_folder(
     found = model.found
     parts = {part: watched(tensors, on_tensor) for part, tensors in model.fitted(_merged(model, changed)).items()}
     source = settings_from or (model.path if model.is_folder else None)
-    with whole_folder(target) as temporary:
+    with atomic_folder(target) as temporary:
         save_folder_state(temporary, found.spec, parts, prediction, dtype, found.zero_terminal_snr)
         for tokenizer, name in zip(family_named(found.spec.family).tokenizers, _SETTINGS[1:], strict=False):
             tokenizer.save_pretrained(temporary / name)

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from library import hub
+from library.checkpoint.folders import atomic_folder, recover
 from library.families.base import ModelFamily, ModelParts, ModelSource
 from library.log import UserError
 from library.models import build, load
 from library.models.load import Recognised, Target
-from library.models.save import save_folder, save_single_file, whole_folder
+from library.models.save import save_folder, save_single_file
 from library.models.spec import FAMILY_TITLES, ArchitectureSpec, PredictionType, TextEncoderSpec
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from library.options import ModelOptions
 
 logger = logging.getLogger(__name__)
-
-_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 class StableDiffusionFamily(ModelFamily):
@@ -56,10 +55,11 @@ class StableDiffusionFamily(ModelFamily):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         part_dtypes: Mapping[str, torch.dtype] | None = None,
+        token: str | None = None,
     ) -> ModelParts:
-        source, found = self._find(options)
+        source, found = self._find(options, token)
         prediction = self._prediction(options, found, source)
-        vae_source = None if options.vae is None else find_source(options.vae, "--vae", ("vae",))
+        vae_source = _vae_source(options, token)
         names = (*found.spec.text_parts, "unet", "vae")
         targets = {name: Target((part_dtypes or {}).get(name, dtype), device) for name in names}
         vae_target = targets["vae"]
@@ -86,26 +86,38 @@ class StableDiffusionFamily(ModelFamily):
     def default_sample_size(self, parts: ModelParts) -> int:
         return parts.spec.unet.sample_size * self.latent_factor
 
-    def outline(self, options: ModelOptions) -> ModelParts:
-        source, found = self._find(options)
+    def outline(self, options: ModelOptions, *, token: str | None = None) -> ModelParts:
+        source, found = self._find(options, token)
+        vae_source = _vae_source(options, token)
         spec = found.spec
         text_encoders = tuple(build.empty_text_encoder(text) for text in spec.text_encoders)
         parts = (text_encoders, build.empty_unet(spec.unet), build.empty_vae(spec.vae))
-        return ModelParts(*parts, spec, self._prediction(options, found, source), source)
+        return ModelParts(*parts, spec, self._prediction(options, found, source), source, vae_source)
 
     def load_vae(
-        self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        options: ModelOptions,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        token: str | None = None,
     ) -> AutoencoderKL:
-        if options.vae is not None:
-            return load.load_vae(find_source(options.vae, "--vae", ("vae",)).path, Target(dtype, device))
-        source, found = self._find(options)
+        vae_source = _vae_source(options, token)
+        if vae_source is not None:
+            return load.load_vae(vae_source.path, Target(dtype, device))
+        source, found = self._find(options, token)
         modules = load.load_parts(source.path, found.spec, {"vae": Target(dtype, device)})
         return cast("AutoencoderKL", modules["vae"])
 
     def load_text_encoders(
-        self, options: ModelOptions, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        options: ModelOptions,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        token: str | None = None,
     ) -> tuple[tuple[nn.Module, ...], tuple[TextEncoderSpec, ...]]:
-        source, found = self._find(options)
+        source, found = self._find(options, token)
         names = found.spec.text_parts
         modules = load.load_parts(source.path, found.spec, {name: Target(dtype, device) for name in names})
         return tuple(modules[name] for name in names), found.spec.text_encoders
@@ -120,12 +132,12 @@ class StableDiffusionFamily(ModelFamily):
         text_encoders = tuple(modules[name] for name in parts.spec.text_parts)
         return replace(parts, text_encoders=text_encoders, unet=modules["unet"], vae=modules["vae"])
 
-    def _find(self, options: ModelOptions) -> tuple[ModelSource, Recognised]:
+    def _find(self, options: ModelOptions, token: str | None) -> tuple[ModelSource, Recognised]:
         """The model on this machine and what it is; refuses another family than the options say."""
         name = "--pretrained_model_name_or_path"
         if not options.pretrained_model_name_or_path:
             raise UserError(f"{name} is needed: a checkpoint file, a Diffusers folder or a hub id")
-        source = find_source(options.pretrained_model_name_or_path, name, self.parts_on_hub)
+        source = find_source(options.pretrained_model_name_or_path, name, self.parts_on_hub, token)
         found = load.recognise(source.path)
         if found.spec.family != self.name:
             article = "an" if found.spec.family == "sdxl" else "a"
@@ -162,30 +174,36 @@ class StableDiffusionFamily(ModelFamily):
         save_single_file(path, parts.spec, parts.by_name(), dtype, metadata, source, markers, counters)
 
     def save_diffusers(self, parts: ModelParts, folder: Path, dtype: torch.dtype | None) -> None:
-        with whole_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             save_folder(temporary, parts.spec, parts.by_name(), parts.prediction_type, dtype, parts.zero_terminal_snr)
             for tokenizer, name in zip(self.tokenizers, ("tokenizer", "tokenizer_2"), strict=False):
                 tokenizer.save_pretrained(temporary / name)
 
 
+def _vae_source(options: ModelOptions, token: str | None) -> ModelSource | None:
+    return None if options.vae is None else find_source(options.vae, "--vae", ("vae",), token)
+
+
 def _check_latents(parts: ModelParts) -> None:
     channels, wanted = parts.spec.unet.in_channels, cast(Any, parts.vae).config.latent_channels
     if channels != wanted:
-        name = parts.vae_source.given if parts.vae_source else parts.source.given
-        raise UserError(f"--vae {name}: it makes latents of {wanted} channels, the model needs {channels}")
+        vae = parts.vae_source
+        given = f"--vae {vae.given}" if vae else f"--pretrained_model_name_or_path {parts.source.given}"
+        raise UserError(f"{given}: it makes latents of {wanted} channels, the model needs {channels}")
 
 
 def may_be_hub_id(given: str) -> bool:
     """True if what is no file or folder here may still be ``name`` or ``owner/name`` on the hub."""
     is_path = given.count("/") > 1 or "\\" in given or given[0] in "./~"
-    return not is_path and not given.lower().endswith(_FILE_SUFFIXES)
+    return not is_path and not given.lower().endswith(hub.WEIGHT_SUFFIXES)
 
 
-def find_source(given: str, option: str, parts: Sequence[str]) -> ModelSource:
+def find_source(given: str, option: str, parts: Sequence[str], token: str | None = None) -> ModelSource:
     """A local file or folder (links followed), or a hub id that is fetched once. Raises UserError for a wrong path."""
     path = Path(given).expanduser()
+    recover(path)
     if path.exists():
         return ModelSource(given, path.resolve())
     if not may_be_hub_id(given):
         raise UserError(f"{option}: there is no file or folder {given}")
-    return ModelSource(given, hub.download_model(given, option, parts))
+    return ModelSource(given, hub.download_model(given, option, parts, token))

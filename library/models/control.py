@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from library.checkpoint import control_keys
 from library.checkpoint.control_keys import CONTROL_PREFIX, PART
+from library.checkpoint.folders import atomic_folder
 from library.checkpoint.io import (
     LazyTensor,
     ModelFile,
@@ -29,7 +30,6 @@ from library.checkpoint.keymap import MappedFile
 from library.log import UserError
 from library.models import build, infer
 from library.models.load import Target, folder_tensors, weight_files
-from library.models.save import whole_folder
 from library.models.spec import UNetSpec
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def _write_file(
 def save_control_folder(folder: Path, net: ControlNetModel, dtype: torch.dtype | None = None) -> None:
     """Write a Diffusers folder; an existing one is replaced as a whole."""
     config = {name: value for name, value in dict(net.config).items() if not name.startswith("_")}
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         atomic_write_json(temporary / "config.json", {"_class_name": "ControlNetModel", **config})
         state = build.canonical_state(net)
         save_safetensors(temporary / f"{WEIGHTS_STEM}.safetensors", state, {"format": "pt"}, dtype)

@@ -22,15 +22,21 @@ from library.checkpoint.sd_keys import VAE_PREFIX, aliases, modern_vae_key, vae_
 from library.checkpoint.tables import key_map
 from library.log import UserError
 from library.models import build, infer
-from library.models.spec import FAMILY_TITLES, TEXT_PARTS, ArchitectureSpec, PredictionType, VaeSpec
+from library.models.spec import (
+    FAMILY_TITLES,
+    PICKLE_STEMS,
+    TEXT_PARTS,
+    WEIGHT_STEMS,
+    ArchitectureSpec,
+    PredictionType,
+    VaeSpec,
+)
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 logger = logging.getLogger(__name__)
 
-PART_NAMES = (*TEXT_PARTS, "unet", "vae")
-WEIGHT_STEMS = {name: "model" if name in TEXT_PARTS else "diffusion_pytorch_model" for name in PART_NAMES}
 IGNORABLE_FOLDER_KEY = re.compile(r"position_ids$")
 
 
@@ -129,8 +135,7 @@ def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Pa
 
     ``variant``: only the files of this variant.
     """
-    old_stem = "pytorch_model" if stem == "model" else stem
-    for name, extension in ((stem, "safetensors"), (old_stem, "bin")):
+    for name, extension in ((stem, "safetensors"), (PICKLE_STEMS[stem], "bin")):
         for kind in ("", ".fp16") if variant is None else (f".{variant}",):
             index = folder / f"{name}.{extension}.index{kind}.json"
             if index.is_file():
@@ -179,46 +184,54 @@ def folder_tensors(
 # ---- a VAE on its own
 
 
-def load_vae(path: Path, target: Target) -> AutoencoderKL:
-    """A VAE from any form: Diffusers folder or whole pipeline, whole checkpoint, bare VAE file in either naming."""
+def load_vae(path: Path, target: Target, option: str = "--vae") -> AutoencoderKL:
+    """A VAE from any form: Diffusers folder or whole pipeline, whole checkpoint, bare VAE file in either naming.
+
+    Raises UserError that names the option.
+    """
+    where = f"{option} {path}"
     if path.is_dir():
-        return _load_vae_folder(path, target)
+        return _load_vae_folder(path, where, target)
     with open_model_file(path) as file:
         keys = file.infos
         if any(key.startswith(VAE_PREFIX) for key in keys):
-            return _load_vae_stability(file, VAE_PREFIX, target)
+            return _load_vae_stability(file, where, VAE_PREFIX, target)
         if any(key.startswith("encoder.down_blocks.") for key in keys):
-            return _load_vae_diffusers_file(path, file, target)
+            return _load_vae_diffusers_file(file, where, target)
         if any(key.startswith("encoder.down.") for key in keys):
-            return _load_vae_stability(file, "", target)
-    raise UserError(f"--vae {path}: no VAE was found in this file")
+            return _load_vae_stability(file, where, "", target)
+    raise UserError(f"{where}: no VAE was found in this file")
 
 
-def _load_vae_folder(folder: Path, target: Target) -> AutoencoderKL:
+def _load_vae_folder(folder: Path, where: str, target: Target) -> AutoencoderKL:
     place = folder if (folder / "config.json").is_file() else folder / "vae"
     if not (place / "config.json").is_file():
-        raise UserError(f"--vae {folder}: neither a config.json nor a folder `vae` is in it")
+        raise UserError(f"{where}: neither a config.json nor a folder `vae` is in it")
     module = build.empty_vae(infer.vae_spec_of_config(infer.read_config(place)))
     files = weight_files(place, WEIGHT_STEMS["vae"])
     return build.fill(module, folder_tensors(files, "vae", build.shapes_of(module)), target.dtype, target.device)
 
 
-def _load_vae_stability(file: ModelFile, prefix: str, target: Target) -> AutoencoderKL:
+def _load_vae_stability(file: ModelFile, where: str, prefix: str, target: Target) -> AutoencoderKL:
     try:
         spec = infer.vae_spec_of_keys(file.infos, prefix)
     except KeyError as error:
-        raise UserError(f"--vae {file.path}: the tensor {error.args[0]} is missing") from error
+        raise UserError(f"{where}: the tensor {error.args[0]} is missing") from error
     rows = {key: Row(prefix + file_key, "vae", key, operation) for file_key, key, operation in vae_rows(spec)}
     needed = {row.file_key for row in rows.values()}
-    raise_key_problems(sorted(needed - set(file.infos)), [], f"--vae {file.path}")
+    raise_key_problems(sorted(needed - set(file.infos)), [], where)
     module = build.empty_vae(spec)
     tensors = MappedFile(file, rows, {}).tensors(build.shapes_of(module))
     return build.fill(module, tensors, target.dtype, target.device)
 
 
-def _load_vae_diffusers_file(path: Path, file: ModelFile, target: Target) -> AutoencoderKL:
-    module = build.empty_vae(_vae_spec_of_diffusers_keys(file.infos))
-    return build.fill(module, folder_tensors([path], "vae", build.shapes_of(module)), target.dtype, target.device)
+def _load_vae_diffusers_file(file: ModelFile, where: str, target: Target) -> AutoencoderKL:
+    try:
+        spec = _vae_spec_of_diffusers_keys(file.infos)
+    except KeyError as error:
+        raise UserError(f"{where}: the tensor {error.args[0]} is missing") from error
+    module = build.empty_vae(spec)
+    return build.fill(module, folder_tensors([file.path], "vae", build.shapes_of(module)), target.dtype, target.device)
 
 
 def _vae_spec_of_diffusers_keys(infos: Mapping[str, Any]) -> VaeSpec:

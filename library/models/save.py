@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +20,15 @@ from library.checkpoint.sd_keys import OPENCLIP_PREFIX
 from library.checkpoint.sdxl_keys import LOGIT_SCALE, MARKERS
 from library.checkpoint.tables import key_map
 from library.models import build
-from library.models.load import WEIGHT_STEMS
-from library.models.spec import TEXT_PARTS, ArchitectureSpec, FamilyName, PredictionType
+from library.models.spec import (
+    PIPELINES,
+    TEXT_PARTS,
+    WEIGHT_STEMS,
+    ArchitectureSpec,
+    FamilyName,
+    PredictionType,
+    TextEncoderSpec,
+)
 
 PLACEHOLDER_KEY = "sd_trainer.placeholders"
 
@@ -144,7 +147,7 @@ def save_folder(
 ) -> None:
     """Write the parts of a Diffusers folder with their configurations (the tokenizers are added by the family).
 
-    The folder must not be in use; `whole_folder` makes the write atomic.
+    The folder must not be in use; `atomic_folder` makes the write atomic.
     """
     states = {name: build.canonical_state(module) for name, module in modules.items()}
     save_folder_state(folder, spec, states, prediction_type, dtype, zero_terminal_snr)
@@ -164,7 +167,7 @@ def save_folder_state(
         save_safetensors(folder / name / f"{WEIGHT_STEMS[name]}.safetensors", state, {"format": "pt"}, dtype)
     scheduler = scheduler_config(prediction_type, spec.family, zero_terminal_snr)
     atomic_write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    atomic_write_json(folder / "model_index.json", model_index(spec.family))
+    atomic_write_json(folder / "model_index.json", model_index(spec))
 
 
 def _part_config(name: str, spec: ArchitectureSpec) -> dict[str, Any]:
@@ -173,12 +176,11 @@ def _part_config(name: str, spec: ArchitectureSpec) -> dict[str, Any]:
     if name == "vae":
         return {"_class_name": "AutoencoderKL", **build.vae_config(spec.vae)}
     text = spec.text_encoders[TEXT_PARTS.index(name)]
-    architecture = "CLIPTextModel" if text.projection_width is None else "CLIPTextModelWithProjection"
-    return {"architectures": [architecture], "model_type": "clip_text_model", **build.text_config(text)}
+    return {"architectures": [_text_class(text)], "model_type": "clip_text_model", **build.text_config(text)}
 
 
 def scheduler_config(
-    prediction_type: PredictionType, family: FamilyName = "sd1", zero_terminal_snr: bool = False
+    prediction_type: PredictionType, family: FamilyName, zero_terminal_snr: bool = False
 ) -> dict[str, Any]:
     """The noise schedule that all Stable Diffusion models were trained with, and the family's usual sampler."""
     config: dict[str, Any] = {
@@ -190,50 +192,27 @@ def scheduler_config(
         "prediction_type": prediction_type,
         **({"rescale_betas_zero_snr": True} if zero_terminal_snr else {}),
     }
-    if family == "sdxl":
-        return {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", **config}
-    return {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False, **config}
+    pipeline = PIPELINES[family]
+    return {"_class_name": pipeline.scheduler, **pipeline.scheduler_options, **config}
 
 
-def model_index(family: FamilyName = "sd1") -> dict[str, Any]:
+def model_index(spec: ArchitectureSpec) -> dict[str, Any]:
     """The table of contents of a Diffusers folder."""
-    common = {
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+    pipeline = PIPELINES[spec.family]
+    texts = [["transformers", _text_class(text)] for text in spec.text_encoders]
+    tokenizer = ["transformers", "CLIPTokenizer"]
+    return {
+        "_class_name": pipeline.name,
+        "text_encoder": texts[0],
+        "tokenizer": tokenizer,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "feature_extractor": [None, None],
-    }
-    if family == "sdxl":
-        return {
-            "_class_name": "StableDiffusionXLPipeline",
-            **common,
-            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-            "tokenizer_2": ["transformers", "CLIPTokenizer"],
-            "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-            "image_encoder": [None, None],
-            "force_zeros_for_empty_prompt": True,
-        }
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        **common,
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "safety_checker": [None, None],
-        "requires_safety_checker": False,
+        **({"text_encoder_2": texts[1], "tokenizer_2": tokenizer} if len(texts) > 1 else {}),
+        "scheduler": ["diffusers", pipeline.scheduler],
+        **pipeline.index_entries,
     }
 
 
-@contextlib.contextmanager
-def whole_folder(target: Path) -> Generator[Path]:
-    """A temporary sibling that takes the target's place when the block ends well; an older target is then removed."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if target.exists():
-            os.replace(target, aside)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
+def _text_class(text: TextEncoderSpec) -> str:
+    return "CLIPTextModel" if text.projection_width is None else "CLIPTextModelWithProjection"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,6 +10,11 @@ PredictionType = Literal["epsilon", "v_prediction"]
 FamilyName = Literal["sd1", "sd2", "sdxl"]
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 """Names of the text encoders' parts, as in a Diffusers folder."""
+PART_NAMES = (*TEXT_PARTS, "unet", "vae")
+WEIGHT_STEMS = {name: "model" if name in TEXT_PARTS else "diffusion_pytorch_model" for name in PART_NAMES}
+"""How the weight files in the parts' folders begin."""
+PICKLE_STEMS = {"model": "pytorch_model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
+"""How pickled weight files begin, by the stem of those in safetensors."""
 SDXL_LATENT_SCALE = 0.13025
 
 
@@ -113,5 +119,33 @@ SDXL = ArchitectureSpec(
 )
 """SDXL base as published: both text encoders give their next to last state, the second one also a pooled vector."""
 
-FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
 EOS_TOKEN_ID = 49407
+FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineSpec:
+    """How the diffusers library draws with models of a family, for the settings of a Diffusers folder.
+
+    ``scheduler``: the family's usual sampler, ``index_entries``: what model_index.json has beside the parts.
+    """
+
+    name: str
+    scheduler: str
+    scheduler_options: Mapping[str, object]
+    index_entries: Mapping[str, object]
+
+
+_SD_PIPELINE = PipelineSpec(
+    "StableDiffusionPipeline",
+    "DDIMScheduler",
+    {"clip_sample": False, "set_alpha_to_one": False},
+    {"safety_checker": [None, None], "requires_safety_checker": False},
+)
+_SDXL_PIPELINE = PipelineSpec(
+    "StableDiffusionXLPipeline",
+    "EulerDiscreteScheduler",
+    {"timestep_spacing": "leading"},
+    {"image_encoder": [None, None], "force_zeros_for_empty_prompt": True},
+)
+PIPELINES: Mapping[FamilyName, PipelineSpec] = {"sd1": _SD_PIPELINE, "sd2": _SD_PIPELINE, "sdxl": _SDXL_PIPELINE}

@@ -16,7 +16,6 @@ from library.checkpoint.keymap import Row, canonical_shape, file_tensor, fit_sha
 from library.models import build
 from library.models.load import (
     IGNORABLE_FOLDER_KEY,
-    WEIGHT_STEMS,
     Recognised,
     canonical_key,
     checked_table,
@@ -24,6 +23,7 @@ from library.models.load import (
     recognise,
     weight_files,
 )
+from library.models.spec import WEIGHT_STEMS
 
 Parts = Mapping[str, Mapping[str, LazyTensor]]
 SINGLE_FILE = ""

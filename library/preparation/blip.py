@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration, LogitsProc
 
 from library.data.images import Pixels
 from library.device import choose_device
+from library.hub import load_pretrained
 from library.options.preparation import BlipCaptionOptions
 from library.preparation.outcome import Outcome
-from library.preparation.pretrained import load_pretrained
 from library.preparation.text_files import caption_images
 from library.rng import torch_stream
 

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, CLIPImageProcessor, GitForCausalLM
 
 from library.data.images import Pixels
 from library.device import choose_device
+from library.hub import load_pretrained
 from library.options.preparation import GitCaptionOptions
 from library.preparation.outcome import Outcome
-from library.preparation.pretrained import load_pretrained
 from library.preparation.text_files import caption_images
 
 EXAMPLE = "microsoft/git-large-textcaps"

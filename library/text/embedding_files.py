@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoint.io import atomic_path, open_model_file, save_safetensors
+from library.checkpoint.io import open_model_file, save_pickle, save_safetensors
 from library.log import UserError
 from library.text.triggers import is_taken
 
@@ -137,9 +137,5 @@ def write_embedding(path: Path, embedding: Embedding, dtype: torch.dtype | None,
     """
     if path.suffix == ".safetensors":
         save_safetensors(path, embedding.tensors, metadata, dtype)
-        return
-    import torch
-
-    plain = {key: tensor.detach().to("cpu", dtype, copy=True) for key, tensor in embedding.tensors.items()}
-    with atomic_path(path) as temporary:
-        torch.save(plain, temporary)
+    else:
+        save_pickle(path, embedding.tensors, dtype)

@@ -19,7 +19,7 @@ from library.data.spec_checks import uncacheable_captions, uncacheable_subsets
 from library.device import check_precision, choose_device, empty_cache, vae_dtype, weight_dtype
 from library.families import family_for
 from library.log import UserError
-from library.options import CacheOptions, DataOptions, ModelOptions, NetworkOptions, PrecisionOptions
+from library.options import CacheOptions, DataOptions, HubOptions, ModelOptions, NetworkOptions, PrecisionOptions
 from library.options.settings import Settings
 from library.training.caching import CachingReport, WorkShare, cache_latents, fingerprints_served
 from library.training.preflight import check_bucket_steps
@@ -42,8 +42,9 @@ def cache_latents_ahead(settings: Settings) -> CachingReport:
     dtype = vae_dtype(precision)
     family = family_for(model, settings.family)
     check_bucket_steps(family, datasets)
-    vae = family.load_vae(model, dtype=dtype, device=device)
-    served = partial(fingerprints_served, partial(family.load_vae, model), dtype)
+    load_vae = partial(family.load_vae, model, token=settings[HubOptions].huggingface_token)
+    vae = load_vae(dtype=dtype, device=device)
+    served = partial(fingerprints_served, load_vae, dtype)
     store = LatentStore(family.latent_space, weights_fingerprint(vae), to_disk=True, same_vae=served)
     _, report = cache_latents(
         datasets,
@@ -75,7 +76,10 @@ def cache_text_ahead(settings: Settings) -> TextCachingReport:
         logger.warning("--fp8_base and --base_weights change the text encoders of a training: it will encode again")
     family = family_for(model, settings.family)
     encoders, specs_of_encoders = family.load_text_encoders(
-        model, dtype=weight_dtype(precision.mixed_precision), device=device
+        model,
+        dtype=weight_dtype(precision.mixed_precision),
+        device=device,
+        token=settings[HubOptions].huggingface_token,
     )
     encode = CaptionEncoder(family, encoders, specs_of_encoders, text_settings(model, family))
     _, report = cache_captions(datasets, encode, options, memory_dtype=torch.float32, share=share)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,11 +12,13 @@ from library.data.records import ResolvedDataset
 from library.data.report import describe
 from library.data.text_cache import targets_of
 from library.families import family_for
-from library.families.base import ModelParts
+from library.families.base import ModelFamily, ModelParts
 from library.log import UserError
 from library.options import (
     CacheOptions,
+    DataOptions,
     EmaOptions,
+    HubOptions,
     LoopOptions,
     ModelOptions,
     OptimizerOptions,
@@ -28,16 +31,22 @@ from library.text.tokens import count_tokens
 from library.training.arrange import count_steps, make_clock
 from library.training.clock import Clock, due_counts
 from library.training.disk import megabytes, output_bytes
+from library.training.lr import create_schedule
 from library.training.machine import process_count
+from library.training.metadata import model_facts
 from library.training.optimizers import create_optimizer
+from library.training.output import full_fingerprint, refuse_another_run
 from library.training.preflight import check_bucket_steps, free_bytes
 from library.training.rates import table, table_lines
 from library.training.saving import SavePlan
 from library.training.script import Script
+from library.training.setup import find_state
+from library.training.state import RunState, read_run
 from library.training.text_caching import layout_of, text_cache_options
 from library.training.text_source import text_settings
 from library.training.trainable import Trainable
 
+logger = logging.getLogger(__name__)
 _SHOWN = 6  # counts of a long list that are printed at each of its ends
 _LATENT_BYTES_PER_PIXEL = 4 * 4 / 64  # four float32 channels for each 8x8 pixels
 
@@ -51,11 +60,13 @@ def print_plan(
     clock = make_clock(count_steps(datasets, settings[LoopOptions], process_count()), settings[LoopOptions])
     family = family_for(settings[ModelOptions], settings.family)
     check_bucket_steps(family, datasets)
-    parts = family.outline(settings[ModelOptions])  # what would learn, on models without weights
+    # what would learn, on models without weights
+    parts = family.outline(settings[ModelOptions], token=settings[HubOptions].huggingface_token)
     trainable = script.load_kind()(settings, family, parts)
+    resumed = _refuse_what_resume_would(settings, datasets, family, parts)
     sections = {
         "Data": [*_data_lines(settings, datasets), *_held_out_lines(held_out)],
-        "Steps": _step_lines(settings, datasets, clock),
+        "Steps": [*_step_lines(settings, datasets, clock), *_resume_lines(resumed)],
         "Learning rates": _rate_lines(settings, trainable, clock),
         "Files": _file_lines(settings, clock),
         "Disk": _disk_lines(settings, datasets, parts, trainable, clock),
@@ -63,6 +74,28 @@ def print_plan(
     for title, lines in sections.items():
         print(f"{title}\n" + "\n".join(f"  {line}" for line in lines))
     return 0
+
+
+def _refuse_what_resume_would(
+    settings: Settings, datasets: Sequence[ResolvedDataset], family: ModelFamily, parts: ModelParts
+) -> RunState | None:
+    """The state to go on from, if there is one. Raises UserError if it is damaged, or of another run."""
+    folder = find_state(settings)
+    if folder is None:
+        return None
+    resumed = read_run(folder)
+    given = settings[LoopOptions].seed
+    # images that are left out because they cannot be decoded are not known yet
+    known = () if settings[DataOptions].on_bad_image == "skip" else datasets
+    facts = model_facts(family, parts)
+    mark = full_fingerprint(settings, resumed.seed if given is None else given, known, facts, process_count())
+    for line in refuse_another_run(settings, resumed, mark):
+        logger.warning("it differs from the state: %s", line)
+    return resumed
+
+
+def _resume_lines(resumed: RunState | None) -> list[str]:
+    return [] if resumed is None else [f"goes on after step {resumed.step} of the state"]
 
 
 def _data_lines(settings: Settings, datasets: Sequence[ResolvedDataset]) -> list[str]:
@@ -93,6 +126,7 @@ def _step_lines(settings: Settings, datasets: Sequence[ResolvedDataset], clock: 
 def _rate_lines(settings: Settings, trainable: Trainable, clock: Clock) -> list[str]:
     optimizer, name = create_optimizer(settings[OptimizerOptions], trainable.parameter_groups(), torch.device("cpu"))
     rows = table(settings[ScheduleOptions], optimizer, clock.max_train_steps)
+    create_schedule(settings[ScheduleOptions], optimizer, clock.max_train_steps)  # for what it warns of
     return [f"optimizer {name}", *table_lines(rows)]
 
 

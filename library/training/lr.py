@@ -7,7 +7,6 @@ took place.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import logging
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
-from library.log import UserError
+from library.log import UserError, nearest
 from library.training.optimizers import is_schedule_free, parse_arguments, uses_relative_step
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class Schedule(Protocol):
 
 
 def create_schedule(options: ScheduleOptions, optimizer: torch.optim.Optimizer, max_train_steps: int) -> Schedule:
-    """Make the schedule that the options name; sets the rates of step 0.
+    """Make the schedule that the options name; sets the rates of step 0, and warns of what probably is not meant.
 
     Raises UserError for unknown names and arguments, and for a warm-up where there is none.
     """
@@ -62,6 +61,9 @@ def create_schedule(options: ScheduleOptions, optimizer: torch.optim.Optimizer, 
             options.lr_scheduler,
         )
     multiplier = built_in_multiplier(options, max_train_steps, optimizer.defaults.get("lr"))
+    warmup = warmup_steps(options.lr_warmup_steps, max_train_steps)
+    if options.lr_scheduler.lower() != "piecewise_constant" and warmup > max_train_steps:
+        logger.warning("--lr_warmup_steps %d is longer than the run of %d steps", warmup, max_train_steps)
     return _MultiplierSchedule(optimizer, multiplier)
 
 
@@ -71,17 +73,14 @@ def built_in_multiplier(options: ScheduleOptions, max_train_steps: int, learning
     if name not in _BUILT_IN:
         if name.startswith("adafactor"):
             raise UserError("--lr_scheduler adafactor goes with --optimizer_type AdaFactor and relative_step=True only")
-        near = difflib.get_close_matches(name, _BUILT_IN, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_BUILT_IN)}"
-        raise UserError(f"--lr_scheduler {options.lr_scheduler}: there is no such schedule; {hint}")
+        hint = nearest(name, _BUILT_IN) or f"; known: {', '.join(_BUILT_IN)}"
+        raise UserError(f"--lr_scheduler {options.lr_scheduler}: there is no such schedule{hint}")
     warmup = warmup_steps(options.lr_warmup_steps, max_train_steps)
     if name == "constant" and warmup:
         raise UserError(
             f"--lr_scheduler constant has no warm-up, but --lr_warmup_steps is {options.lr_warmup_steps};"
             " use --lr_scheduler constant_with_warmup, or --lr_warmup_steps 0"
         )
-    if name not in ("constant", "piecewise_constant") and warmup > max_train_steps:
-        logger.warning("--lr_warmup_steps %d is longer than the run of %d steps", warmup, max_train_steps)
     build = _BUILT_IN[name]
     arguments = parse_arguments(options.lr_scheduler_args or [], "lr_scheduler_args")
     accepted = [key for key in inspect.signature(build).parameters if key != "plan"]
@@ -294,8 +293,7 @@ def class_schedule(options: ScheduleOptions, optimizer: torch.optim.Optimizer) -
         raise UserError(f"--lr_scheduler_type {name}: cannot import {module_name} ({error})") from error
     scheduler_class: Any = getattr(module, class_name, None)
     if not inspect.isclass(scheduler_class):
-        near = difflib.get_close_matches(class_name, dir(module), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = nearest(class_name, dir(module))
         raise UserError(f"--lr_scheduler_type {name}: {module_name} has no such class{hint}")
     if issubclass(scheduler_class, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise UserError(

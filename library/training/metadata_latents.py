@@ -118,8 +118,9 @@ def _dataset_of(options: PrepareOptions, outcome: Outcome) -> ResolvedDataset:
 
 def _load_vae(options: PrepareOptions) -> tuple[nn.Module, str]:
     """The VAE in float32 on the CPU, and the name of its latent space."""
-    path = find_source(str(options.model_name_or_path), "model_name_or_path", ("vae",)).path
-    vae = load_vae(path, Target(torch.float32))
+    option = "model_name_or_path"
+    path = find_source(str(options.model_name_or_path), option, ("vae",)).path
+    vae = load_vae(path, Target(torch.float32), option)
     if options.sdxl or abs(float(vae.config["scaling_factor"]) - SDXL_LATENT_SCALE) < 1e-6:
         return vae, "sdxl"
     try:

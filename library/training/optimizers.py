@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import importlib
 import inspect
 import logging
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 
-from library.log import UserError
+from library.log import UserError, first_line, nearest
 
 if TYPE_CHECKING:
     from library.options import OptimizerOptions
@@ -294,10 +293,8 @@ def _find_recipe(name: str) -> _Recipe:
     own = {torch_name.lower(): torch_name for torch_name in _torch_optimizers()}
     if name.lower() in own:
         return _Recipe(f"torch.optim.{own[name.lower()]}")
-    names = {candidate.lower(): candidate for candidate in (*_torch_optimizers(), *_RECIPES)}
-    near = [names[match] for match in difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)]
-    suggestion = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(sorted(_RECIPES))}"
-    raise UserError(f"--optimizer_type {name}: there is no such optimizer; {suggestion} (or give package.module.Class)")
+    hint = nearest(name, (*own.values(), *_RECIPES)) or f"; known names: {', '.join(sorted(_RECIPES))}"
+    raise UserError(f"--optimizer_type {name}: there is no such optimizer{hint}; or give package.module.Class")
 
 
 def _torch_optimizers() -> list[str]:
@@ -318,12 +315,11 @@ def _load_class(recipe: _Recipe, name: str) -> type[torch.optim.Optimizer]:
         raise UserError(f"--optimizer_type {name}: {_missing(recipe)}") from error
     except (ImportError, OSError, RuntimeError) as error:  # a native library that does not fit this machine
         raise UserError(
-            f"--optimizer_type {name}: {recipe.package} is installed but cannot be loaded here ({_one_line(error)})"
+            f"--optimizer_type {name}: {recipe.package} is installed but cannot be loaded here ({first_line(error)})"
         ) from error
     found = getattr(module, class_name, None)
     if found is None:
-        near = difflib.get_close_matches(class_name, dir(module), n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; a newer version of the package may have it"
+        hint = nearest(class_name, dir(module)) or "; a newer version of the package may have it"
         raise UserError(f"--optimizer_type {name}: {module_name} has no {class_name}{hint}")
     if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
         raise UserError(f"--optimizer_type {name}: {recipe.path} is not an optimizer class")
@@ -346,7 +342,7 @@ def _try_on_device(cls: type[torch.optim.Optimizer], recipe: _Recipe, name: str,
     except Exception as error:  # whatever it is, the optimizer does not work here
         raise UserError(
             f"--optimizer_type {name}: {recipe.package} does not work on this device, {device.type}"
-            f" ({_one_line(error)}); use {'Lion' if 'Lion' in name else 'AdamW'} instead"
+            f" ({first_line(error)}); use {'Lion' if 'Lion' in name else 'AdamW'} instead"
         ) from error
 
 
@@ -361,7 +357,7 @@ def _construct(cls: type[torch.optim.Optimizer], recipe: _Recipe, request: _Requ
     try:
         return make(request.groups, lr=request.learning_rate, **{**recipe.fixed, **request.arguments})
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"--optimizer_type {request.name} refuses its arguments: {_one_line(error)}") from error
+        raise UserError(f"--optimizer_type {request.name} refuses its arguments: {first_line(error)}") from error
 
 
 def _as_groups(groups: Iterable[Any]) -> Groups:
@@ -385,8 +381,3 @@ def _literal_hint(text: str) -> str:
     if text.lower() in ("true", "false", "none"):
         return f" (write {text.capitalize()})"
     return " (text needs quotes inside)" if text.replace("_", "").isalpha() else ""
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from library.checkpoint.hashes import file_hashes
 from library.data.facts import metadata_facts
 from library.data.plan import batches_per_epoch
 from library.data.records import ResolvedDataset
@@ -57,27 +58,35 @@ def identify(
     seed: int,
     datasets: Sequence[ResolvedDataset],
     model: ModelFacts,
-    loaded_networks: Sequence[str],
     processes: int,
     resumed: RunState | None,
 ) -> Identity:
     """The identity of this run. A resumed one must be the same run: raises UserError that lists what differs, unless
     ``--allow_mismatch`` was given.
     """
-    hashes = {
-        "base model": model.hashes and model.hashes.sha256,
-        "VAE": model.vae_hashes and model.vae_hashes.sha256,
-        "networks": list(loaded_networks),
-    }
-    mark = fingerprint(
-        {**settings.as_flat_dict(), "seed": seed}, {**data_facts(datasets), "processes": processes}, hashes
-    )
+    mark = full_fingerprint(settings, seed, datasets, model, processes)
     if resumed is None:
         session_id, started_at = new_session(seed)
         return Identity(session_id, started_at, seed, mark)
     for line in refuse_another_run(settings, resumed, mark):
         logger.warning("resumed although it differs: %s", line)
     return Identity(resumed.session_id, resumed.started_at, seed, mark)
+
+
+def full_fingerprint(
+    settings: Settings, seed: int, datasets: Sequence[ResolvedDataset], model: ModelFacts, processes: int
+) -> dict[str, Any]:
+    """What a state records of a run: options, data, and the contents of all model files that it begins from."""
+    one_each, several = ("network_weights", "controlnet_model_name_or_path"), ("base_weights", "weights")
+    files = [settings.value_of(name) for name in one_each]
+    files += [file for name in several for file in settings.value_of(name) or ()]
+    hashes = {
+        "base model": model.hashes and model.hashes.sha256,
+        "VAE": model.vae_hashes and model.vae_hashes.sha256,
+        "networks": [file_hashes(file).sha256 for file in files if file],
+    }
+    data = {**data_facts(datasets), "processes": processes}
+    return fingerprint({**settings.as_flat_dict(), "seed": seed}, data, hashes)
 
 
 def refuse_another_run(settings: Settings, resumed: RunState, mark: dict[str, Any]) -> list[str]:
@@ -219,7 +228,9 @@ class Output:
         if self._uploader is not None:
             self._uploader.close()
         if self._machine.is_main:
-            for line in self._trainable.check(path):
+            with self._mode.evaluating():  # as in the file
+                lines = self._trainable.check(path)
+            for line in lines:
                 logger.info("%s", line)
             if self._reporter.skipped_steps:
                 logger.warning("%d steps were skipped: loss or gradient was not finite", self._reporter.skipped_steps)

@@ -27,6 +27,7 @@ from library.models.memory import keep_less_for_backward, set_attention, set_gra
 from library.options import (
     CacheOptions,
     DataOptions,
+    HubOptions,
     LossOptions,
     ModelOptions,
     NoiseOptions,
@@ -92,7 +93,13 @@ def load_models(
     types = dict.fromkeys(script.load_kind().trained_parts(settings), machine.trained_dtype)
     types["vae"] = machine.vae_dtype
     with one_process_at_a_time(settings[PrecisionOptions].lowram):
-        parts = family.load(options, dtype=machine.weight_dtype, device=machine.device, part_dtypes=types)
+        parts = family.load(
+            options,
+            dtype=machine.weight_dtype,
+            device=machine.device,
+            part_dtypes=types,
+            token=settings[HubOptions].huggingface_token,
+        )
     if parts.zero_terminal_snr and not settings[NoiseOptions].zero_terminal_snr:
         logger.warning("%s was trained with zero terminal SNR: --zero_terminal_snr is missing", parts.source.name)
     # before the latents: the network's arguments may be refused

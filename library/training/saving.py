@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from library.checkpoint.folders import recover_all
 from library.options import SaveOptions
 from library.training.clock import Clock, due_counts, is_due
 from library.training.loop import StepReport
@@ -139,7 +140,7 @@ class Saver:
         self._after_write = after_write
         self.saved = Saved()
         if is_main:
-            remove_leftovers(self._folder, options.output_name)
+            clear_leftovers(self._folder, options.output_name)
 
     def after_step(self, clock: Clock, report: StepReport) -> None:
         if is_due(clock.step, self._plan.every_n_steps):
@@ -228,12 +229,16 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, output_name: str | None) -> None:
-    """Remove what a killed run of the same name left half written or half removed. All of it has hidden names."""
+def clear_leftovers(folder: Path, output_name: str | None) -> None:
+    """Remove what a killed run of the same name left half written or half removed; put back what it was replacing.
+
+    All of it has hidden names.
+    """
     base = re.escape(output_name or "")
     stems = rf"{base}(-\d{{6}}|-step\d{{8}})?" if output_name else r"epoch-\d{6}|at-step\d{8}|last"
-    # a folder moved aside while its successor takes its name (.old) is the only copy if that did not happen
-    pattern = re.compile(rf"\.+({stems})({AVERAGE}|-state)?((\.[0-9a-f]{{8}}\.tmp)+(\.\w+)?|\.\d+\.tmp|\.gone)")
+    names = rf"({stems})({AVERAGE}|-state)?"
+    recover_all(folder, re.compile(names))
+    pattern = re.compile(rf"\.+{names}((\.[0-9a-f]{{8}}\.tmp)+(\.\w+)?|\.gone)")
     for path in folder.iterdir() if folder.is_dir() else ():
         if pattern.fullmatch(path.name):
             logger.info("removing %s, left by a run that was killed", path.name)

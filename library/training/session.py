@@ -101,12 +101,10 @@ def _train(
                 raise
             if run.validator and run.clock.is_finished:
                 run.validator.at_end(run.clock)
-        if run.clock.is_finished:
-            path = run.output.saver.at_end(run.clock)
-            run.previewer.at_end(run.clock)
-        else:
-            path = _save_stopped(run)
+        path = run.output.saver.at_end(run.clock) if run.clock.is_finished else _save_stopped(run)
         run.output.finish(path)
+        if run.clock.is_finished:  # last of all: drawing takes long, and who ends the program meanwhile misses nothing
+            run.previewer.at_end(run.clock)
         run.trackers.finish()
     return 0
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from library.checkpoint.hashes import file_hashes
 from library.data.records import ResolvedDataset
 from library.data.user_dataset import load_user_dataset
 from library.device import describe
@@ -221,11 +220,7 @@ def make_output(
     """What writes, after the run was found to be the one that is resumed."""
     model = model_facts(models.family, models.parts)
     datasets = models.images.datasets
-    one_each, several = ("network_weights", "controlnet_model_name_or_path"), ("base_weights", "weights")
-    files = [settings.value_of(name) for name in one_each]
-    files += [file for name in several for file in settings.value_of(name) or ()]
-    loaded = [file_hashes(file).sha256 for file in files if file]
-    identity = identify(settings, seed, datasets, model, loaded, machine.processes, resumed)
+    identity = identify(settings, seed, datasets, model, machine.processes, resumed)
     return Output(
         settings, machine, models.trainable, identity, model, datasets, clock, reporter, optimizer, uploader, average
     )

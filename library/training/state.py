@@ -8,13 +8,10 @@ draws are functions of seed and position.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import re
-import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,13 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from library.checkpoint.io import (
-    WriteError,
-    atomic_write_json,
-    flush_folder,
-    open_model_file,
-    save_safetensors,
-)
+from library.checkpoint.folders import atomic_folder, recover
+from library.checkpoint.io import atomic_write_json, open_model_file, save_safetensors
 from library.log import UserError
 from library.training.state_tree import Json, TreeReader, TreeWriter
 
@@ -284,61 +276,14 @@ def _refuse(path: Path, what: str, problems: list[str]) -> None:
         raise UserError(f"--resume {path}: the state does not fit this run ({what}): {shown}")
 
 
-# ---- folders
-
-
-@contextlib.contextmanager
-def atomic_folder(target: str | os.PathLike[str]) -> Generator[Path]:
-    """Give a temporary folder beside ``target``; rename it to ``target`` when the block ends well.
-
-    An existing target is moved aside first and removed last; if the program is killed in between, `_existing` finds it.
-    """
-    final = Path(target)
-    temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _remove(*_left_over(final))
-        temporary.mkdir()
-        yield temporary
-        flush_folder(temporary)
-        former = _aside(final)
-        if final.exists():
-            _remove(former)
-            final.replace(former)
-        temporary.replace(final)
-        flush_folder(final.parent)
-        _remove(former)
-    except WriteError:
-        raise
-    except OSError as error:
-        raise WriteError(f"could not write {final}: {error.strerror or error}; choose another --output_dir") from error
-    finally:
-        _remove(temporary)
+# ---- reading
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, moved back to its name if a kill hit between the two renames of `atomic_folder`."""
-    if not folder.exists() and _aside(folder).is_dir():
-        _aside(folder).replace(folder)
+    recover(folder)
     if not folder.is_dir():
         raise UserError(f"--resume {folder}: there is no such state folder")
     return folder
-
-
-def _aside(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.former"
-
-
-def _remove(*folders: Path) -> None:
-    for folder in folders:
-        if folder.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _left_over(final: Path) -> list[Path]:
-    """Temporary folders of the same name that a killed run left behind."""
-    pattern = re.compile(rf"\.{re.escape(final.name)}\.\d+\.tmp")
-    return [path for path in final.parent.iterdir() if pattern.fullmatch(path.name)]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
+from library.checkpoint.folders import atomic_folder
 from library.checkpoint.io import save_safetensors
 from library.families.files import FILE_SUFFIXES, is_file_name, watched, write_model
 from library.log import UserError, progress
-from library.models.load import WEIGHT_STEMS
-from library.models.save import whole_folder
-from library.models.spec import PredictionType
+from library.models.spec import WEIGHT_STEMS, PredictionType
 from library.models.stream import OpenModel, Parts
 
 _OTHER_SUFFIXES = (".pt", ".pth", ".bin")
@@ -49,7 +48,7 @@ def write_merged(
     count = sum(len(tensors) for tensors in (model.stored if is_file_name(target) else model.parts).values())
     with progress(count, "merging") as bar:
         if model.is_folder and not is_file_name(target):
-            with whole_folder(target) as temporary:
+            with atomic_folder(target) as temporary:
                 _copy_folder(model, changed, temporary, dtype, bar.advance)
         else:
             told = {**metadata, "format": "pt"}

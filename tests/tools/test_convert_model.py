@@ -176,7 +176,7 @@ def test_as_a_program(tmp_path: Path) -> None:
 def test_all_text_encoders_of_a_hub_model_are_fetched(
     more: tuple[str, ...], encoders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def download(given: str, option: str, parts: tuple[str, ...]) -> Path:
+    def download(given: str, option: str, parts: tuple[str, ...], token: None) -> Path:
         assert sum(part.startswith("text_encoder") for part in parts) == encoders
         raise UserError(f"{given} would be fetched")
 

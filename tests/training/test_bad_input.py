@@ -198,7 +198,8 @@ def test_numbers_out_of_range(bench: Bench, option: str):
         (("--output_name", "a/b"), ("--output_name a/b", "--output_dir")),
         (("--output_name", ".."), ("--output_name ..", "--output_dir")),
         (("--output_name", "x" * 300), ("--output_name", "too long")),
-        (("--optimizer_type", "AdamWW"), ("--optimizer_type AdamWW", "did you mean AdamW")),
+        (("--optimizer_type", "AdamWW"), ("--optimizer_type AdamWW", "did you mean AdamW?")),
+        (("--optimizer_type", "prodigi"), ("--optimizer_type prodigi", "did you mean Prodigy?")),
         (("--optimizer_type", "nosuch.Thing"), ("--optimizer_type nosuch.Thing", "no module nosuch")),
         (("--optimizer_type", "json.JSONDecoder"), ("is not an optimizer class",)),
         (("--optimizer_args", "betaz=(0.9,0.99)"), ("--optimizer_args", "AdamW has no argument betaz", "betas")),
@@ -272,3 +273,9 @@ def test_data_set_files(bench: Bench, body: str, words: tuple[str, ...]):
     subset = f'[[datasets.subsets]]\nimage_dir = "{bench.photos}/1_sks thing"\n'
     path = bench.file("d.toml", "[[datasets]]\n" + body.replace("SUBSET", subset))
     refused(bench, ("--dataset_config", path), *words)
+
+
+@pytest.mark.parametrize("more", [(), ("--dry_run",)])
+def test_a_warm_up_that_never_ends_is_told_once(bench: Bench, more: tuple[str, ...]):
+    assert bench.run("--lr_scheduler", "linear", "--lr_warmup_steps", "5", *more) == 0
+    assert bench.capsys.readouterr().err.count("--lr_warmup_steps 5 is longer than the run of 1 steps") == 1

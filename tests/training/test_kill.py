@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from library.checkpoint import io
-from library.training import loop
+from library.training import loop, setup
+from library.training.preview import Previewer
 from library.training.state import read_run
 from tests.training.runs import command, metadata, tensors, train
 
@@ -108,7 +109,7 @@ def go_on(model: Path, photos: Path, out: Path) -> bytes:
         ("replace", 3),  # within the first state
         ("replace", 6),  # ahead of the first state's own name
         ("tensor_bytes", 3300),  # within the second state
-        ("fsync", 24),  # the second state has its name
+        ("fsync", 36),  # the second state has its name
         ("rmdir", 1),  # while an old state is removed
     ],
 )
@@ -207,3 +208,26 @@ def test_ctrl_c_before_the_first_step_stops_too(model, photos, tmp_path, monkeyp
     monkeypatch.setattr(prepare, "make_latents", make_latents)
     assert train(model, photos, tmp_path, *OPTIONS) == 130
     assert list(tmp_path.glob("*.safetensors")) == []
+
+
+def test_ctrl_c_while_the_last_preview_is_drawn_misses_nothing(model, photos, tmp_path, monkeypatch, capsys):
+    """Model and state are uploaded and the report is written before the picture is begun."""
+    events: list[str] = []
+
+    def at_end(self, clock):
+        events.append("preview")
+        raise KeyboardInterrupt
+
+    class FakeUploader:
+        def upload(self, path: Path, *, wait: bool = False) -> None:
+            events.append(f"upload {path.name}")
+
+        def close(self) -> None:
+            events.append("close")
+
+    monkeypatch.setattr(Previewer, "at_end", at_end)
+    monkeypatch.setattr(setup, "open_uploader", lambda options, machine: FakeUploader())
+    hub = ("--huggingface_repo_id", "me/loras", "--save_state_on_train_end", "--save_state_to_huggingface")
+    assert train(model, photos, tmp_path, "--max_train_steps", "1", *hub) == 130
+    assert events == ["upload toy.safetensors", "upload toy-state", "close", "preview"]
+    assert "average loss" in capsys.readouterr().err

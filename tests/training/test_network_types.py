@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -131,3 +132,14 @@ def test_the_norm_limit_holds_for_loha_and_lokr(fit):
         table, _ = read_network(done.file)
         norms = [float(adapter_of(name, own).delta_norm()) for name, own in table.modules.items()]
         assert max(norms) == pytest.approx(0.001, rel=1e-3)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_report_measures_every_type(model, photos, tmp_path, capsys, cell):
+    """Also those whose change depends on the base model, which the file alone does not tell."""
+    assert train(model, photos, tmp_path, *options(cell), "--max_train_steps", "1") == 0
+    said = capsys.readouterr().err
+    assert "not measured" not in said
+    norms = re.search(r"norm of the weight change by block: (.*)", said)
+    assert norms is not None
+    assert all(float(part.split()[-1]) > 0 for part in norms[1].split(", ") if "down_blocks_3" not in part)

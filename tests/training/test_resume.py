@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.training.runs import metadata, state, stop_after, tensors, train, write_photos
 
@@ -79,3 +81,62 @@ def test_changed_captions_are_noticed(model, data, tmp_path, capsys):
     (own / "1_sks thing" / "photo3.caption").write_text("something else")
     assert train(model, own, tmp_path / "out", "--resume", str(tmp_path / "out" / "toy-state")) == 1
     assert "captions" in capsys.readouterr().err
+
+
+# ---- what a dry run says of --resume
+
+
+@pytest.fixture(scope="module")
+def stopped(model, data, tmp_path_factory) -> str:
+    """A state after two of four steps, of a run with a VAE of its own."""
+    out = tmp_path_factory.mktemp("stopped")
+    assert train(model, data, out, "--save_state", "--save_every_n_steps", "2", "--vae", str(model)) == 0
+    return str(out / "toy-step00000002-state")
+
+
+def test_a_dry_run_of_the_same_run_says_where_it_goes_on(model, data, stopped, tmp_path, capsys):
+    assert train(model, data, tmp_path, "--resume", stopped, "--vae", str(model), "--dry_run") == 0
+    assert "goes on after step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (("--learning_rate", "5e-4"), "learning_rate: 0.001 in the state, 0.0005 now"),
+        (("--seed", "8"), "seed: 7 in the state, 8 now"),
+        (("--train_batch_size", "2"), "train_batch_size: 1 in the state, 2 now"),
+    ],
+)
+def test_a_dry_run_refuses_what_resume_refuses(model, data, stopped, tmp_path, capsys, more, word):
+    assert train(model, data, tmp_path, "--resume", stopped, "--vae", str(model), *more) == 1
+    refused = capsys.readouterr().err.partition("error: ")[2]
+    assert word in refused
+    assert train(model, data, tmp_path, "--resume", stopped, "--vae", str(model), *more, "--dry_run") == 1
+    found = capsys.readouterr().err.partition("error: ")[2]
+    assert set(refused.splitlines()) <= set(found.splitlines())  # the run ends before it looks at the data
+    mismatch = ("--allow_mismatch", "--dry_run")
+    assert train(model, data, tmp_path, "--resume", stopped, "--vae", str(model), *more, *mismatch) == 0
+    assert word in capsys.readouterr().err
+
+
+def test_a_dry_run_notices_other_files_and_captions(model, data, stopped, tmp_path, capsys):
+    own = write_photos(tmp_path / "data", SIZES)
+    (own / "1_sks thing" / "photo3.caption").write_text("something else")
+    vae = tmp_path / "other.safetensors"
+    changed = {
+        key: value + 1 if key == "first_stage_model.encoder.conv_in.bias" else value
+        for key, value in tensors(model).items()
+    }
+    save_file(changed, vae)
+    assert train(model, own, tmp_path, "--resume", stopped, "--vae", str(vae), "--dry_run") == 1
+    said = capsys.readouterr().err
+    assert "data: data set 1 captions" in said
+    assert "model: VAE" in said
+    assert "model: base model" not in said
+
+
+def test_a_dry_run_refuses_a_broken_state(model, data, stopped, tmp_path, capsys):
+    shutil.copytree(stopped, tmp_path / "s")
+    (tmp_path / "s" / "training.json").unlink()
+    assert train(model, data, tmp_path, "--resume", str(tmp_path / "s"), "--dry_run") == 1
+    assert "training.json is missing" in capsys.readouterr().err

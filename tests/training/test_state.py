@@ -219,7 +219,7 @@ def test_an_existing_state_is_replaced_whole(tmp_path: Path, monkeypatch: pytest
 
     with monkeypatch.context() as patch:
         patch.setattr(state_module, "atomic_write_json", fail)
-        with pytest.raises(UserError, match="No space left"):
+        with pytest.raises(UserError, match="the disk is full"):
             Run("AdamW").train(2).save(tmp_path / "s")
     assert (tmp_path / "s" / "trainable.safetensors").read_bytes() == former
     assert os.listdir(tmp_path) == ["s"]
@@ -232,7 +232,7 @@ def test_an_existing_state_is_replaced_whole(tmp_path: Path, monkeypatch: pytest
 def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
     Run("AdamW").train(1).save(tmp_path / "s")
     (tmp_path / "s").rename(tmp_path / ".s.former")
-    shutil.copytree(tmp_path / ".s.former", tmp_path / ".s.4711.tmp")
+    shutil.copytree(tmp_path / ".s.former", tmp_path / ".s.0123abcd.tmp")
     assert read_run(tmp_path / "s") == RUN
     Run("AdamW").train(1).save(tmp_path / "s")
     assert os.listdir(tmp_path) == ["s"]

@@ -7,7 +7,9 @@ import hashlib
 import os
 import pickle
 import struct
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +119,42 @@ def test_write_problems_are_one_line_and_leave_nothing(tmp_path: Path, code: int
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "x.safetensors") in str(caught.value)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_is_written_whole_inside_another_write_is_told_by_its_last_name(tmp_path: Path) -> None:
+    def fail() -> None:  # as when a network, which writes whole files by itself, is saved by the trainer
+        with atomic_path(tmp_path / "x.safetensors") as outer, atomic_path(outer):
+            raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(WriteError, match=f"could not write {tmp_path / 'x.safetensors'} ") as caught:
+        fail()
+    assert "tmp." not in str(caught.value)
+    assert caught.value.errno == errno.ENOSPC
+
+
+class FullFile(FileIO):
+    """A file on a disk that has room for its first bytes only."""
+
+    room = 1000
+
+    def write(self, data: Any, /) -> int:
+        self.room -= len(memoryview(data).cast("B"))
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+def test_a_full_disk_while_a_pickle_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "open", lambda path, mode: FullFile(path, mode.replace("b", "")))
+    with pytest.raises(WriteError, match=f"the disk is full: could not write {tmp_path / 'x.ckpt'} "):
+        io.save_pickle(tmp_path / "x.ckpt", {"a": torch.zeros(100_000)})
+    assert os.listdir(tmp_path) == []
+
+
+def test_pickles_of_the_same_content_are_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a.ckpt", "b.ckpt"):
+        io.save_pickle(tmp_path / name, {"a": torch.arange(9.0)})
+    assert (tmp_path / "a.ckpt").read_bytes() == (tmp_path / "b.ckpt").read_bytes()
 
 
 def test_other_errors_are_not_dressed_up(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ COMMIT = "a" * 40
 
 
 class FakeHub:
-    """Repositories in memory; ``refuse`` makes every commit fail."""
+    """Repositories in memory; ``refuse`` makes every commit fail, ``gate`` is the only token that may read."""
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = {}
@@ -32,6 +32,7 @@ class FakeHub:
         self.tokens: set[str | None] = set()
         self.fetched: list[str] = []
         self.refuse = False
+        self.gate: str | None = None
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -63,6 +64,9 @@ class FakeHub:
             request.wfile.write(data)
 
     def get(self, request: BaseHTTPRequestHandler) -> None:
+        if self.gate is not None and request.headers.get("Authorization") != f"Bearer {self.gate}":
+            self.answer(request, 401, {"error": "who are you"}, {"X-Error-Code": "GatedRepo"})
+            return
         path = unquote(urlsplit(request.path).path)
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"]:
@@ -281,6 +285,15 @@ def test_download_of_a_model_once_and_only_what_is_needed(fake: FakeHub) -> None
     fake.server.server_close()
     assert hub.download_model("some/model", "--pretrained_model_name_or_path") == folder
     assert len(fake.fetched) == len(wanted)
+
+
+def test_a_gated_model_is_fetched_with_the_given_token(fake: FakeHub) -> None:
+    fake.files["some/model"] = {name: name.encode() for name in DIFFUSERS}
+    fake.gate = "hf_other"
+    with pytest.raises(UserError, match="could not be fetched") as caught:
+        hub.download_model("some/model", "--vae")
+    assert "hf_" not in str(caught.value)
+    assert (hub.download_model("some/model", "--vae", token="hf_other") / "unet" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("repo", ["some/nothing", "some/lora"])

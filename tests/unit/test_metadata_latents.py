@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from library.checkpoint.hashes import weights_fingerprint
+from library.checkpoint.io import save_safetensors
 from library.data import cache_files
 from library.data.cache import LatentStore
 from library.data.records import DatasetKind, ResolvedDataset
@@ -38,7 +39,7 @@ class ToyVae(AveragingVae):
 def vae(monkeypatch: pytest.MonkeyPatch) -> ToyVae:
     """Stands in for every VAE file."""
     made = ToyVae()
-    monkeypatch.setattr(metadata_latents, "load_vae", lambda path, target: made)
+    monkeypatch.setattr(metadata_latents, "load_vae", lambda path, target, option: made)
     return made
 
 
@@ -182,3 +183,22 @@ def test_what_cannot_work_is_said_in_a_line(
     status, entries = run(photos(tmp_path / "in", (80, 64)), *more)
     assert (status, entries) == (1, {})
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        (("a",), "no VAE was found in this file"),
+        (("encoder.down_blocks.0.x",), "the tensor encoder.down_blocks.0.resnets.0.conv2.weight is missing"),
+        (("first_stage_model.x",), "the tensor first_stage_model.encoder.down.0.block.0.conv2.weight is missing"),
+    ],
+)
+def test_a_file_without_a_vae_is_told_with_its_own_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: tuple[str, ...], problem: str
+):
+    folder = photos(tmp_path / "in", (64, 64))
+    (tmp_path / "in.json").write_text("{}")
+    model = tmp_path / "model.safetensors"
+    save_safetensors(model, {key: torch.zeros(1) for key in keys})
+    assert main([str(folder), str(tmp_path / "in.json"), str(tmp_path / "out.json"), str(model), *SMALL]) == 1
+    assert f"error: model_name_or_path {model}: {problem}" in capsys.readouterr().err

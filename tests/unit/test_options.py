@@ -365,6 +365,7 @@ def test_what_a_run_cannot_do_without():
 
 def test_nearest_name():
     assert nearest("learningrate", ["learning_rate", "seed"]) == " (did you mean learning_rate?)"
+    assert nearest("adamww", ["Adam", "AdamW"]) == " (did you mean AdamW?)"
     assert nearest("zzzz", ["learning_rate", "seed"]) == ""
 
 

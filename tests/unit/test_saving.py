@@ -5,7 +5,7 @@ from pathlib import Path
 from library.options import SaveOptions
 from library.training.clock import Clock, due_counts, is_due
 from library.training.loop import StepReport
-from library.training.saving import SavePlan, Saver, outdated, remove_leftovers, stem
+from library.training.saving import SavePlan, Saver, clear_leftovers, outdated, stem
 
 REPORT = StepReport(loss=0.0, keys=(), sample_count=1, grad_norm=0.0)
 
@@ -137,7 +137,14 @@ def test_leftovers_of_killed_runs_go_and_nothing_else(tmp_path):
     kept = ["cat.safetensors", ".cat", ".dog.0123abcd.tmp.safetensors", "cat.0123abcd.tmp.safetensors"]
     for name in (*left, *kept):
         (tmp_path / name).write_text("")
-    for name in (".cat-state.77.tmp", ".cat-000001-state.gone", ".cat-000002-ema.0123abcd.tmp"):
+    for name in (".cat-state.01234567.tmp", ".cat-000001-state.gone", ".cat-000002-ema.0123abcd.tmp"):
         (tmp_path / name).mkdir()
-    remove_leftovers(tmp_path, "cat")
+    clear_leftovers(tmp_path, "cat")
     assert names(tmp_path) == sorted(kept)
+
+
+def test_a_folder_that_was_being_replaced_is_put_back(tmp_path):
+    for name in (".cat.former", ".cat-000001-state.former", "cat-000001-state", ".dog.former"):
+        (tmp_path / name).mkdir()
+    clear_leftovers(tmp_path, "cat")
+    assert names(tmp_path) == [".dog.former", "cat", "cat-000001-state"]

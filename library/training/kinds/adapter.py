@@ -7,12 +7,12 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from library.checkpoint.inspection import check_network_file
+from library.checkpoint.inspection import check_network_file, low_rank_norms
 from library.checkpoint.io import atomic_path
 from library.families.base import ModelFamily, ModelParts
 from library.log import UserError
@@ -20,7 +20,7 @@ from library.models.memory import store_in_fp8
 from library.options import NetworkFileOptions, NetworkOptions, OptimizerOptions, PrecisionOptions
 from library.options.settings import Settings
 from library.options.values import split_pairs
-from library.plugin import load_network_module, optional_method
+from library.plugin import Network, NetworkModule, load_network_module, optional_method
 from library.training.trainable import Artifact, Trainable
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class AdapterTraining(Trainable):
     def __init__(self, settings: Settings, family: ModelFamily, parts: ModelParts) -> None:
         options = settings[NetworkOptions]
         module_name = str(options.network_module)
-        self._module = load_network_module(module_name)
+        self._module: NetworkModule = load_network_module(module_name)
         self._options = options
         self._learning_rate = settings[OptimizerOptions].learning_rate
         views = family.adapter_views(parts)
@@ -54,7 +54,8 @@ class AdapterTraining(Trainable):
             report = network.load_weights(options.network_weights)
             logger.info("network weights read from %s%s", options.network_weights, f": {report}" if report else "")
         network.prepare_grad_etc(self._text_encoder, self._unet)
-        self.module: nn.Module = network
+        self._network = network
+        self.module = cast(nn.Module, network)
         self._groups = self._prepare_groups()
         self._set_multiplier = optional_method(network, "set_multiplier")
         self._on_step_start = optional_method(network, "on_step_start")
@@ -73,10 +74,10 @@ class AdapterTraining(Trainable):
             suffix=f".{settings[NetworkFileOptions].save_model_as or 'safetensors'}", modelspec_kind="lora"
         )
 
-    def _network_args(self) -> dict[str, str]:
+    def _network_args(self) -> dict[str, Any]:
         return split_pairs(self._options.network_args, "network_args")
 
-    def _create(self) -> Any:
+    def _create(self) -> Network:
         """A new network; what a plug-in raises about its arguments becomes one line."""
         module = f"--network_module {self._options.network_module}"
         try:
@@ -89,7 +90,7 @@ class AdapterTraining(Trainable):
             raise UserError(f"{module} made no network")
         return network
 
-    def _call_factory(self) -> Any:
+    def _call_factory(self) -> Network | None:
         options, args = self._options, self._network_args()
         if options.dim_from_weights:
             if not options.network_weights:
@@ -122,11 +123,8 @@ class AdapterTraining(Trainable):
         if next(self._unet.parameters()).device.type == "meta":
             return  # a plan: there are no weights to merge into
         files = self._options.base_weights or []
-        multipliers = list(self._options.base_weights_multiplier or [])
-        if len(multipliers) > len(files):
-            raise UserError("--base_weights_multiplier has more values than --base_weights has files")
-        for index, file in enumerate(files):
-            multiplier = multipliers[index] if index < len(multipliers) else 1.0
+        multipliers = [*(self._options.base_weights_multiplier or []), *[1.0] * len(files)]
+        for file, multiplier in zip(files, multipliers, strict=False):
             network, weights = self._module.create_network_from_weights(
                 multiplier, file, self._vae, self._text_encoder, self._unet, for_inference=True
             )
@@ -139,10 +137,10 @@ class AdapterTraining(Trainable):
         options = self._options
         text_rates = options.text_encoder_lr or [None]
         text_lr = text_rates if len(text_rates) > 1 else text_rates[0]
-        prepare: Callable[..., Any] = self.module.prepare_optimizer_params  # pyright: ignore
+        prepare: Callable[..., Any] = self._network.prepare_optimizer_params
         rates: list[Any] = [text_lr, options.unet_lr, self._learning_rate]
         count = _positional_count(prepare)
-        groups: Any = prepare(*rates[:count])  # pyright: ignore[reportCallIssue]
+        groups: Any = prepare(*rates[:count])
         if isinstance(groups, tuple):  # newer third-party networks return (groups, descriptions)
             groups, names = groups
             for group, name in zip(groups, names, strict=False):
@@ -177,7 +175,7 @@ class AdapterTraining(Trainable):
         return self._groups
 
     def on_epoch_start(self) -> None:
-        self.module.on_epoch_start(self._text_encoder, self._unet)  # type: ignore[operator]
+        self._network.on_epoch_start(self._text_encoder, self._unet)
 
     def on_micro_batch(self, network_multiplier: float) -> None:
         if network_multiplier != self._multiplier:
@@ -190,19 +188,27 @@ class AdapterTraining(Trainable):
             self._on_step_start(self._text_encoder, self._unet)
 
     def enable_gradient_checkpointing(self) -> None:
-        self.module.enable_gradient_checkpointing()  # type: ignore[operator]
+        self._network.enable_gradient_checkpointing()
 
     def after_update(self) -> dict[str, float]:
         return self._limit_norms() if self._limit_norms else {}
 
     def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str], counters: Mapping[str, int]) -> None:
         with atomic_path(path) as temporary:  # third-party networks write in place
-            self.module.save_weights(str(temporary), dtype, metadata)  # type: ignore[operator]
+            self._network.save_weights(str(temporary), dtype, metadata)
 
     def check(self, path: Path) -> list[str]:
-        found = check_network_file(path, optional_method(self._module, "inspect_weights"))
+        found = check_network_file(path, self._inspect)
         title = optional_method(self._module, "change_title")
         return (replace(found, title=title()) if title else found).lines()
+
+    def _inspect(self, tensors: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """What each module of the written file changes; where its tensors do not tell, as the layers here know it."""
+        found = (optional_method(self._module, "inspect_weights") or low_rank_norms)(tensors)
+        live = optional_method(self._network, "delta_norms")
+        if live is None or {key.partition(".")[0] for key in tensors} <= found.keys():
+            return found
+        return {**live(), **found}
 
     def recorded_options(self) -> dict[str, Any]:
         if not self._options.network_weights:

@@ -18,13 +18,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from library.checkpoint.folders import atomic_folder
 from library.families.base import ModelFamily, ModelParts
 from library.families.sd import SdFamily
 from library.families.sd_layers import LayeredSdFamily
 from library.log import UserError
 from library.models.layer_texts import let_layers_choose
 from library.models.memory import store_in_fp8
-from library.models.save import whole_folder
 from library.options import EmbeddingOptions, OptimizerOptions, PrecisionOptions
 from library.options.settings import Settings
 from library.text.embedding_files import (
@@ -151,7 +151,7 @@ class EmbeddingTraining(Trainable):
         if len(embeddings) == 1:
             write_embedding(Path(path), embeddings[0], dtype, metadata)
             return
-        with whole_folder(Path(path)) as folder:
+        with atomic_folder(Path(path)) as folder:
             for embedding in embeddings:
                 write_embedding(folder / self._file_name(embedding.word), embedding, dtype, metadata)
 
