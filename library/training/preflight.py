@@ -113,11 +113,18 @@ def _check_words(settings: Settings) -> None:
 
 def _check_prompts(settings: Settings) -> None:
     from library.generation.prompts import load_prompts
+    from library.generation.samplers import check_sampler
 
-    name = settings[SampleOptions].sample_prompts
+    options = settings[SampleOptions]
+    name = options.sample_prompts
     if not name or not os.path.isfile(name):
         return
     prompts = load_prompts(name)
+    for prompt in prompts:
+        try:
+            check_sampler(prompt.sample_sampler or options.sample_sampler, prompt.sample_steps)
+        except UserError as error:
+            raise UserError(f"--sample_prompts {name}: {error}") from error
     guided = [prompt.controlnet_image for prompt in prompts if prompt.controlnet_image is not None]
     if ConditioningOptions not in settings:
         if guided:

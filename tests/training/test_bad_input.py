@@ -247,6 +247,8 @@ def test_an_unfit_network_file(bench: Bench):
     [
         ("p.txt", "a cat --n bad\na dog --w abc\n", ("p.txt line 2", "--w abc", "whole number")),
         ("p.txt", "a cat --ss nosuch\n", ("p.txt line 1", "--ss nosuch", "choose one of ddim")),
+        ("p.txt", "a cat --s 1\n", ("p.txt", "sampler ddim", "at least 2 steps")),
+        ("p.txt", "a cat --s 2 --ss k_dpm_2_a\n", ("p.txt", "k_dpm_2_a", "at least 3 steps")),
         ("p.txt", b"\xff\xfe\x00", ("p.txt", "UTF-8")),
         ("p.txt", "\n", ("p.txt", "no prompt")),
         ("p.json", "{bad", ("p.json", "no valid JSON", "line 1")),
