@@ -1,7 +1,7 @@
 """Every budget of the project beside what is measured now: runs the other scripts one after another, prints one table.
 
 Each script declares its own budgets and prints a line for each figure that has one; this one only collects them. The
-small figures take about five minutes on a quiet machine, the full ones an hour, 15 GB of memory and 25 GB of disk.
+small figures take about five minutes on a quiet machine, the full ones half an hour, 15 GB of memory and 25 GB of disk.
 Nothing here is a test: the exit status is always 0, and a figure that misses its budget says so.
 """
 
@@ -46,7 +46,7 @@ FULL = (
     "latent_caching.py --size full --images 4 --rounds 3",
     "low_rank.py",
     "merge_memory.py --size full --family sd",
-    "merge_memory.py --size full --only_streamed",
+    "merge_memory.py --size full",
     "loading.py --size full",
     "loading.py --size full --family sdxl",
 )
