@@ -25,12 +25,6 @@ from tests.data_fixtures import AveragingVae, cover_fit, dataset, record, write_
 # ---- what is refused, what is left out
 
 
-def test_augmentations_that_change_pixels_are_refused(tmp_path: Path) -> None:
-    data = one_image(tmp_path, augmentation=Augmentation(color_aug=True, random_crop=True))
-    with pytest.raises(UserError, match=r"color_aug.*random_crop"):
-        run([data], disk_store())
-
-
 def broken_pair(folder: Path) -> ResolvedDataset:
     good, bad = write_picture(folder / "good.png", (64, 64)), folder / "bad.png"
     bad.write_bytes(good.read_bytes()[:200])
