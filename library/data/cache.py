@@ -1,10 +1,10 @@
 """The latent cache: one store for latents in memory and on disk.
 
 A file on disk is believed only if its fingerprint says that it was made from this image file as it is now, by this
-VAE, for this bucket, scale and crop. Files of other programs have none; they are believed if they hold about what this
-VAE gives, which one of each folder is asked. An archive lies beside the image: ``<stem>.npz`` in the reference's format, or, if
-that name belongs to something else that is valid, ``<stem>_<W>x<H>_<tag>.npz``. So two data sets over one folder
-and images of equal stem do not clash. Latents are kept as the VAE gives them: one sample of the posterior, not
+VAE, for this bucket, scale and crop. Files of other programs have no fingerprint: one of each folder is compared with
+what this VAE gives, and answers for all. An archive lies beside the image: ``<stem>.npz`` in the reference's format,
+or, if that name belongs to something else that is valid, ``<stem>_<W>x<H>_<tag>.npz``. So two data sets over one
+folder and images of equal stem do not clash. Latents are kept as the VAE gives them: one sample of the posterior, not
 multiplied by the family's scale.
 """
 
@@ -33,8 +33,8 @@ _FORMAT = 1
 _SAME_VAE = "vae_in_other_types"
 # Latents that a metadata file names have the scale and cut that its author chose; the bucket says enough.
 _PREPARED_FREELY = frozenset({"resized", "crop"})
-# Latents of an image made by one VAE, averaged over a few cells, stay close whatever the precision and, nearly, the cut;
-# those of another latent space differ by about their own size.
+# Averaged over few cells, latents of one VAE are close in any precision and in nearly the same cut; those of another
+# latent space differ by about their own size.
 _CELLS = 4
 _ALIKE = 0.4
 
@@ -182,8 +182,9 @@ class LatentStore:
         """Bind the valid archives of targets and return the positions of those that have none.
 
         ``encode`` is the run's VAE: of each folder the first archive without a fingerprint that fits otherwise is
-        compared with what it gives, and answers for all (without it they serve only where no image is). For a store on disk it also fixes where each missing one will be written, the same in every process that
-        asks before anything was written.
+        compared with what it gives, and answers for all (without it they serve only where no image is). For a store
+        on disk it also fixes where each missing one will be written, the same in every process that asks before
+        anything was written.
         """
         missing: list[int] = []
         claimed: set[Path] = set()

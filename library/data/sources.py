@@ -150,7 +150,9 @@ class _Search:
                 self.errors.append(f"{folder}: the folder cannot be read ({content.strerror or content})")
                 return
             if os.path.realpath(content.folder) == os.path.realpath(os.path.dirname(records[0].path)):
-                self.errors.append(f"{folder}: conditioning_data_dir is the folder of the images themselves")
+                self.errors.append(
+                    f"{folder}: the folder of {what}s (conditioning_data_dir) is that of the images; name another one"
+                )
                 return
             paths = self._pair_folder(subset, content, found, what, records)
             for record in records:

@@ -14,7 +14,7 @@ from torch import nn
 
 from library.checkpoint.hashes import weights_fingerprint
 from library.data.cache import LatentStore, target_of
-from library.data.records import Augmentation, ResolvedDataset
+from library.data.records import ResolvedDataset
 from library.log import UserError
 from library.training.caching import (
     WorkShare,
