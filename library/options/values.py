@@ -138,7 +138,8 @@ def word_pair(item: str) -> tuple[str, str]:
     """`split_pair` where a value is a word, a number or a list, so that ``a=1 b=2`` must be two items in one."""
     key, value = split_pair(item)
     if _NEXT_KEY.search(value):
-        apart = " ".join(f'"{part.strip(" ,;")}"' for part in re.split(rf"(?={_NEXT_KEY.pattern})", item))
+        parts = (part.strip(" ,;") for part in re.split(f"(?={_NEXT_KEY.pattern})", item))
+        apart = " ".join(f'"{part}"' for part in parts if part)
         raise ValueError(f"item {item!r} is one text with several arguments; give each its own quotes: {apart}")
     return key, value
 
