@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from library.log import UserError
+from library.log import UserError, nearest
 from networks.block_weights import SD_BLOCKS, BlockFactors, BlockLayout, block_factors, side_factors
 
 logger = logging.getLogger(__name__)
@@ -93,9 +92,8 @@ def read_network_args(
     for key, raw in given.items():
         text = "" if raw is None else str(raw).strip()
         if key not in readers:
-            near = difflib.get_close_matches(key, readers, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(sorted(readers))}"
-            problems.append(f"{option} {key}: {module} has no such argument; {hint}")
+            hint = nearest(key, readers) or f"; it knows {', '.join(sorted(readers))}"
+            problems.append(f"{option} {key}: {module} has no such argument{hint}")
         elif text not in ("", "None"):
             try:
                 values[key] = readers[key](text)

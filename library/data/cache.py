@@ -1,9 +1,10 @@
 """The latent cache: one store for latents in memory and on disk.
 
 A file on disk is believed only if its fingerprint says that it was made from this image file as it is now, by this
-VAE, for this bucket, scale and crop. It lies beside the image: ``<stem>.npz`` in the reference's format, or, if
-that name belongs to something else that is valid, ``<stem>_<W>x<H>_<tag>.npz``. So two data sets over one folder
-and images of equal stem do not clash. Latents are kept as the VAE gives them: one sample of the posterior, not
+VAE, for this bucket, scale and crop. Files of other programs have no fingerprint: one of each folder is compared with
+what this VAE gives, and answers for all. An archive lies beside the image: ``<stem>.npz`` in the reference's format,
+or, if that name belongs to something else that is valid, ``<stem>_<W>x<H>_<tag>.npz``. So two data sets over one
+folder and images of equal stem do not clash. Latents are kept as the VAE gives them: one sample of the posterior, not
 multiplied by the family's scale.
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from library.data import cache_files
 from library.data.cache_files import ArchiveFacts, BrokenArchive, latent_shape
@@ -31,6 +33,13 @@ _FORMAT = 1
 _SAME_VAE = "vae_in_other_types"
 # Latents that a metadata file names have the scale and cut that its author chose; the bucket says enough.
 _PREPARED_FREELY = frozenset({"resized", "crop"})
+# Averaged over few cells, latents of one VAE are close in any precision and in nearly the same cut; those of another
+# latent space differ by about their own size.
+_CELLS = 4
+_ALIKE = 0.4
+
+MeanEncoder = Callable[["LatentTarget"], torch.Tensor]
+"""Mean of the posterior CHW of an image in its geometry, float32 on the CPU. Raises `UnreadableImage`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +146,7 @@ class LatentStore:
         self._memory_dtype = memory_dtype
         self._entries: dict[LatentTarget, _Entry | Path] = {}
         self._write_paths: dict[LatentTarget, Path] = {}
+        self._believes: dict[Path, bool] = {}  # by folder: were archives of other programs made by this VAE?
 
     def __contains__(self, target: LatentTarget) -> bool:
         return target in self._entries
@@ -166,18 +176,22 @@ class LatentStore:
             raise UnreadableImage(str(entry), "this latent cache was changed by another program; start again")
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
 
-    def find(self, targets: Sequence[LatentTarget], flips: Sequence[bool]) -> list[int]:
+    def find(
+        self, targets: Sequence[LatentTarget], flips: Sequence[bool], encode: MeanEncoder | None = None
+    ) -> list[int]:
         """Bind the valid archives of targets and return the positions of those that have none.
 
-        For a store on disk it also fixes where each missing one will be written, the same in every process that
-        asks before anything was written.
+        ``encode`` is the run's VAE: of each folder the first archive without a fingerprint that fits otherwise is
+        compared with what it gives, and answers for all (without it they serve only where no image is). For a store
+        on disk it also fixes where each missing one will be written, the same in every process that asks before
+        anything was written.
         """
         missing: list[int] = []
         claimed: set[Path] = set()
         for position, (target, flipped) in enumerate(zip(targets, flips, strict=True)):
             if target in self._entries:
                 continue
-            path = self._find_one(target, flipped)
+            path = self._find_one(target, flipped, encode)
             if path is None:
                 missing.append(position)
             else:
@@ -218,7 +232,7 @@ class LatentStore:
 
     def fetch(self, target: LatentTarget, flipped: bool) -> bool:
         """Bind an archive that another process has written meanwhile; False if there is none."""
-        path = self._find_one(target, flipped)
+        path = self._find_one(target, flipped, None)
         if path is not None:
             self._entries[target] = path
         return path is not None
@@ -252,28 +266,39 @@ class LatentStore:
         width, height = target.fit.bucket
         return image.with_suffix(".npz"), image.with_name(f"{image.stem}_{width}x{height}_{tag}.npz")
 
-    def _find_one(self, target: LatentTarget, flipped: bool) -> Path | None:
-        if target.npz_path is not None and self._is_prepared(Path(target.npz_path), target, flipped):
+    def _find_one(self, target: LatentTarget, flipped: bool, encode: MeanEncoder | None) -> Path | None:
+        if target.npz_path is not None and self._is_prepared(Path(target.npz_path), target, flipped, encode):
             return Path(target.npz_path)
         if not self.to_disk:
             return None
+        others: list[tuple[Path, ArchiveFacts]] = []
         for path in self._paths(target):
             facts = self.notes.facts_of(path)
-            if facts is not None and self._is_valid(path, facts, target, flipped):
+            if facts is None:
+                continue
+            if facts.fingerprint is None:
+                others.append((path, facts))
+            elif self._is_valid(path, facts, target, flipped, encode):
                 return path
-        return None
+        return next((path for path, facts in others if self._is_valid(path, facts, target, flipped, encode)), None)
 
-    def _is_prepared(self, path: Path, target: LatentTarget, flipped: bool) -> bool:
+    def _is_prepared(self, path: Path, target: LatentTarget, flipped: bool, encode: MeanEncoder | None) -> bool:
         """True for an archive that the metadata names, if it fits; the image itself may be absent."""
         facts = self.notes.facts_of(path)
         if facts is None:
             return False
         if not os.path.exists(target.path) or target.path == str(path):
             return facts.fits(target.fit.bucket, flipped) or self._is_own(facts, target, flipped, _PREPARED_FREELY)
-        return self._is_valid(path, facts, target, flipped, _PREPARED_FREELY)
+        return self._is_valid(path, facts, target, flipped, encode, _PREPARED_FREELY)
 
     def _is_valid(
-        self, path: Path, facts: ArchiveFacts, target: LatentTarget, flipped: bool, free: frozenset[str] = frozenset()
+        self,
+        path: Path,
+        facts: ArchiveFacts,
+        target: LatentTarget,
+        flipped: bool,
+        encode: MeanEncoder | None,
+        free: frozenset[str] = frozenset(),
     ) -> bool:
         try:
             state = FileState.of(target.path)
@@ -285,8 +310,19 @@ class LatentStore:
             return False
         if facts.original_size != target.size or FileState.of(str(path)).mtime_ns < state.mtime_ns:
             return False
-        self.notes.foreign.append(str(path))
-        return True
+        believed = self._is_by_our_vae(path, target, encode)
+        (self.notes.foreign if believed else self.notes.unlike).append(str(path))
+        return believed
+
+    def _is_by_our_vae(self, path: Path, target: LatentTarget, encode: MeanEncoder | None) -> bool:
+        """What the first archive of the folder tells; False if there is none that could be compared."""
+        if path.parent not in self._believes and encode is not None:
+            try:
+                found = torch.from_numpy(cache_files.read_array(path, cache_files.LATENTS)).float()
+                self._believes[path.parent] = _are_alike(found, encode(target))
+            except (BrokenArchive, UnreadableImage):  # made again, or reported then; the next one answers
+                return False
+        return self._believes.get(path.parent, False)
 
     def _is_own(
         self, facts: ArchiveFacts, target: LatentTarget, flipped: bool, free: frozenset[str] = frozenset()
@@ -307,6 +343,8 @@ class LatentStore:
         def is_outdated(facts: ArchiveFacts) -> bool:
             if facts.fingerprint is not None:
                 return self._is_own(facts, target, flipped=False)
+            if str(path) in self.notes.unlike:
+                return False  # of use to whoever made it
             return facts.fits(target.fit.bucket, flipped=False) and facts.original_size in (target.size, None)
 
         return self.notes.may_overwrite(path, is_outdated)
@@ -318,6 +356,12 @@ def _agree(found: dict[str, Any], wanted: dict[str, Any], free: frozenset[str]) 
     passed_over = {"vae", _SAME_VAE, *free}
     names = (found.keys() | wanted.keys()) - passed_over
     return same_vae and all(name in found and name in wanted and found[name] == wanted[name] for name in names)
+
+
+def _are_alike(found_CHW: torch.Tensor, wanted_CHW: torch.Tensor) -> bool:
+    """True if two latents of an image are of one VAE, by their means over a few cells of the picture."""
+    found, wanted = (nn.functional.adaptive_avg_pool2d(one, _CELLS) for one in (found_CHW, wanted_CHW))
+    return bool((found - wanted).norm() <= _ALIKE * wanted.norm())
 
 
 def describe_notes(notes: StoreNotes, what: str = "latent", maker: str = "another VAE") -> list[str]:
@@ -338,8 +382,8 @@ def describe_notes(notes: StoreNotes, what: str = "latent", maker: str = "anothe
         )
     if notes.unlike:
         lines.append(
-            f"{len(notes.unlike)} {what} archives of another program hold something else than this model gives, and are"
-            f" made again (first: {notes.unlike[0]})"
+            f"{len(notes.unlike)} {what} archives of another program are not used: they hold something else than this"
+            f" model gives (first: {notes.unlike[0]})"
         )
     stale = [path for path in notes.stale if path not in notes.unlike]
     if stale:

@@ -48,14 +48,14 @@ class Caption:
 class FolderContent:
     """The visible files of one folder, by file name, images in natural order (``2.png`` before ``10.png``).
 
-    ``texts`` holds the names of all .txt and .caption files, read or not.
+    ``others`` holds the names of all files that are neither pictures nor archives, captions too.
     """
 
     folder: str
     images: Mapping[str, Size]
     captions: Mapping[str, Caption]
     npz_names: frozenset[str]
-    texts: frozenset[str]
+    others: frozenset[str]
     bad_images: Mapping[str, ImageProblem] = field(default_factory=dict)
     bad_captions: Mapping[str, ImageProblem] = field(default_factory=dict)
 
@@ -87,7 +87,7 @@ def read_folder(folder: str, caption_extensions: Iterable[str]) -> FolderContent
             bad_captions[name] = ImageProblem(os.path.join(folder, name), str(error))
     memory.save(len(images) + len(captions))
     return FolderContent(
-        folder, images, captions, frozenset(listing.npz), frozenset(listing.texts), bad_images, bad_captions
+        folder, images, captions, frozenset(listing.npz), frozenset(listing.others), bad_images, bad_captions
     )
 
 
@@ -110,7 +110,7 @@ class _Listing:
     images: dict[str, _Stamp] = field(default_factory=dict)
     captions: dict[str, _Stamp] = field(default_factory=dict)
     npz: list[str] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
 
 
 def _scan(folder: str, caption_extensions: tuple[str, ...]) -> _Listing:
@@ -122,10 +122,10 @@ def _scan(folder: str, caption_extensions: tuple[str, ...]) -> _Listing:
                 continue
             extension = name[name.rfind(".") :].lower()
             is_image, is_caption = extension in IMAGE_EXTENSIONS, name.endswith(caption_extensions)
-            if extension in CAPTION_EXTENSIONS:
-                listing.texts.append(name)
-            elif extension == ".npz":
+            if extension == ".npz":
                 listing.npz.append(name)
+            elif not is_image:
+                listing.others.append(name)
             if (is_image or is_caption) and entry.is_file():
                 stat = entry.stat()
                 (listing.images if is_image else listing.captions)[name] = (stat.st_size, stat.st_mtime_ns)

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from library.data import caption_files
 from library.data.buckets import bucket_sizes, fit, fit_to
 from library.data.bulk import many_objects
 from library.data.cache_files import ALPHA_MASK, BrokenArchive, read_facts
-from library.data.face_names import without_face
 from library.data.index import CAPTION_EXTENSIONS, FolderContent, read_folder
 from library.data.metadata_json import Entry, FileFinder, FoundFiles, read_metadata
 from library.data.pairs import CONDITIONING, MASK, pair
@@ -90,7 +90,9 @@ class _Search:
                 self._pair(subset, subset.mask_dir, found, MASK)
             if subset.uses_alpha:
                 self._check_alpha(subset, found)
-            _warn_about_captions(subset, found)
+            if not subset.is_reg:
+                caption_files.warn_about_missing(subset, found.captionless, len(found.records))
+            caption_files.warn_about_cut(subset, found.cut_captions)
             records += found.records
             problems += found.problems
         if not any(not record.is_reg for record in records) and not self.errors:
@@ -112,7 +114,7 @@ class _Search:
         self._bad(found, content.bad_images.values(), self.on_bad_image)
         place = content.path("")
         for name, size in content.images.items():
-            caption_name = _caption_name(name, content, extensions)
+            caption_name = caption_files.name_for(name, content, extensions)
             if caption_name is not None and caption_name in content.bad_captions:
                 self._bad(found, [content.bad_captions[caption_name]], self.on_bad_caption)
                 continue
@@ -134,7 +136,8 @@ class _Search:
                     caption_path=place + caption_name if caption_name is not None else None,
                 )
             )
-        self._refuse_captionless(subset, found, content, extensions)
+        if not self.allow_captionless and found.records and len(found.captionless) == len(found.records):
+            self.errors += caption_files.problems_without(subset, content, extensions)
         _warn_about_equal_stems(content)
         return found
 
@@ -150,7 +153,9 @@ class _Search:
                 self.errors.append(f"{folder}: the folder cannot be read ({content.strerror or content})")
                 return
             if os.path.realpath(content.folder) == os.path.realpath(os.path.dirname(records[0].path)):
-                self.errors.append(f"{folder}: conditioning_data_dir is the folder of the images themselves")
+                self.errors.append(
+                    f"{folder}: the folder of {what}s (conditioning_data_dir) is that of the images; name another one"
+                )
                 return
             paths = self._pair_folder(subset, content, found, what, records)
             for record in records:
@@ -255,22 +260,6 @@ class _Search:
             else:
                 logger.warning("%s: left out: %s", problem.path, problem.reason)
 
-    def _refuse_captionless(
-        self, subset: SubsetSpec, found: _Found, content: FolderContent, extensions: tuple[str, ...]
-    ) -> None:
-        if self.allow_captionless or not found.records or any(record.has_caption for record in found.records):
-            return
-        endings = Counter(os.path.splitext(name)[1] for name in content.texts)
-        others = [f"{count} {ending} files" for ending, count in endings.items() if ending not in extensions]
-        if subset.class_tokens and not others:
-            return  # the way to train without captions; others are captions that the options leave unread
-        hint = f" (there are {' and '.join(others)}: set caption_extension)" if others else ""
-        ways = "captions" if subset.conditioning_data_dir is not None else "captions or class_tokens"
-        self.errors.append(
-            f"{subset.name}: no image has a caption file ({' or '.join(extensions)}){hint};"
-            f"{'' if subset.class_tokens else f' add {ways}, or'} allow it with --allow_captionless"
-        )
-
     def _content(self, folder: str, extensions: tuple[str, ...]) -> FolderContent | OSError:
         folder = os.path.expanduser(folder)
         place = (folder, extensions)
@@ -284,20 +273,6 @@ class _Search:
     def _content_or_none(self, folder: str) -> FolderContent | None:
         content = self._content(folder, ())
         return None if isinstance(content, OSError) else content
-
-
-def _caption_name(image: str, content: FolderContent, extensions: tuple[str, ...]) -> str | None:
-    """The caption file of an image: of its own stem first, then of the stem without a face suffix."""
-    stem = image.rpartition(".")[0]
-    return _caption_of_stem(stem, content, extensions) or _caption_of_stem(without_face(stem), content, extensions)
-
-
-def _caption_of_stem(stem: str, content: FolderContent, extensions: tuple[str, ...]) -> str | None:
-    for extension in extensions:
-        name = stem + extension
-        if name in content.captions or name in content.bad_captions:
-            return name
-    return None
 
 
 def _problem_of(entry: Entry, files: FoundFiles, subset: SubsetSpec) -> ImageProblem | None:
@@ -363,25 +338,6 @@ def _holds_mask(archive: str) -> bool:
     except BrokenArchive:
         return False
     return facts is not None and ALPHA_MASK in facts.names
-
-
-def _warn_about_captions(subset: SubsetSpec, found: _Found) -> None:
-    if found.captionless and not subset.is_reg:
-        logger.warning(
-            "%s: %d of %d images have no caption%s: %s",
-            subset.name,
-            len(found.captionless),
-            len(found.records),
-            f" and get {subset.class_tokens!r}" if subset.class_tokens is not None else "",
-            some_of(found.captionless),
-        )
-    if found.cut_captions:
-        logger.warning(
-            "%s: only the first line of a caption file counts; %d files have more: %s",
-            subset.name,
-            len(found.cut_captions),
-            some_of(found.cut_captions),
-        )
 
 
 def _warn_about_equal_stems(content: FolderContent) -> None:

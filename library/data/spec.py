@@ -18,9 +18,9 @@ from library.data.index import IMAGE_EXTENSIONS
 from library.data.records import Augmentation, BucketRules, CaptionRules, DatasetKind, DatasetSpec, SubsetSpec
 from library.data.spec_checks import Finding, check_document, check_sizes, kind_of
 from library.data.spec_keys import CONDITIONING_KEY, KEYS, ONLY_CONTROL
-from library.data.spec_lines import describe_place, line_of
 from library.log import UserError
 from library.options.data import DataOptions
+from library.options.lines import describe_place, line_of
 from library.options.toml_file import parse_toml, read_utf8
 
 logger = logging.getLogger(__name__)

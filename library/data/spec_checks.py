@@ -11,8 +11,8 @@ from typing import Any
 
 from library.data.records import LATENT_STRIDE, DatasetKind, DatasetSpec
 from library.data.spec_keys import CONDITIONING_KEY, FOREIGN_KEYS, KEYS, LEVELS, ONLY_CONTROL, Level, names_at
-from library.data.spec_lines import Where
 from library.log import nearest
+from library.options.lines import Where
 
 _TOP_LEVEL = ("general", "datasets")
 _REQUIRED = {

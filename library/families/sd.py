@@ -27,9 +27,9 @@ from library.families.plugin_views import name_for_plugins, text_encoder_view
 from library.families.stable import StableDiffusionFamily
 from library.log import UserError
 from library.models.load import Recognised
-from library.models.spec import ArchitectureSpec, PredictionType
+from library.models.spec import EOS_ID, ArchitectureSpec, PredictionType
 from library.text.encode import encode_tokens
-from library.text.tokenizer import EOS_ID, SD1_TOKENIZER, SD2_TOKENIZER, clip_tokenizer
+from library.text.tokenizer import SD1_TOKENIZER, SD2_TOKENIZER, clip_tokenizer
 from library.text.tokens import tokenize
 
 if TYPE_CHECKING:

@@ -29,10 +29,10 @@ from library.families.base import (
 from library.families.plugin_views import text_encoder_view
 from library.families.sdxl_view import sdxl_view
 from library.families.stable import StableDiffusionFamily
-from library.models.spec import SDXL_LATENT_SCALE, ArchitectureSpec, PredictionType
-from library.options.checks import SDXL_BUCKET_STEP
+from library.models.spec import EOS_ID, SDXL_LATENT_SCALE, ArchitectureSpec, PredictionType
+from library.options.implied import SDXL_BUCKET_STEP
 from library.text.encode import apply_weights, encode_tokens, join_rows, pooled_at_first_eos
-from library.text.tokenizer import EOS_ID, SD1_TOKENIZER, clip_tokenizer
+from library.text.tokenizer import SD1_TOKENIZER, clip_tokenizer
 from library.text.tokens import TokenRows, tokenize
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from library.models.spec import EOS_TOKEN_ID, TextEncoderSpec, UNetSpec, VaeSpec
+from library.models.spec import BOS_ID, EOS_ID, TextEncoderSpec, UNetSpec, VaeSpec
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -127,8 +127,8 @@ def text_config(spec: TextEncoderSpec) -> dict[str, Any]:
         "hidden_act": spec.activation,
         "layer_norm_eps": 1e-5,
         "projection_dim": spec.projection_width or spec.width,
-        "bos_token_id": EOS_TOKEN_ID - 1,
-        "eos_token_id": EOS_TOKEN_ID,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
         "pad_token_id": 1,
     }
 

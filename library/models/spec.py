@@ -119,8 +119,11 @@ SDXL = ArchitectureSpec(
 )
 """SDXL base as published: both text encoders give their next to last state, the second one also a pooled vector."""
 
-EOS_TOKEN_ID = 49407
 FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
+BOS_ID = 49406
+"""The mark of CLIP's vocabulary that begins each row of tokens."""
+EOS_ID = 49407
+"""The mark that ends the words of a row."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from library.log import UserError
-from library.options.values import PARSERS, Bounds, check_choice, means_nothing, split_pair
+from library.options.values import PARSERS, Bounds, check_choice, means_nothing, split_pair, word_pair
 
 Scope = Literal["cli", "general", "dataset", "subset"]
+PairsOf = Literal["word", "text"]
 CLI_ONLY: frozenset[Scope] = frozenset({"cli"})
 DATASET_LEVELS: frozenset[Scope] = frozenset({"cli", "general", "dataset"})
 SUBSET_LEVELS: frozenset[Scope] = frozenset({"cli", "general", "dataset", "subset"})
@@ -35,7 +36,7 @@ class Declaration:
     metavar: str | None
     secret: bool
     convert: Callable[[Any], Any] | None
-    pairs: bool
+    pairs: PairsOf | None
     short: str | None = None
     positional: bool = False
 
@@ -55,7 +56,7 @@ def option(
     metavar: str | None = None,
     secret: bool = False,
     convert: Callable[[Any], Any] | None = None,
-    pairs: bool = False,
+    pairs: PairsOf | None = None,
     short: str | None = None,
     positional: bool = False,
 ) -> Any:
@@ -64,7 +65,8 @@ def option(
     ``scope``: where the option may stand: the command line and the levels of a data set file, there as ``dataset_key``
     if the name differs. ``secret``: never written anywhere. ``convert``: takes the place of the check derived from the
     field's type; it gets text or a TOML value and raises ValueError with what is wanted. ``pairs``: every item must be
-    ``key=value``. ``short``: one letter that stands for it (``-s``). ``positional``: may stand without its name.
+    ``key=value``, the value a word (number, list) or any text. ``short``: one letter that stands for it (``-s``).
+    ``positional``: may stand without its name.
     """
     bounds = Bounds(ge=ge, gt=gt, le=le, lt=lt, multiple_of=multiple_of)
     told = Declaration(help, bounds, scope, dataset_key, aliases, metavar, secret, convert, pairs, short, positional)
@@ -135,7 +137,9 @@ class OptionSpec:
         value: Any = PARSERS[self.kind](raw)
         if self.kind in (int, float):
             self.told.bounds.check(value)
-        if self.told.pairs:
+        if self.told.pairs == "word":
+            word_pair(value)
+        elif self.told.pairs == "text":
             split_pair(value)
         return value
 

@@ -29,20 +29,18 @@ def read_config(path: Path) -> tuple[list[tuple[str, Given]], list[str]]:
     problems: list[str] = []
     for key, value in file.data.items():
         inner = value if isinstance(value, dict) else {key: value}
-        table = key if isinstance(value, dict) else ""
         if key in DATASET_TABLES:
-            where = file.where("", key)
+            where = file.where(key)
             problems.append(
                 f"{where}: [{key}] belongs to a data set file; move it to one and give that as dataset_config"
             )
             continue
         for name, item in inner.items():
+            where = file.where(key, name) if isinstance(value, dict) else file.where(key)
             if isinstance(item, dict):
-                problems.append(
-                    f"{file.where(table, name)}: [{key}.{name}] is a table in a table; put its keys one level up"
-                )
+                problems.append(f"{where}: [{key}.{name}] is a table in a table; put its keys one level up")
             else:
-                entries.append((name, Given(item, file.where(table, name))))
+                entries.append((name, Given(item, where)))
     return entries, problems
 
 

@@ -18,7 +18,7 @@ class NetworkOptions(OptionGroup):
     network_alpha: float = option(1, ge=0, help="the network's effect is scaled by alpha/rank")
     network_dropout: float | None = option(None, ge=0, lt=1, help="dropout probability inside the network")
     network_args: list[str] | None = option(
-        None, pairs=True, help="arguments of the network module: conv_dim=4 conv_alpha=1"
+        None, pairs="word", help="arguments of the network module: conv_dim=4 conv_alpha=1"
     )
     network_weights: str | None = option(None, help="network file to start from", metavar="FILE")
     dim_from_weights: bool = option(False, help="take ranks and alphas from network_weights")

@@ -100,7 +100,7 @@ class MetadataToolOptions(OptionGroup):
 
     model: str | None = option(None, help="safetensors file whose metadata is printed or edited", metavar="FILE")
     parsed: bool = option(False, help="print entries that hold JSON as JSON, not as text")
-    set: list[str] | None = option(None, help="entries to add or change", pairs=True)
+    set: list[str] | None = option(None, help="entries to add or change", pairs="text")
     remove: list[str] | None = option(None, help="keys of entries to take out", metavar="KEY")
     strip: bool = option(
         False, help="keep only what training keeps with no_metadata, and what programs need to read the file"

@@ -10,6 +10,7 @@ from library.log import UserError, nearest
 from library.options import checks
 from library.options.config_file import config_path, config_table, read_config, unique_entries, write_config
 from library.options.foreign import changes_training, is_foreign
+from library.options.implied import implied
 from library.options.parser import read_command_line
 from library.options.settings import COMMAND_LINE, Given, ScriptOptions, Settings
 
@@ -91,8 +92,8 @@ def parse(script: ScriptOptions, argv: Sequence[str] | None = None) -> Settings:
 def _checked(script: ScriptOptions, values: dict[str, Any], given: dict[str, Given], warnings: list[str]) -> Settings:
     """Settings after the checks across options. Raises UserError that lists all problems."""
     sources = {name: entry.where for name, entry in given.items()}
-    implied, notes = checks.implied(values, script.specs())
-    draft = Settings(script, {**values, **implied}, sources)
+    brought, notes = implied(values, script.specs())
+    draft = Settings(script, {**values, **brought}, sources)
     problems = [*checks.problems(draft), *checks.missing(draft)]
     if problems:
         raise UserError.of(problems)

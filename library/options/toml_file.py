@@ -1,4 +1,4 @@
-"""Reading TOML with the line of every key, so that an error can say where it is."""
+"""Reading TOML, so that an error can say where it is."""
 
 from __future__ import annotations
 
@@ -9,52 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from library.log import UserError
+from library.options.lines import line_of
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # pyright: ignore
 
-_TABLE = re.compile(r"\s*\[\[?\s*([^\[\]]+?)\s*\]\]?\s*(#.*)?$")
-_KEY = re.compile(r"\s*((?:[A-Za-z0-9_-]+|\"[^\"]*\"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|\"[^\"]*\"|'[^']*'))*)\s*=")
-
 
 @dataclass(frozen=True)
 class TomlFile:
-    """A parsed file. ``lines`` has the line (from 1) of each key by (table, key); the table of top-level keys is ""."""
+    """A parsed file."""
 
     path: Path
+    text: str
     data: dict[str, Any]
-    lines: dict[tuple[str, str], int]
 
-    def where(self, table: str, key: str) -> str:
-        """Place of a key for messages: file and line."""
-        line = self.lines.get((table, key)) or self.lines.get(("", key))
+    def where(self, *keys: str) -> str:
+        """Place for messages, file and line, of what the keys of tables within tables lead to."""
+        line = line_of(self.text, False, self.data, keys)
         return f"{self.path} line {line}" if line else str(self.path)
-
-
-def _parts(dotted: str) -> list[str]:
-    return [part.strip().strip("\"'") for part in dotted.split(".")]
-
-
-def key_lines(text: str) -> dict[tuple[str, str], int]:
-    """The first line of each key by (table, key); a table's header counts as a key too. Long strings are skipped."""
-    found: dict[tuple[str, str], int] = {}
-    table: list[str] = []
-    closing = ""
-    for number, line in enumerate(text.splitlines(), start=1):
-        if closing:
-            closing = "" if closing in line else closing
-            continue
-        if header := _TABLE.match(line):
-            table = _parts(header.group(1))
-            found.setdefault((".".join(table[:-1]), table[-1]), number)
-        elif key := _KEY.match(line):
-            parts = table + _parts(key.group(1))
-            found.setdefault((".".join(parts[:-1]), parts[-1]), number)
-            value = line[key.end() :]
-            closing = next((mark for mark in ('"""', "'''") if value.count(mark) == 1), "")
-    return found
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -78,7 +52,7 @@ def read_toml(path: Path, option_name: str) -> TomlFile:
     """Read a UTF-8 TOML file. Raises UserError that names the option, the file and, for bad syntax, the line."""
     text = read_utf8(path, option_name)
     try:
-        return TomlFile(path, parse_toml(text), key_lines(text))
+        return TomlFile(path, text, parse_toml(text))
     except ValueError as error:
         raise UserError(f"--{option_name}: {path} is no valid TOML: {error}{_hint(text, str(error))}") from error
 

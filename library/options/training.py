@@ -41,7 +41,7 @@ class OptimizerOptions(OptionGroup):
     )
     max_grad_norm: float = option(1.0, ge=0, help="gradients are scaled down to this norm; 0 leaves them")
     optimizer_args: list[str] | None = option(
-        None, pairs=True, help="arguments of the optimizer as Python literals: weight_decay=0.01 betas=.9,.999"
+        None, pairs="word", help="arguments of the optimizer as Python literals: weight_decay=0.01 betas=.9,.999"
     )
 
 
@@ -56,7 +56,7 @@ class ScheduleOptions(OptionGroup):
         "", help="schedule class of torch, or dotted path of one; wins over lr_scheduler", metavar="CLASS"
     )
     lr_scheduler_args: list[str] | None = option(
-        None, pairs=True, help="arguments of the schedule as Python literals: T_max=100"
+        None, pairs="word", help="arguments of the schedule as Python literals: T_max=100"
     )
     lr_warmup_steps: int | float = option(
         0,

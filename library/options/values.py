@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -104,6 +105,8 @@ def path(raw: Any) -> Path:
     return Path(text(raw))
 
 
+_NEXT_KEY = re.compile(r"[\s,;]\s*[A-Za-z_]\w*\s*=(?!=)")
+
 PARSERS: dict[type, Callable[[Any], Any]] = {int: whole_number, float: number, str: text, bool: switch, Path: path}
 
 
@@ -129,6 +132,16 @@ def split_pair(item: str) -> tuple[str, str]:
     if not sign or not key.strip():
         raise ValueError(f"item {item!r} must have the form key=value")
     return key.strip(), value.strip()
+
+
+def word_pair(item: str) -> tuple[str, str]:
+    """`split_pair` where a value is a word, a number or a list, so that ``a=1 b=2`` must be two items in one."""
+    key, value = split_pair(item)
+    if _NEXT_KEY.search(value):
+        parts = (part.strip(" ,;") for part in re.split(f"(?={_NEXT_KEY.pattern})", item))
+        apart = " ".join(f'"{part}"' for part in parts if part)
+        raise ValueError(f"item {item!r} is one text with several arguments; give each its own quotes: {apart}")
+    return key, value
 
 
 def split_pairs(items: Iterable[str] | None, option_name: str) -> dict[str, str]:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.log import UserError
+from library.models.spec import BOS_ID, EOS_ID
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-BOS_ID = 49406
-EOS_ID = 49407
 MAX_LENGTH = 77
 SD1_TOKENIZER = "openai/clip-vit-large-patch14"
 SD2_TOKENIZER = "stabilityai/stable-diffusion-2"

@@ -93,22 +93,25 @@ def fingerprints_served(load_vae: Callable[[], nn.Module], dtype: torch.dtype) -
     return list(fingerprints_in(load_vae(), _SERVED_TYPES[dtype]).values())
 
 
-def bind_prepared_latents(datasets: Sequence[ResolvedDataset], store: LatentStore) -> int:
-    """Use archives that a metadata file names (latents prepared ahead), without a VAE; returns how many are bound.
+def bind_prepared_latents(
+    datasets: Sequence[ResolvedDataset], store: LatentStore, vae: Any, *, device: torch.device, dtype: torch.dtype
+) -> int:
+    """Use archives that a metadata file names (latents prepared ahead); returns how many are bound.
 
-    A data set one of whose images lacks a valid archive, or whose augmentation changes pixels, stays with pixels
+    ``vae`` is only asked whether archives of other programs are its own, see `LatentStore.find`. A data set one of
+    whose images lacks a valid archive, or whose augmentation changes pixels, stays with pixels
     (`library.data.dataset.TrainImages` asks for all).
     """
-    before = len(store)
+    before, encode = len(store), _MeanOfVae(vae, device, dtype)
     for dataset in datasets:
         if uncacheable_subsets([dataset.spec]) or not all(record.npz_path for record in dataset.records):
             continue
         items = _unique_items([dataset])
-        unfit = store.find([item.target for item in items], [item.flipped for item in items])
+        unfit = store.find([item.target for item in items], [item.flipped for item in items], encode)
         if unfit:
             logger.warning(
-                "prepared latents of %d images are not used: made for another size, without mirror image, or older than"
-                " the image (first: %s); --cache_latents_to_disk makes them anew",
+                "prepared latents of %d images are not used: made for another size, without mirror image, by another"
+                " VAE, or older than the image (first: %s); --cache_latents_to_disk makes them anew",
                 len(unfit),
                 items[unfit[0]].target.npz_path,
             )
@@ -137,16 +140,14 @@ def cache_latents(
     float32. ``after_group`` (to empty a device's cache) is called after the groups of each size, not after each group,
     as that would cost more than small images take.
 
-    Raises UserError: augmentations that forbid caching; images that cannot be used, all in one list, unless
-    ``on_bad_image`` is "skip"; folders that cannot be written.
+    Augmentations that forbid caching (`uncacheable_subsets`) have been refused before. Raises UserError: images that
+    cannot be used, all in one list, unless ``on_bad_image`` is "skip"; folders that cannot be written.
     """
-    obstacles = uncacheable_subsets([dataset.spec for dataset in datasets])
-    if obstacles:
-        raise UserError.of(obstacles)
     _warn_of_face_crops(datasets)
     share = share or WorkShare()
     items = _unique_items(datasets)
-    missing = [items[index] for index in store.find([item.target for item in items], [item.flipped for item in items])]
+    targets, flips = [item.target for item in items], [item.flipped for item in items]
+    missing = [items[index] for index in store.find(targets, flips, _MeanOfVae(vae, device, dtype))]
     if store.to_disk:
         share.wait()  # nobody writes before all have looked
     report = CachingReport(total=len(items), reused=len(items) - len(missing), notes=tuple(describe_notes(store.notes)))
@@ -160,6 +161,38 @@ def cache_latents(
         problems += _fetch_from_others(missing, store, problems)
     report.problems = tuple(sorted(problems, key=lambda problem: problem.path))
     return _without_problems(datasets, report.problems, on_bad_image), report
+
+
+@dataclass(frozen=True)
+class _MeanOfVae:
+    """The run's VAE, asked for the mean of an image's posterior, to tell whose archives were found.
+
+    A VAE that was asked is left on ``device`` in ``dtype``.
+    """
+
+    vae: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    @torch.no_grad()
+    def __call__(self, target: LatentTarget) -> Tensor:
+        """The mean CHW, float32 on the CPU. Raises `UnreadableImage`."""
+        pixels_HWC = fit_pixels(read_image(target.path), target.fit).pixels_HWC
+        images_BCHW = to_model_range(torch.from_numpy(pixels_HWC).unsqueeze(0).to(self.device))
+        mean_CHW = self._encode(images_BCHW, self.dtype)
+        if not mean_CHW.isfinite().all():
+            mean_CHW = self._encode(images_BCHW, torch.float32)
+            _move(self.vae, self.device, self.dtype)
+        return mean_CHW
+
+    def _encode(self, images_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
+        _move(self.vae, self.device, dtype)
+        return self.vae.encode(images_BCHW.to(dtype)).latent_dist.mean[0].float().cpu()
+
+
+def _move(vae: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    nn.Module.to(vae, device=device, dtype=dtype)  # diffusers' own `to` prints a notice each time
+    vae.eval()
 
 
 def _unique_items(datasets: Sequence[ResolvedDataset]) -> list[_Item]:
@@ -244,12 +277,9 @@ class _Encoder:
                 alone = [(item,) for item in not_finite]
                 hopeless = self._encode_all(alone, torch.float32, "caching latents in float32", writer, problems)
                 problems += [ImageProblem(item.target.path, _NEVER_FINITE) for item in hopeless]
-                self._move(self._dtype)
+                _move(self._vae, self._device, self._dtype)
             self._wait_for_writing()
         return problems
-
-    def _move(self, dtype: torch.dtype) -> None:
-        nn.Module.to(self._vae, device=self._device, dtype=dtype)  # diffusers' own `to` prints a notice each time
 
     def _encode_all(
         self,
@@ -260,8 +290,7 @@ class _Encoder:
         problems: list[ImageProblem],
     ) -> list[_Item]:
         """Encode groups in one precision; returns the items whose latents are not finite."""
-        self._move(dtype)
-        self._vae.eval()
+        _move(self._vae, self._device, dtype)
         not_finite: list[_Item] = []
         last_size: torch.Size | None = None
         decoded_groups = closing(prefetch(groups, _decode, self._workers))  # an interrupt drops what is not begun

@@ -33,7 +33,7 @@ from library.log import UserError
 from library.models.load import Target, load_vae, recognise
 from library.models.spec import SDXL_LATENT_SCALE
 from library.options import PrecisionOptions
-from library.options.checks import SDXL_BUCKET_STEP
+from library.options.implied import SDXL_BUCKET_STEP
 from library.options.preparation import PrepareOptions
 from library.preparation.files import image_key, measure_images
 from library.preparation.metadata import MetadataFile

@@ -166,7 +166,7 @@ def make_latents(
         ),
     )
     if has_prepared:
-        bind_prepared_latents(datasets, store)
+        bind_prepared_latents(datasets, store, parts.vae, device=machine.device, dtype=machine.vae_dtype)
     if cache.cache_latents:
         datasets, report = cache_latents(
             datasets,

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from library.device import choose_device
 from library.log import UserError, progress
 from library.models import load
+from library.models.spec import BOS_ID, EOS_ID
 from library.options.network_tools import InterrogatorOptions
 from library.text.encode import encode_rows
-from library.text.tokenizer import BOS_ID, EOS_ID, clip_tokenizer
+from library.text.tokenizer import clip_tokenizer
 from networks.adapter import Adapter
 from networks.kinds import adapter_of, read_network
 from networks.targets import text_encoder_targets

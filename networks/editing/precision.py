@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.log import UserError
+from library.log import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def tool_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: cannot be used here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--device {name}: cannot be used here: {first_line(error)}") from error
     if device.type == "mps":
         logger.warning("--device %s: singular values need float64, which it lacks; using the CPU", name)
         return torch.device("cpu")

@@ -15,7 +15,8 @@ from torch import Tensor
 from library.generation.engine import Engine
 from library.generation.from_picture import FromPicture
 from library.generation.jobs import Job
-from library.text.tokenizer import EOS_ID, SD2_TOKENIZER, clip_tokenizer
+from library.models.spec import EOS_ID
+from library.text.tokenizer import SD2_TOKENIZER, clip_tokenizer
 from tests.generation.engines import engine_of, job, sdxl_parts, write_mask, write_picture
 from tests.parity.test_sampling import PLAIN, SCHEDULERS
 from tests.text_diffusion_fixtures import diffusers_pipeline, toy_parts

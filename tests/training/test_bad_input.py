@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.training.bench import Bench, refused
 from tests.training.runs import tensors
+from tools import cache_latents
 
 # ---- data
 
@@ -70,6 +71,16 @@ def test_captions_under_another_ending_are_not_passed_over(bench: Bench):
     folder = bench.images()
     options = ("--caption_extension", ".txt")
     refused(bench, options, str(folder), "2 .caption files", "set caption_extension", data=folder.parent)
+
+
+def test_augmentations_that_change_pixels_do_not_go_with_cached_latents(bench: Bench):
+    folder = bench.images()
+    rules = f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{folder}"\nclass_tokens = "a"\n'
+    config = bench.file("d.toml", rules + "color_aug = true\n")
+    refused(bench, ("--dataset_config", config, "--cache_latents"), str(folder), "color_aug cannot go with cached")
+    words = ["--pretrained_model_name_or_path", "missing.safetensors", "--dataset_config", str(config)]
+    assert cache_latents.main([*words, "--cache_latents_to_disk"]) == 1
+    assert "color_aug cannot go with cached" in bench.capsys.readouterr().err
 
 
 def cut_short(image: bytes) -> bytes:

@@ -14,7 +14,7 @@ from torch import nn
 
 from library.checkpoint.hashes import weights_fingerprint
 from library.data.cache import LatentStore, target_of
-from library.data.records import Augmentation, ResolvedDataset
+from library.data.records import ResolvedDataset
 from library.log import UserError
 from library.training.caching import (
     WorkShare,
@@ -23,12 +23,6 @@ from tests.cache_fixtures import archives, disk_store, latents_of, one_image, ru
 from tests.data_fixtures import AveragingVae, cover_fit, dataset, record, write_picture
 
 # ---- what is refused, what is left out
-
-
-def test_augmentations_that_change_pixels_are_refused(tmp_path: Path) -> None:
-    data = one_image(tmp_path, augmentation=Augmentation(color_aug=True, random_crop=True))
-    with pytest.raises(UserError, match=r"color_aug.*random_crop"):
-        run([data], disk_store())
 
 
 def broken_pair(folder: Path) -> ResolvedDataset:

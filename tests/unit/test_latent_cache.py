@@ -17,13 +17,13 @@ from library.data import cache
 from library.data.cache import LatentStore
 from library.data.cache_files import BrokenArchive, read_array, read_facts, write_archive
 from library.data.images import UnreadableImage
-from library.data.records import Augmentation, Fit
+from library.data.records import Augmentation, Fit, ResolvedDataset
 from library.log import UserError
-from library.training.caching import (
-    bind_prepared_latents,
-)
-from tests.cache_fixtures import archives, disk_store, latents_of, one_image, run
+from library.training.caching import bind_prepared_latents
+from tests.cache_fixtures import CPU, archives, disk_store, latents_of, one_image, run
 from tests.data_fixtures import AveragingVae, cover_fit, dataset, record, write_picture
+
+MIRRORED = Augmentation(flip_aug=True)
 
 
 def make_newer(path: Path, seconds: float) -> None:
@@ -220,41 +220,80 @@ def test_mixed_flip_settings_are_each_images_own(tmp_path: Path) -> None:
     assert flipped == [True, False, True]
 
 
-def write_foreign(path: Path, size: tuple[int, int], shape: tuple[int, ...], flipped: bool = False) -> None:
+def write_foreign(data: ResolvedDataset, path: Path, gain: float = 1.05, **changed: np.ndarray) -> None:
+    """Another program's archive of the first image: what the VAE gives times ``gain``, so that it can be told."""
+    store = LatentStore("sd", "v")
+    mirrored = replace(data, spec=replace(data.spec, subsets=(replace(data.spec.subsets[0], augmentation=MIRRORED),)))
+    run([mirrored], store)
     arrays = {
-        "latents": np.full(shape, 7, np.float32),
-        "original_size": np.array(size),
+        "latents": latents_of(data, store).numpy() * np.float32(gain),
+        "latents_flipped": latents_of(data, store, flipped=True).numpy() * np.float32(gain),
+        "original_size": np.array(data.records[0].size),
         "crop_ltrb": np.zeros(4, np.float64),
     }
-    if flipped:
-        arrays["latents_flipped"] = np.full(shape, -7, np.float32)
-    np.savez(path, **arrays)  # type: ignore[arg-type]
+    np.savez(path, **(arrays | changed))  # type: ignore[arg-type]
 
 
 def test_files_of_the_reference_are_used_and_that_is_said(tmp_path: Path) -> None:
     data = one_image(tmp_path)
-    write_foreign(tmp_path / "a.npz", (80, 64), (4, 8, 8))
-    store = disk_store()
-    _, report = run([data], store)
-    assert report.encoded == 0
-    assert latents_of(data, store).unique().tolist() == [7.0]
+    write_foreign(data, tmp_path / "a.npz")
+    store, vae = disk_store(), AveragingVae()
+    _, report = run([data], store, vae)
+    assert (report.encoded, len(vae.calls)) == (0, 1)
+    assert torch.equal(latents_of(data, store), torch.from_numpy(read_array(tmp_path / "a.npz", "latents")))
     assert "without a fingerprint" in report.notes[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_files_of_the_reference_by_another_vae_are_left_alone_and_said(tmp_path: Path, dtype: torch.dtype) -> None:
+    """SD latents have the names and shapes of SDXL's: only what they hold tells them apart."""
+    data = one_image(tmp_path)
+    write_foreign(data, tmp_path / "a.npz", gain=-1.4)
+    before = (tmp_path / "a.npz").read_bytes()
+    store = disk_store()
+    _, report = run([data], store, dtype=dtype)
+    assert report.encoded == 1
+    assert [("are not used" in note, "a.npz" in note) for note in report.notes] == [(True, True)]
+    assert (tmp_path / "a.npz").read_bytes() == before
+    assert float(latents_of(data, store).mean()) == pytest.approx(
+        -float(np.mean(read_array(tmp_path / "a.npz", "latents"))) / 1.4, abs=0.01
+    )
+    vae = AveragingVae()
+    _, again = run([data], disk_store(), vae, dtype=dtype)
+    assert (again.encoded, vae.calls, again.notes) == (0, [], ())
+
+
+def test_one_file_of_each_folder_of_the_reference_answers_for_all(tmp_path: Path) -> None:
+    paths = [write_picture(tmp_path / f"{index % 2}" / f"{index}.png", (64, 64), index) for index in range(6)]
+    records = [record(path, (64, 64)) for path in paths]
+    data = dataset(records, [cover_fit((64, 64), (64, 64))] * 6)
+    for index, path in enumerate(paths):
+        one = replace(data, records=(records[index],), fits=data.fits[:1])
+        write_foreign(one, path.with_suffix(".npz"), gain=-1.4 if index % 2 else 1.0)
+    vae = AveragingVae()
+    _, report = run([data], disk_store(), vae, vae_batch_size=3)
+    assert (report.reused, report.encoded) == (3, 3)
+    assert [shape[0] for shape, _ in vae.calls] == [1, 1, 3]
 
 
 @pytest.mark.parametrize("wrong", ["shape", "older", "size", "missing key", "flip"])
 def test_files_of_the_reference_that_do_not_fit_are_not_used(tmp_path: Path, wrong: str) -> None:
     data = one_image(tmp_path, augmentation=Augmentation(flip_aug=wrong == "flip"))
     file = tmp_path / "a.npz"
-    write_foreign(file, (64, 80) if wrong == "size" else (80, 64), (4, 8, 9) if wrong == "shape" else (4, 8, 8))
+    changed = {
+        "size": {"original_size": np.array((64, 80))},
+        "shape": {"latents": np.zeros((4, 8, 9), np.float32)},
+        "flip": {"latents_flipped": np.zeros((4, 8, 9), np.float32)},
+    }
+    write_foreign(data, file, **changed.get(wrong, {}))
     if wrong == "older":
         make_newer(tmp_path / "a.png", 60)
     if wrong == "missing key":
         np.savez(file, latents=np.zeros((4, 8, 8), np.float32))
     before = file.read_bytes()
-    store = disk_store()
-    _, report = run([data], store)
-    assert report.encoded == 1
-    assert latents_of(data, store).unique().tolist() != [7.0]
+    store, vae = disk_store(), AveragingVae()
+    _, report = run([data], store, vae)
+    assert (report.encoded, len(vae.calls)) == (1, 2 if wrong == "flip" else 1)
     is_same_purpose = wrong in ("older", "flip")
     assert (file.read_bytes() != before) == is_same_purpose  # what serves another purpose is left alone
     assert run([data], disk_store())[1].encoded == 0
@@ -305,21 +344,34 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
 # ---- latents prepared ahead by the preparation script (metadata names them)
 
 
-def test_prepared_latents_are_bound_without_a_vae(tmp_path: Path) -> None:
+def bound(data: ResolvedDataset, store: LatentStore | None = None) -> int:
+    store = LatentStore("sd", "v") if store is None else store
+    return bind_prepared_latents([data], store, AveragingVae(), device=CPU, dtype=torch.float32)
+
+
+def test_prepared_latents_are_bound(tmp_path: Path) -> None:
     data = one_image(tmp_path)
     prepared = tmp_path / "elsewhere" / "a.npz"
     prepared.parent.mkdir()
-    write_foreign(prepared, (80, 64), (4, 8, 8), flipped=True)
+    write_foreign(data, prepared)
     data = replace(data, records=(replace(data.records[0], npz_path=str(prepared)),))
     store = LatentStore("sd", "v")
-    assert bind_prepared_latents([data], store) == 1
-    assert latents_of(data, store).unique().tolist() == [7.0]
+    assert bound(data, store) == 1
+    assert torch.equal(latents_of(data, store), torch.from_numpy(read_array(prepared, "latents")))
     (tmp_path / "a.png").unlink()  # latents without their image train too
-    assert bind_prepared_latents([data], LatentStore("sd", "v")) == 1
+    assert bound(data) == 1
     for augmentation in (Augmentation(color_aug=True), Augmentation(random_crop=True)):
         changing = replace(
             data, spec=replace(data.spec, subsets=(replace(data.spec.subsets[0], augmentation=augmentation),))
         )
-        assert bind_prepared_latents([changing], LatentStore("sd", "v")) == 0
+        assert bound(changing) == 0
     data_wrong = replace(data, fits=(cover_fit((80, 64), (32, 32)),))
-    assert bind_prepared_latents([data_wrong], LatentStore("sd", "v")) == 0
+    assert bound(data_wrong) == 0
+
+
+def test_prepared_latents_of_another_vae_are_not_bound(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = one_image(tmp_path)
+    write_foreign(data, tmp_path / "a.npz", gain=-1.4)
+    data = replace(data, records=(replace(data.records[0], npz_path=str(tmp_path / "a.npz")),))
+    assert bound(data) == 0
+    assert "another VAE" in caplog.text

@@ -275,6 +275,13 @@ def test_missing_masks_are_named_all_at_once(tmp_path: Path) -> None:
         resolved(subset_with(tmp_path))
 
 
+def test_masks_cannot_lie_among_the_images(tmp_path: Path) -> None:
+    write_picture(tmp_path / "images" / "a.png", (64, 64))
+    (tmp_path / "masks").symlink_to(tmp_path / "images")
+    with pytest.raises(UserError, match=r"masks: the folder of masks \(.*\) is that of the images"):
+        resolved(subset_with(tmp_path))
+
+
 def test_masks_of_a_metadata_file_lie_in_the_same_subfolders(tmp_path: Path) -> None:
     names = ("a", "one/a", "two/a")
     for level, name in enumerate(names):

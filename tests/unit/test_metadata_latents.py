@@ -92,10 +92,15 @@ def test_training_finds_the_latents_in_every_precision(tmp_path: Path, dtype: to
     assert run(folder, "--flip_aug", *more)[0] == 0
     (dataset,) = resolved(folder)
     of_training = toy_modules("sd1")["vae"].to(dtype)
-    assert bind_prepared_latents([dataset], LatentStore("sd", weights_fingerprint(of_training))) == 2
-    assert bind_prepared_latents([dataset], LatentStore("sd", "of another VAE")) == 0
+
+    def bound(vae: str) -> int:
+        store = LatentStore("sd", vae)
+        return bind_prepared_latents([dataset], store, of_training, device=torch.device("cpu"), dtype=dtype)
+
+    assert bound(weights_fingerprint(of_training)) == 2
+    assert bound("of another VAE") == 0
     write_picture(folder / "0.png", (300, 201), seed=5)  # an edited image is noticed
-    assert bind_prepared_latents([dataset], LatentStore("sd", weights_fingerprint(of_training))) < 2
+    assert bound(weights_fingerprint(of_training)) < 2
 
 
 def test_each_image_is_read_once_however_many_buckets(tmp_path: Path, vae: ToyVae, monkeypatch: pytest.MonkeyPatch):

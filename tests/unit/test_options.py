@@ -134,6 +134,15 @@ def test_pairs_are_cut_at_the_first_equals_sign():
     ]
 
 
+@pytest.mark.parametrize("between", [" ", ", ", ",", ";"])
+def test_several_pairs_in_one_pair_of_quotes_are_told_apart(between: str):
+    together = between.join(("conv_dim=4", "conv_alpha = 1", "down_lr_weight=0,1"))
+    (problem,) = problems_of("--network_args", together)
+    assert problem.endswith('give each its own quotes: "conv_dim=4" "conv_alpha = 1" "down_lr_weight=0,1"')
+    assert f"--network_args {together}: " in problem
+    assert parse(LOOSE, ["--network_args", "down_lr_weight=0, 1"]).value_of("network_args") == ["down_lr_weight=0, 1"]
+
+
 @given(st.integers(), st.floats(allow_nan=True, allow_infinity=True))
 def test_ranges_hold_for_any_number(whole: int, real: float):
     specs = specs_by_name((LoopOptions, NoiseOptions, NetworkOptions))

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from library.log import UserError
 from library.options.base import OptionSpec
 from library.options.config_file import config_path, config_table, read_config, unique_entries, write_config
+from library.options.lines import line_of
 from library.options.script import parse
 from library.options.scripts import TRAIN_NETWORK
 from library.options.settings import ScriptOptions
-from library.options.toml_file import key_lines
+from library.options.toml_file import parse_toml
 
 LOOSE = ScriptOptions("train_network.py", TRAIN_NETWORK.groups)
 
@@ -133,13 +134,17 @@ def test_keys_of_other_programs_that_change_the_training_are_refused(tmp_path: P
 
 def test_lines_of_keys():
     text = 'a = 1\n# b = 2\n"c d" = """\ne = 5\n"""\n[ t ] # x\nf.g=1\n[[u]]\nh = [\n 1,\n]\n  i = 3\n'
-    lines = key_lines(text)
-    assert lines[("", "a")] == 1
-    assert lines[("", "c d")] == 3
-    assert lines[("", "t")] == 6
-    assert lines[("t.f", "g")] == 7
-    assert (lines[("u", "h")], lines[("u", "i")]) == (9, 12)
-    assert not {("", "b"), ("", "e")} & set(lines)
+    document = parse_toml(text)
+    expected = {("a",): 1, ("c d",): 3, ("t",): 6, ("t", "f", "g"): 7, ("u", 0, "h"): 9, ("u", 0, "i"): 12}
+    assert {where: line_of(text, False, document, where) for where in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "before", ["o = 'a, i = 1'", 'o = "\\", i = 1"', "o = 1 # {i = 1", "o = '''\ni = 1\n'''", '"i." = 1']
+)
+def test_a_key_within_a_text_or_a_comment_is_none(before: str):
+    text = f"{before}\ni = 2\n"
+    assert line_of(text, False, parse_toml(text), ("i",)) == text[: text.index("i = 2")].count("\n") + 1
 
 
 # --- --output_config --------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_folders_that_cannot_be_meant(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="edges: the folder cannot be read"):
         resolved(tmp_path)
     (tmp_path / "edges").symlink_to(tmp_path / "images")
-    with pytest.raises(UserError, match="is the folder of the images themselves"):
+    with pytest.raises(UserError, match=r"edges: the folder of conditioning pictures \(.*\) is that of the images"):
         resolved(tmp_path)
 
 

@@ -67,11 +67,11 @@ def test_parsed_unfolds_nested_json_only(file: Path, capsys: pytest.CaptureFixtu
 def test_edits_leave_tensors_and_mend_hashes(file: Path, tmp_path: Path, in_place: bool) -> None:
     before, data = read_header(file)[1], data_of(file)
     target = file if in_place else tmp_path / "new" / "edited.safetensors"
-    edits = ["--set", "ss_training_comment=a = b", "note=" + "long" * 500, "--remove", "ss_datasets"]
+    edits = ["--set", "ss_training_comment=a b = c", "note=" + "long" * 500, "--remove", "ss_datasets"]
     run("--model", file, *edits, *([] if in_place else ["--save_to", target]))
     after = read_header(target)[1]
     assert data_of(target) == data
-    assert after["ss_training_comment"] == "a = b"
+    assert after["ss_training_comment"] == "a b = c"
     assert after["note"] == "long" * 500
     assert "ss_datasets" not in after
     assert after["sshs_model_hash"] == hashlib.sha256(data).hexdigest()

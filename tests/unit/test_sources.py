@@ -29,9 +29,7 @@ from library.data.records import (
 )
 from library.data.report import describe
 from library.data.sources import resolve
-from library.data.spec import load_dataset_specs
 from library.log import UserError
-from library.options import DataOptions
 
 
 def picture(path: Path, size: tuple[int, int] = (64, 48), orientation: int = 1) -> Path:
@@ -70,59 +68,6 @@ def test_images_in_natural_order_hidden_and_other_files_passed_over(tmp_path: Pa
     assert [Path(record.path).name for record in data.records] == ["a.WebP", "b9.JPG", "b10.png"]
     assert {record.repeats for record in data.records} == {3}
     assert [fit.bucket for fit in data.fits] == [(64, 64)] * 3
-
-
-def test_captions_by_extension(tmp_path: Path) -> None:
-    for name in ("a", "b", "c"):
-        picture(tmp_path / f"{name}.png")
-    (tmp_path / "a.caption").write_text("from caption")
-    (tmp_path / "a.txt").write_text("from txt")
-    (tmp_path / "b.txt").write_text("\ufeff  first, line \r\nsecond\n", encoding="utf-8")
-    by_itself = found(folder(tmp_path))
-    assert [(r.caption, r.has_caption) for r in by_itself.records] == [
-        ("from caption", True), ("first, line", True), ("cat", False),
-    ]  # fmt: skip
-    assert [r.caption_path for r in by_itself.records] == [str(tmp_path / "a.caption"), str(tmp_path / "b.txt"), None]
-    only_txt = found(folder(tmp_path, caption_extension=".txt"))
-    assert [r.caption for r in only_txt.records] == ["from txt", "first, line", "cat"]
-
-
-def test_caption_without_the_face_suffix(tmp_path: Path) -> None:
-    place = tmp_path / "a_b_c_d_e"
-    picture(place / "girl_10_20_30_40.png")
-    picture(place / "my_girl_1_2_3_4.png")
-    (place / "girl.txt").write_text("short")
-    (place / "my_girl.txt").write_text("other")
-    (place / "my_girl_1_2_3_4.txt").write_text("own")
-    assert [record.caption for record in found(folder(place)).records] == ["short", "own"]
-
-
-def test_cut_and_missing_captions_are_told_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for number in range(8):
-        picture(tmp_path / f"{number}.png")
-    (tmp_path / "0.txt").write_text("one\ntwo")
-    with caplog.at_level(logging.WARNING):
-        data = found(folder(tmp_path, class_tokens=None))
-    assert [record.caption for record in data.records] == ["one"] + [""] * 7
-    assert "7 of 8 images have no caption: 1.png, 2.png, 3.png, 4.png, 5.png and 2 more" in caplog.text
-    assert "1 files have more: 0.png" in caplog.text
-
-
-def test_no_caption_anywhere_is_refused_unless_allowed(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
-    (line,) = problems(folder(tmp_path, class_tokens=None))
-    assert "no image has a caption file (.caption or .txt)" in line
-    assert "--allow_captionless" in line
-    assert found(folder(tmp_path, class_tokens=None), allow_captionless=True).records[0].caption == ""
-    place = tmp_path / "set" / "10_"
-    place.mkdir(parents=True)
-    picture(place / "a.png")
-    options = DataOptions(train_data_dir=str(tmp_path / "set"), resolution=(64, 64))
-    with pytest.raises(UserError, match="no image has a caption file"):
-        resolve(load_dataset_specs(options, frozenset({DatasetKind.DREAMBOOTH})))
-    (tmp_path / "a.txt").write_text("x")
-    (line,) = problems(folder(tmp_path, class_tokens=None, caption_extension=".caption"))
-    assert "there are 1 .txt files: set caption_extension" in line
 
 
 def truncated(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where something stands in a data set file: the way to it in words, and its line."""
+"""Where something stands in a TOML or JSON file of the user: the way to it in words, and its line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def line_of(text: str, is_json: bool, document: Any, where: Where) -> int | None
     Places come in the text in the order of the document, so the n-th one of a name there is the n-th in the text.
     """
     if not is_json:
-        text = re.sub(r"(?m)^[ \t]*#.*$", "", text)
+        text = _TOML_TEXT.sub(_blanked, text)
     paths = list(_walk(document, ()))
     while where:
         pattern = _json_pattern(where) if is_json else _toml_pattern(where)
@@ -35,6 +35,27 @@ def line_of(text: str, is_json: bool, document: Any, where: Where) -> int | None
                 return text.count("\n", 0, starts[earlier]) + 1
         where = where[:-1]
     return None
+
+
+_TOML_TEXT = re.compile(
+    r"""
+    \#.*
+    | \"{3} [\s\S]*? (?<!\\) \"{3,5}
+    | '{3} [\s\S]*? '{3,5}
+    | "(?: \\. | [^"\\\n] )*"
+    | '[^'\n]*'
+    """,
+    re.VERBOSE,
+)
+_AFTER_KEY = re.compile(r"[ \t]*[=.\]]")
+_TABLE_NAMES = r"(?:[\w\"'-]+[ \t]*\.[ \t]*)*"  # of a dotted key
+
+
+def _blanked(found: re.Match[str]) -> str:
+    """Nothing but the line breaks of a comment or a text; a quoted key stays."""
+    if found[0][0] != "#" and _AFTER_KEY.match(found.string, found.end()):
+        return found[0]
+    return "\n" * found[0].count("\n")
 
 
 def _json_pattern(where: Where) -> str | None:
@@ -48,7 +69,7 @@ def _toml_pattern(where: Where) -> str:
         return rf"(?m)^[ \t]*(?P<key>\[\[[ \t]*{header}[ \t]*\]\])"
     key = rf"[\"']?{re.escape(where[-1])}[\"']?[ \t]*="
     table = rf"\[[ \t]*{header}[ \t]*\][ \t]*$"
-    return rf"(?m)(?:^[ \t]*|[{{,][ \t]*)(?P<key>{key}|{table})"
+    return rf"(?m)(?:^[ \t]*|[{{,][ \t]*)(?P<key>{_TABLE_NAMES}{key}|{table})"
 
 
 def _earlier_places(paths: list[Where], where: Where) -> int | None:
