@@ -7,9 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from library.families.sd import SdFamily
+from library.training import caching
 from tests.cells_fixtures import Runner
 from tests.training.runs import write_photos
 
@@ -128,15 +131,20 @@ def test_metadata_file(fit, photos, tmp_path):
     assert json.loads(done.metadata["ss_dataset_dirs"]) == {"meta.json": {"n_repeats": 1, "img_count": 3}}
 
 
-@pytest.mark.parametrize("image", ["older", "newer", "absent"])
+@pytest.mark.parametrize("image", ["older", "newer", "absent", "of another VAE"])
 def test_latents_prepared_by_the_reference(fit, tmp_path, monkeypatch, caplog, image):
-    """They are used without asking the VAE; but not if their image changed since, and that is said."""
+    """They are used in place of pixels; but not if their image changed since or the VAE gives others: that is said."""
     folder = tmp_path / "data"
     folder.mkdir()
     shutil.copy(GOLDEN / "chelsea_sd1.npz", folder / "chelsea.npz")
     if image != "absent":
         shutil.copy(GOLDEN / "chelsea.png", folder / "chelsea.png")
-        os.utime(folder / "chelsea.png", (1e9, 1e9) if image == "older" else (4e9, 4e9))
+        os.utime(folder / "chelsea.png", (1e9, 1e9) if image != "newer" else (4e9, 4e9))
+    if image != "of another VAE":
+        with np.load(GOLDEN / "chelsea_sd1.npz") as archive:
+            mean_CHW = torch.from_numpy(archive["latents"])
+        monkeypatch.setattr(caching._MeanOfVae, "__call__", lambda *_: mean_CHW)
+    is_used = image in ("older", "absent")
     meta = write_metadata(tmp_path, ["chelsea"], train_resolution=[320, 192])
     asked = []
     original = SdFamily.encode_images
@@ -145,8 +153,8 @@ def test_latents_prepared_by_the_reference(fit, tmp_path, monkeypatch, caplog, i
     done = fit(*options, data=folder, steps=2)
     assert not done.unmoved
     assert "[320, 192]" in done.metadata["ss_bucket_info"]
-    assert bool(asked) == (image == "newer")
-    assert ("prepared latents of 1 images are not used" in caplog.text) == (image == "newer")
+    assert bool(asked) != is_used
+    assert ("prepared latents of 1 images are not used" in caplog.text) != is_used
 
 
 # ---- data set files
