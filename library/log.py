@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 OWN_LOGGERS = ("library", "networks", "tools", "__main__")
+# Of these only errors show. The first warns of kernels that nothing here needs; the second gives two lines for each
+# retry of each file, where what failed in the end is said once, by our own error.
+OTHER_LOGGERS = ("bitsandbytes", "huggingface_hub.utils._http")
 NAMES_SHOWN = 5
 WINDOW = 50  # marks that the speed is measured over: the slow first steps drop out soon
 PLAIN_SECONDS = 10.0  # pause between two plain progress lines
@@ -101,7 +104,8 @@ def _terminal() -> Console:
     return Console(stderr=True)
 
 
-def _is_own(handler: logging.Handler) -> bool:
+def is_own_handler(handler: logging.Handler) -> bool:
+    """True for what `setup_logging` installs."""
     return isinstance(handler, _OwnFileHandler | _OwnStreamHandler) or _is_terminal(handler)
 
 
@@ -143,16 +147,15 @@ def setup_logging(level: str | None = None, file: str | None = None, simple: boo
     if not _is_terminal(handler):
         handler.setFormatter(_PlainFormatter())
     root = logging.getLogger()
-    for old in [old for old in root.handlers if _is_own(old)]:
+    for old in [old for old in root.handlers if is_own_handler(old)]:
         root.removeHandler(old)
         if old is not handler:
             old.close()
     root.addHandler(handler)
     lowest = getattr(logging, level or "INFO")
     root.setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here needs
-    # Two lines for each retry of each file; what failed in the end is said once, by our own error.
-    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+    for name in OTHER_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(lowest if process_index() == 0 else max(lowest, logging.WARNING))
 

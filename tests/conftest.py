@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import ipaddress
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from library.log import OTHER_LOGGERS, OWN_LOGGERS, is_own_handler
 
 settings.register_profile("house", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")
@@ -49,6 +52,24 @@ def no_network() -> Iterator[None]:
     socket.socket.connect = guarded  # type: ignore[method-assign]
     yield
     socket.socket.connect = connect  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True)
+def fresh_logging() -> Iterator[None]:
+    """Each test begins with logging as a new process has it, whatever an earlier one or a shared fixture set up."""
+    _reset_logging()
+    yield
+    _reset_logging()
+
+
+def _reset_logging() -> None:
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if is_own_handler(handler)]:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(logging.WARNING)
+    for name in (*OWN_LOGGERS, *OTHER_LOGGERS):
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 def pytest_collection_finish() -> None:

@@ -65,19 +65,6 @@ def test_two_processes_with_these_switches_learn_the_same(model: Path, photos: P
 CONSOLE = ScriptOptions("test", (ConsoleOptions,))
 
 
-@pytest.fixture
-def kept_logging() -> Iterator[None]:
-    """The root logger's handlers and our loggers' levels as they were."""
-    root, own = logging.getLogger(), logging.getLogger("library")
-    handlers, levels = list(root.handlers), (root.level, own.level)
-    yield
-    for handler in [handler for handler in root.handlers if handler not in handlers]:
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(levels[0])
-    own.setLevel(levels[1])
-
-
 def say_all(_: Settings) -> int:
     for level in ("debug", "info", "warning"):
         getattr(logging.getLogger("library.somewhere"), level)(f"a word of {level}")
@@ -93,7 +80,7 @@ def say_all(_: Settings) -> int:
     ],
 )
 def test_the_level_of_messages(
-    kept_logging: None, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], heard: tuple[str, ...]
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], heard: tuple[str, ...]
 ) -> None:
     assert run_command(CONSOLE, say_all, [*words, "--console_log_simple"]) == 0
     said = capsys.readouterr()
@@ -102,7 +89,7 @@ def test_the_level_of_messages(
 
 
 def test_messages_go_to_a_file_and_a_traceback_only_to_those_who_ask(
-    kept_logging: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def fail(settings: Settings) -> int:
         say_all(settings)

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from library.log import OWN_LOGGERS, Progress, UserError, first_line, progress, setup_logging, some_of
+from library.log import Progress, UserError, first_line, progress, setup_logging, some_of
 
 log = logging.getLogger("library.some_module")
 
 
 @pytest.fixture(autouse=True)
-def restore_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test leaves the process's logging as it was."""
+def main_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test begins as the main process."""
     monkeypatch.delenv("RANK", raising=False)
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    levels = {name: logging.getLogger(name).level for name in OWN_LOGGERS}
-    yield
-    for handler in [handler for handler in root.handlers if handler not in before]:
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(level)
-    for name, old in levels.items():
-        logging.getLogger(name).setLevel(old)
 
 
 class Clock:
@@ -212,9 +201,5 @@ def test_a_bar_inside_a_bar_shows_once_it_lasts(monkeypatch: pytest.MonkeyPatch,
 def test_retries_of_the_hub_are_not_shown():
     setup_logging()
     retries = logging.getLogger("huggingface_hub.utils._http")
-    before = retries.level
-    try:
-        assert not retries.isEnabledFor(logging.WARNING)
-        assert retries.isEnabledFor(logging.ERROR)
-    finally:
-        retries.setLevel(before)
+    assert not retries.isEnabledFor(logging.WARNING)
+    assert retries.isEnabledFor(logging.ERROR)
