@@ -78,6 +78,7 @@ NOT_RUN = {
     "python benchmarks/loading.py --size full": ANOTHER,
     "python benchmarks/low_rank.py": ANOTHER,
     "python benchmarks/merge_memory.py --size full": ANOTHER,
+    "python benchmarks/extract.py --size full --family sdxl": ANOTHER,
     "python tools/make_scenes.py --count 120": "made examples/shapes; a block of the same page runs the tool",
     "gen_img.py --network_weights a.safetensors b.safetensors": "half a command; tests/generation draw with two files",
     "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 train_network.py ...": "half a command",
