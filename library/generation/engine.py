@@ -83,15 +83,25 @@ class Engine:
 
     def encode(self, texts: Sequence[str], shared: Shared) -> TextCondition:
         """The condition of texts, one row each; every text is encoded once for each strength of the networks."""
+        return self._encode_all((texts, shared))
+
+    def _encode_all(self, *wanted: tuple[Sequence[str], Shared]) -> TextCondition:
+        """The conditions of several texts one below another; encoders that live elsewhere come once for all of them."""
+        lookups = [(self._texts_of(shared), text) for texts, shared in wanted for text in texts]
+        known = all(text in cache for cache, text in lookups)
+        rows: list[TextCondition] = []
+        with nullcontext() if known else _on_device(self.parts.text_encoders, self.settings.device):
+            for cache, text in lookups:  # one by one: one may be told to each layer, its neighbour to all alike
+                hidden_BTD, pooled_BP, by_layer_BSTD = cache([text])
+                assert hidden_BTD is not None
+                rows.append(TextCondition(hidden_BTD, pooled_BP, by_layer_BSTD))
+        return _joined(*rows)
+
+    def _texts_of(self, shared: Shared) -> ConditionCache:
         key = (shared.rows, shared.multipliers)
         if key not in self._texts:
             self._texts[key] = ConditionCache(lambda captions: self._encode(captions, shared))
-        rows: list[TextCondition] = []
-        for text in texts:  # one by one: one text may be told to each layer, its neighbour to all alike
-            hidden_BTD, pooled_BP, by_layer_BSTD = self._texts[key]([text])
-            assert hidden_BTD is not None
-            rows.append(TextCondition(hidden_BTD, pooled_BP, by_layer_BSTD))
-        return _joined(*rows)
+        return self._texts[key]
 
     def _text_settings(self, rows: int) -> TextSettings:
         return TextSettings(
@@ -106,7 +116,7 @@ class Engine:
         self.set_multipliers(shared.multipliers)
         settings = self._text_settings(shared.rows)
         tokens = self.family.tokenize(list(captions), settings)
-        with self.settings.precision(), _on_device(self.parts.text_encoders, self.settings.device):
+        with self.settings.precision():
             condition = self.family.encode(self.parts.text_encoders, tokens, settings)
         condition = condition.to(self.settings.device, self.settings.dtype)
         return condition.hidden_BTD, condition.pooled_BP, condition.by_layer_BSTD
@@ -114,14 +124,11 @@ class Engine:
     def condition(self, batch: Sequence[Job]) -> TextCondition:
         """The condition of all copies: negative prompts, prompts (the last sub-prompts), empty prompts."""
         shared = batch[0].shared
-        copies = guidance_of(shared).copies
-        prompts = self.encode([job.texts[-1] for job in batch], shared.for_text(shared.parts - 1))
-        if copies == 1:
-            return prompts
-        negative = self.encode([job.negative_prompt for job in batch], shared.for_text(None))
-        if copies == 2:
-            return _joined(negative, prompts)
-        return _joined(negative, prompts, self.encode([""] * len(batch), shared.for_text(None)))
+        prompts = ([job.texts[-1] for job in batch], shared.for_text(shared.parts - 1))
+        negative = ([job.negative_prompt for job in batch], shared.for_text(None))
+        empty = ([""] * len(batch), shared.for_text(None))
+        copies = {1: (prompts,), 2: (negative, prompts), 3: (negative, prompts, empty)}
+        return self._encode_all(*copies[guidance_of(shared).copies])
 
     # ---- pictures
 

@@ -116,6 +116,9 @@ class ConditionCache:
     def __len__(self) -> int:
         return len(self._known)
 
+    def __contains__(self, caption: str) -> bool:
+        return caption in self._known
+
     def _condition(self, caption: str) -> Encoded:
         known = self._known.get(caption)
         if known is not None:

@@ -130,7 +130,7 @@ def test_previews_change_no_byte(fit, prompts, options, monkeypatch):
         raise RuntimeError("the sampler broke")
 
     assert sum(moments(drawn.file).values()) == 8
-    monkeypatch.setattr(preview, "generate", fail)
+    monkeypatch.setattr(preview, "draw_sample", fail)
     failed = fit(*options.split(), *asked)
     assert not (failed.file.parent / "sample").exists()
     assert drawn.file.read_bytes() == plain.file.read_bytes()
@@ -138,14 +138,14 @@ def test_previews_change_no_byte(fit, prompts, options, monkeypatch):
 
 
 def test_a_failing_preview_is_told_and_the_others_are_drawn(fit, prompts, monkeypatch, caplog):
-    original = preview.generate
+    original = preview.draw_sample
 
-    def fail_once(family, parts, prompt, settings):
+    def fail_once(engine, prompt, sampler):
         if prompt.prompt == "a table":
             raise RuntimeError("the sampler broke")
-        return original(family, parts, prompt, settings)
+        return original(engine, prompt, sampler)
 
-    monkeypatch.setattr(preview, "generate", fail_once)
+    monkeypatch.setattr(preview, "draw_sample", fail_once)
     done = fit("--sample_prompts", str(prompts), "--sample_every_n_steps", "2", steps=2)
     assert len(list((done.file.parent / "sample").glob("*_00_*.png"))) == 1
     told = [

@@ -231,7 +231,7 @@ def test_encoders_leave_the_device_and_come_back_for_previews_only(
     watch(sdxl, pictures, tmp_path / "out", CACHE, "--sample_prompts", str(prompts), "--sample_every_n_steps", "2")
     assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 2
     away, here = ["to cpu"] * 2, ["to cpu"] * 2
-    drawn = [*here, "encode", *away]  # after the second step and at the end
+    drawn = [*here, "encode", "encode", *away]  # negative prompt and prompt, after the second step and at the end
     assert events == ["encode", *away, "step", "step", *drawn, "step", *drawn]
 
 
