@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Generator
 from pathlib import Path
 
-from library.checkpoint.io import StrPath, flush_file, flush_folder, write_problem
+from library.checkpoint.io import StrPath, flush_file, flush_folder, told_write_problems
 
 _ASIDE = ".former"
 
@@ -31,18 +31,14 @@ def atomic_folder(target: StrPath) -> Generator[Path]:
     final = Path(os.path.realpath(target))
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _remove(*_left_over(final))
-        recover(final)
-        temporary.mkdir()
-        yield temporary
-        _flush_tree(temporary)
-        _swap(temporary, final)
-    except OSError as error:
-        problem = write_problem(error, final, temporary)
-        if problem is None:
-            raise
-        raise problem from error
+        with told_write_problems(final, temporary):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            _remove(*_left_over(final))
+            recover(final)
+            temporary.mkdir()
+            yield temporary
+            _flush_tree(temporary)
+            _swap(temporary, final)
     finally:
         _remove(temporary)
 

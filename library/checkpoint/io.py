@@ -67,22 +67,18 @@ def atomic_path(target: StrPath, *, durable: bool = True) -> Generator[Path]:
     final = Path(os.path.realpath(target))
     temporary = final.with_name(f".{final.stem[:80]}.{secrets.token_hex(4)}.tmp{final.suffix}")
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        # made here so that the mode is what the umask says, whatever the writer inside does
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)
-        if durable:
-            flush_file(temporary)
-        os.replace(temporary, final)
-        if durable:
-            flush_folder(final.parent)
-    except OSError as error:
-        problem = write_problem(error, final, temporary)
-        if problem is None:
-            raise
-        raise problem from error
+        with told_write_problems(final, temporary):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            # made here so that the mode is what the umask says, whatever the writer inside does
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)
+            if durable:
+                flush_file(temporary)
+            os.replace(temporary, final)
+            if durable:
+                flush_folder(final.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -122,12 +118,23 @@ def flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_problem(error: OSError, final: Path, temporary: Path) -> WriteError | None:
-    """What the user should read, or None if there is nothing to add: the error is not about writing ``final``.
+@contextlib.contextmanager
+def told_write_problems(final: Path, temporary: Path) -> Generator[None]:
+    """An OSError of the block becomes a WriteError that says what to do; one that is not about ``final`` passes.
 
     ``temporary`` is the name that it was written under, in which users see no sense: also not in the message of
     something that was itself written whole inside.
     """
+    try:
+        yield
+    except OSError as error:
+        problem = _write_problem(error, final, temporary)
+        if problem is None:
+            raise
+        raise problem from error
+
+
+def _write_problem(error: OSError, final: Path, temporary: Path) -> WriteError | None:
     if isinstance(error, WriteError):
         text = str(error).replace(str(temporary), str(final))
         if text == str(error):
