@@ -113,7 +113,7 @@ def test_text_is_encoded_once_for_each_strength(first: str, monkeypatch: pytest.
     )
     for multiplier in (1.0, 1.0, 0.5):
         picture(engine, make_job("a cat", multipliers=(multiplier,)))
-    assert seen == ["a cat", "blurry"] * 2
+    assert seen == ["blurry", "a cat"] * 2
 
 
 # ---- what is asked for
