@@ -191,6 +191,7 @@ def test_the_word_names_the_file(fit: Trainer, model: Path, pictures: Path, tmp_
     words = [word for word in words if word not in ("--output_name", "toy")]
     from tests.words_fixtures import SD
 
+    runs.AcceleratorState._reset_state(reset_partial_state=True)
     assert runs.run(SD, words) == 0
     assert (tmp_path / "out" / "sksx.safetensors").is_file()
 
