@@ -134,8 +134,8 @@ def _file_lines(settings: Settings, clock: Clock) -> list[str]:
     plan, sample = SavePlan.of(settings[SaveOptions], clock.num_epochs), settings[SampleOptions]
     epochs, steps = plan.epoch_saves(clock.num_epochs), plan.step_saves(clock.max_train_steps)
     by_epoch = sample.sample_every_n_epochs is not None
-    drawn_epochs = due_counts(clock.num_epochs, sample.sample_every_n_epochs)
-    drawn_steps = due_counts(clock.max_train_steps, None if by_epoch else sample.sample_every_n_steps)
+    drawn_epochs = due_counts(clock.num_epochs - 1, sample.sample_every_n_epochs)
+    drawn_steps = due_counts(clock.max_train_steps - 1, None if by_epoch else sample.sample_every_n_steps)
     state = "with a state each" if plan.with_state else "without states"
     last_state = " and a state" if plan.state_at_end else ""
     average = "; beside each model the average of the weights" if settings[EmaOptions].ema_decay else ""

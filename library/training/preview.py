@@ -74,7 +74,6 @@ class Previewer:
         self._barrier = barrier
         self._in_use = in_use
         self._prompts = load_prompts(options.sample_prompts) if options.sample_prompts else ()
-        self._drawn_at_step: int | None = None
 
     def at_start(self, clock: Clock) -> None:
         """Before the first step; a resumed run had it already."""
@@ -84,25 +83,24 @@ class Previewer:
             self._draw_all(START, clock)
 
     def after_step(self, clock: Clock, report: object = None) -> None:
-        """After each optimizer step; what the step reports does not matter here."""
-        if not self._options.sample_every_n_epochs and is_due(clock.step, self._options.sample_every_n_steps):
+        """After each optimizer step but the last, see ``at_end``; what the step reports does not matter here."""
+        by_step = not (self._options.sample_every_n_epochs or clock.is_finished)
+        if by_step and is_due(clock.step, self._options.sample_every_n_steps):
             self._draw_all(f"{clock.step:06d}", clock)
 
     def after_epoch(self, clock: Clock) -> None:
-        """At the end of each epoch, while ``clock.epoch`` still names it."""
-        if is_due(clock.epoch, self._options.sample_every_n_epochs):
+        """At the end of each epoch but the last, while ``clock.epoch`` still names it."""
+        if not clock.is_finished and is_due(clock.epoch, self._options.sample_every_n_epochs):
             self._draw_all(f"e{clock.epoch:06d}", clock)
 
     def at_end(self, clock: Clock) -> None:
-        """When the training is finished and its result is saved, however long ago the last preview was."""
-        if self._drawn_at_step != clock.step:
-            by_epoch = bool(self._options.sample_every_n_epochs)
-            self._draw_all(f"e{clock.epoch:06d}" if by_epoch else f"{clock.step:06d}", clock)
+        """When the training is finished and its result is saved, so that no preview can cost the result."""
+        by_epoch = bool(self._options.sample_every_n_epochs)
+        self._draw_all(f"e{clock.epoch:06d}" if by_epoch else f"{clock.step:06d}", clock)
 
     def _draw_all(self, moment: str, clock: Clock) -> None:
         if not self._prompts:
             return
-        self._drawn_at_step = clock.step
         prompts = self._current_prompts()
         device = self._engine.settings.device
         with evaluating(self._modules), untouched_random_states(device), self._in_use():

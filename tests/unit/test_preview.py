@@ -114,6 +114,20 @@ def test_cadence(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch)
     assert moments(tmp_path / "g", replace(both, sample_prompts="")) == []
 
 
+@pytest.mark.parametrize("every", [{"sample_every_n_steps": 5}, {"sample_every_n_epochs": 1}])
+def test_the_last_preview_waits_for_the_result(
+    tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, every: dict[str, int]
+) -> None:
+    drawn = no_drawing(monkeypatch)
+    drawer = previewer(tmp_path, Options(str(prompts), **every))
+    clock = Clock(10, 2, epoch=2, step=10)
+    drawer.after_step(clock)
+    drawer.after_epoch(clock)
+    assert drawn == []
+    drawer.at_end(clock)
+    assert len(drawn) == 3
+
+
 def test_a_resumed_run_does_not_begin_again(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = no_drawing(monkeypatch)
     previewer(tmp_path, Options(str(prompts), sample_at_first=True)).at_start(Clock(10, 2, step=3))
