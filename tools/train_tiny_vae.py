@@ -73,7 +73,7 @@ class VaeTraining:
         self.averaged: Any = copy.deepcopy(self.vae).requires_grad_(False)
         self.optimizer = Muon(self.vae.parameters(), lr=PEAK_RATE)
         self.step = 0
-        self.file = options.work_dir / "vae.pt"
+        self.file = options.work_dir / f"vae_{options.seed}.pt"  # another seed is another work
         if self.file.exists():
             state: dict[str, Any] = torch.load(self.file, weights_only=True)
             self.vae.load_state_dict(state["vae"])

@@ -81,21 +81,14 @@ class Engine:
         """Encode every text anew from now on: the text encoders have changed."""
         self._texts.clear()
 
-    def encode(self, texts: Sequence[str], shared: Shared) -> TextCondition:
-        """The condition of texts, one row each; every text is encoded once for each strength of the networks."""
-        return self._encode_all((texts, shared))
-
-    def _encode_all(self, *wanted: tuple[Sequence[str], Shared]) -> TextCondition:
-        """The conditions of several texts one below another; encoders that live elsewhere come once for all of them."""
-        lookups = [(self._texts_of(shared), text) for texts, shared in wanted for text in texts]
-        known = all(text in cache for cache, text in lookups)
-        rows: list[TextCondition] = []
+    def encode(self, *wanted: tuple[Sequence[str], Shared]) -> list[TextCondition]:
+        """The conditions of several texts each, a row a text; every text is encoded once for each strength of the
+        networks. Encoders that live elsewhere come once for all of them.
+        """
+        caches = [(self._texts_of(shared), texts) for texts, shared in wanted]
+        known = all(text in cache for cache, texts in caches for text in texts)
         with nullcontext() if known else _on_device(self.parts.text_encoders, self.settings.device):
-            for cache, text in lookups:  # one by one: one may be told to each layer, its neighbour to all alike
-                hidden_BTD, pooled_BP, by_layer_BSTD = cache([text])
-                assert hidden_BTD is not None
-                rows.append(TextCondition(hidden_BTD, pooled_BP, by_layer_BSTD))
-        return _joined(*rows)
+            return [_joined([_row(cache, text) for text in texts]) for cache, texts in caches]
 
     def _texts_of(self, shared: Shared) -> ConditionCache:
         key = (shared.rows, shared.multipliers)
@@ -128,7 +121,7 @@ class Engine:
         negative = ([job.negative_prompt for job in batch], shared.for_text(None))
         empty = ([""] * len(batch), shared.for_text(None))
         copies = {1: (prompts,), 2: (negative, prompts), 3: (negative, prompts, empty)}
-        return self._encode_all(*copies[guidance_of(shared).copies])
+        return _joined(self.encode(*copies[guidance_of(shared).copies]))
 
     # ---- pictures
 
@@ -224,7 +217,14 @@ class Engine:
         return ((mean_BCHW + std_BCHW * noise_BCHW) * self.family.latent_scale).to(self.settings.device)
 
 
-def _joined(*conditions: TextCondition) -> TextCondition:
+def _row(cache: ConditionCache, text: str) -> TextCondition:
+    """One text alone: one may be told to each layer, its neighbour to all alike."""
+    hidden_BTD, pooled_BP, by_layer_BSTD = cache([text])
+    assert hidden_BTD is not None
+    return TextCondition(hidden_BTD, pooled_BP, by_layer_BSTD)
+
+
+def _joined(conditions: Sequence[TextCondition]) -> TextCondition:
     """Conditions one below another; for each layer as soon as one of them is."""
     hidden_BTD = torch.cat([condition.hidden_BTD for condition in conditions])
     pooled = [condition.pooled_BP for condition in conditions if condition.pooled_BP is not None]

@@ -166,10 +166,8 @@ class Regions:
         if not shared.regional:
             yield
             return
-        contexts = [
-            self._engine.encode([job.texts[part] for job in setup.batch], shared.for_text(part)).hidden_BTD
-            for part in range(shared.parts)
-        ]
+        texts = [([job.texts[part] for job in setup.batch], shared.for_text(part)) for part in range(shared.parts)]
+        contexts = [condition.hidden_BTD for condition in self._engine.encode(*texts)]
         masks = [self._masks_of(job.mask, shared.parts, (shared.height, shared.width)) for job in setup.batch]
         masks_PBHW = torch.stack(masks, dim=1).to(self._engine.settings.device)
         self.now = RegionalBatch(masks_PBHW, contexts, setup.unet.guidance.copies)

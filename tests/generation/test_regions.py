@@ -356,8 +356,8 @@ def test_text_encoders_of_a_network_change_their_own_sub_prompt_only(folder: Pat
     plain = make_engine(kind)
     shared = make_job("a AND b", mask=halves, multipliers=(1.0,)).shared
     for part, changed in ((0, True), (1, False), (None, False)):
-        ours = engine.encode(["a cat"], shared.for_text(part))
-        base = plain.encode(["a cat"], Shared(64, 64, 3, "ddim", 5.0))
+        ours = engine.encode((["a cat"], shared.for_text(part)))[0]
+        base = plain.encode((["a cat"], Shared(64, 64, 3, "ddim", 5.0)))[0]
         assert (error(ours.hidden_BTD.numpy(), base.hidden_BTD.numpy()) > 1e-3) == changed
 
 
@@ -365,7 +365,7 @@ def test_sdxl_is_told_the_pooled_text_of_the_last_sub_prompt(halves: str) -> Non
     engine = make_engine("sdxl")
     attach_networks(engine, options(mask_path="m"))
     condition = engine.condition([make_job("a cat AND a dog", mask=halves)])
-    expected = engine.encode(["blurry", "a dog"], make_job("a").shared)
+    expected = engine.encode((["blurry", "a dog"], make_job("a").shared))[0]
     assert condition.pooled_BP is not None
     assert expected.pooled_BP is not None
     assert torch.equal(condition.pooled_BP, expected.pooled_BP)

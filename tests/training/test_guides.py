@@ -200,7 +200,7 @@ WALKS: dict[str, tuple[Row, ...]] = {
         Row("--subject moon --count 12", ("output/moon/10_sks/*.png", "output/moon/10_sks/*.txt")),
         Row("--subject fish --scales 3", says="guidance scale 3", more="--count 1 --steps 2", before=trained_fish),
         Row("--count 24000", ("output/tiny/scenes/*.png", "output/tiny/scenes.json"), more="--count 4"),
-        Row("tools/train_tiny_vae.py", ("output/tiny/start.safetensors", "output/tiny/vae.pt"), more="--steps 1"),
+        Row("tools/train_tiny_vae.py", ("output/tiny/start.safetensors", "output/tiny/vae_1.pt"), more="--steps 1"),
         Row("tiny/train.toml", ("output/tiny/tiny-sd1.safetensors",), more=PAIR),
     ),
     "docs/architecture.md": (Row("tools/make_option_docs.py", says="up to date", more="--check"),),

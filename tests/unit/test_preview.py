@@ -292,12 +292,14 @@ class Encoder:
 
     def __init__(self, place: str) -> None:
         self.place = torch.device(place)
+        self.moves = 0
 
     def parameters(self) -> Any:
         yield SimpleNamespace(device=self.place)
 
     def to(self, place: torch.device) -> None:
         self.place = place
+        self.moves += 1
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -314,10 +316,12 @@ def test_text_encoders_are_on_the_device_while_they_work(fails: bool) -> None:
 
     parts: Any = SimpleNamespace(text_encoders=encoders)
     engine = Engine(Family(), parts, replace(SETTINGS, device=torch.device("meta")))
+    shared = sample_job(Engine(Family(), PARTS, SETTINGS), PromptSpec("a cat"), "ddim").shared
     with pytest.raises(MemoryError) if fails else nullcontext():
-        engine.encode(["a cat"], sample_job(Engine(Family(), PARTS, SETTINGS), PromptSpec("a cat"), "ddim").shared)
-    assert seen == [["meta", "meta"]]
+        engine.encode((["a cat"], shared), (["a dog", "a cat"], shared))
+    assert seen == [["meta", "meta"]] * (1 if fails else 2)  # each text once
     assert [str(encoder.place) for encoder in encoders] == ["cpu", "meta"]
+    assert [encoder.moves for encoder in encoders] == [2, 2]  # there and back, however many texts
 
 
 def solid(monkeypatch: pytest.MonkeyPatch, colour: tuple[int, int, int]) -> None:
