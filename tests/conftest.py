@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "1")
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from library.log import OTHER_LOGGERS, OWN_LOGGERS, is_own_handler
@@ -52,6 +53,12 @@ def no_network() -> Iterator[None]:
     socket.socket.connect = guarded  # type: ignore[method-assign]
     yield
     socket.socket.connect = connect  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True)
+def fresh_generator() -> None:
+    """Each test draws the same numbers in any order of the tests: the weights of modules come from this generator."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

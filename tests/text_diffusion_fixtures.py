@@ -27,14 +27,15 @@ def toy_parts(family: str = "sd1", prediction_type: str = "epsilon") -> ModelPar
 
 
 def diffusers_pipeline(parts: ModelParts, scheduler: Any = None) -> Any:
-    """diffusers' StableDiffusionPipeline that shares the parts' modules.
+    """diffusers' StableDiffusionPipeline that shares the parts' U-Net and VAE.
 
-    Its clip skip looks for ``text_model`` in the encoder, gone in transformers 5: it is shown a copy that has it.
+    The text encoder is a whole copy: its clip skip looks for a ``text_model`` in it, gone in transformers 5, and of two
+    encoders that share layers each would hang its collectors of hidden states on them.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    encoder = copy.copy(parts.text_encoders[0])
-    encoder.__dict__["text_model"] = parts.text_encoders[0]  # not registered as a part of itself
+    encoder = copy.deepcopy(parts.text_encoders[0])
+    encoder.__dict__["text_model"] = encoder  # not as a part of itself
     pipeline = StableDiffusionPipeline(
         vae=parts.vae,
         text_encoder=encoder,

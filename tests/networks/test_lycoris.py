@@ -61,6 +61,12 @@ def predictions(models: Sequence[nn.Module]) -> list[Tensor]:
         return [run_clip(models[0]), run_unet(models[1])]
 
 
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    """Equal but for the rounding of float32 in another order of products: 1e-6 to 9e-6 of the largest over 60 seeds."""
+    error = (got - expected).abs().max() / expected.abs().max()
+    assert error < 2e-5, f"{error:.1e} of the largest value"
+
+
 def theirs(models: Sequence[nn.Module], algorithm: str, args: dict[str, str], preset: Path) -> Any:
     toml = pytest.importorskip("toml")
     module = load_network_module("lycoris.kohya")
@@ -100,13 +106,13 @@ def test_files_that_lycoris_trained_give_the_same_predictions_here(tmp_path: Pat
     assert built.load_weights(file).loaded == len(built.adapters)
     for got, expected, base in zip(predictions(ours), trained, before, strict=True):
         assert (expected - base).abs().max() > 0.01
-        torch.testing.assert_close(got, expected, atol=3e-5, rtol=1e-4)
+        assert_same(got, expected)
     # merged into the weights it is the same too
     merged_into = toy_models(layers=1)
     again, weights = MODULES[algorithm].create_network_from_weights(1.0, file, None, *merged_into, for_inference=True)
     again.merge_to(*merged_into, weights)
     for got, expected in zip(predictions(merged_into), trained, strict=True):
-        torch.testing.assert_close(got, expected, atol=3e-5, rtol=1e-4)
+        assert_same(got, expected)
 
 
 @pytest.mark.parametrize("form", ["loha tucker", "lokr even, both thin", "dora", "dora lokr tucker", "dora per input"])
@@ -139,7 +145,7 @@ def test_files_trained_here_give_the_same_predictions_in_lycoris(tmp_path: Path,
         other.apply_to(view, others[1], True, True)
     other.load_state_dict(weights, strict=False)
     for got, expected in zip(predictions(others), trained, strict=True):
-        torch.testing.assert_close(got, expected, atol=3e-5, rtol=1e-4)
+        assert_same(got, expected)
 
 
 def test_widths_are_divided_as_lycoris_does() -> None:
@@ -206,7 +212,7 @@ def assert_reads(file: Path, trained: list[Tensor]) -> None:
     network.apply_to(*ours)
     assert network.load_weights(str(file)).loaded == len(network.adapters)
     for got, expected in zip(predictions(ours), trained, strict=True):
-        torch.testing.assert_close(got, expected, atol=3e-5, rtol=1e-4)
+        assert_same(got, expected)
 
 
 def test_peft_reads_our_dora() -> None:
@@ -235,7 +241,7 @@ def test_peft_reads_our_dora() -> None:
     unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=modules))
     result = set_peft_model_state_dict(unet, found)
     assert not result.unexpected_keys
-    torch.testing.assert_close(predictions(others)[1], trained[1], atol=3e-5, rtol=1e-4)
+    assert_same(predictions(others)[1], trained[1])
 
 
 @pytest.mark.parametrize("form", ["loha", "loha tucker", "lokr", "lokr whole", "lokr tucker"])
