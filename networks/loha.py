@@ -99,7 +99,7 @@ class LohaAdapter(Adapter):
 
     def delta_weight(self) -> Tensor:
         (up1, down1), (up2, down2) = self.pairs()
-        product = (up1 @ down1) * (up2 @ down2) * self.scale
+        product = ((up1 * self.scale) @ down1) * (up2 @ down2)
         return product.reshape(cast(Tensor, self.layer.weight).shape)
 
     def delta_norm(self) -> Tensor:

@@ -194,7 +194,7 @@ class LokrAdapter(Adapter):
         return torch.kron(small[0], large[0]) * self.scale, torch.kron(small[1], large[1])
 
     def delta_weight(self) -> Tensor:
-        product = torch.kron(_product(self._small()), _product(self._large())) * self.scale
+        product = torch.kron(_product(self._small()) * self.scale, _product(self._large()))
         return product.reshape(cast(Tensor, self.layer.weight).shape)
 
     def delta_norm(self) -> Tensor:

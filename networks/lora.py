@@ -94,7 +94,7 @@ class LoraAdapter(Adapter):
 
     def delta_weight(self) -> Tensor:
         up_OR, down_RI = self.matrices()
-        product = (up_OR.float() @ down_RI.float()) * self.scale
+        product = (up_OR.float() * self.scale) @ down_RI.float()
         return product.view(self.layer.weight.shape)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def delta_norm(self) -> Tensor:

@@ -136,15 +136,18 @@ class _Merger:
 def changed_layer(weight: Tensor, bias: Tensor | None, changes: Sequence[Change]) -> tuple[Tensor, Tensor | None]:
     """Weight and bias after the changes, in float32. Where a difference depends on the weight, each network sees what
     the ones before it left."""
-    shape = weight.shape
-    weight, bias = weight.float(), None if bias is None else bias.float()
+    weight, bias = _own_float(weight), None if bias is None else _own_float(bias)
     for change in changes:
         # of a 1x1 convolution the network's own form, so that its tensors fit
-        own = change.kind.layer_shape(change.tensors) or tuple(shape)
-        layer = shell(own, weight.reshape(own), bias)
+        own = change.kind.layer_shape(change.tensors) or tuple(weight.shape)
+        layer = shell(own, weight.view(own), bias)
         adapter = adapter_of(change.name, change.tensors, change.kind, layer)
         of_bias = adapter.delta_bias()
-        weight = torch.add(weight.reshape(own), adapter.delta_weight(), alpha=change.strength)
+        weight.view(own).add_(adapter.delta_weight(), alpha=change.strength)
         if bias is not None and of_bias is not None:
-            bias = torch.add(bias, of_bias, alpha=change.strength)
-    return weight.reshape(shape), bias
+            bias.add_(of_bias, alpha=change.strength)
+    return weight, bias
+
+
+def _own_float(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
