@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from library.data.formats import missing_plug_in, needs_plug_in
 from library.data.records import Size
 
 MIN_SIDE_PX = 8
@@ -32,9 +33,12 @@ def measure(path: str) -> Size:
 
     Raises BadFile with the reason if the file is empty, cut short, no image, too small or too large.
     """
+    missing = missing_plug_in(path)
+    if missing is not None:
+        raise BadFile(missing)
     try:
         with open(path, "rb", buffering=0) as file:
-            size = _size_of(file)
+            size = _size_of(file, by_pillow=needs_plug_in(path))
     except OSError as error:
         raise BadFile(f"cannot be read ({error.strerror or error})") from error
     width, height = size
@@ -54,10 +58,12 @@ class _Ends:
     length: int
 
 
-def _size_of(file: io.FileIO) -> Size:
+def _size_of(file: io.FileIO, *, by_pillow: bool) -> Size:
     head = file.read(_HEAD_BYTES)
     if not head:
         raise BadFile("the file is empty")
+    if by_pillow:  # of a picture made of tiles a reader of headers may find the size of a tile
+        return _pillow_size(file, decode=False)
     length = file.seek(0, os.SEEK_END)
     file.seek(max(0, length - _TAIL_BYTES))
     ends = _Ends(head, file.read(), length)

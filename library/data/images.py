@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from library.data.face_names import FaceBox
+from library.data.formats import missing_plug_in
 from library.data.records import Augmentation, Fit, Size
 from library.rng import stream
 
@@ -152,8 +153,9 @@ def _decode_opencv(data: bytes) -> Pixels | None:
 
 
 def _decode_pil(path: str, data: bytes) -> Pixels:
-    if path.lower().endswith(".jxl"):
-        _register_jpeg_xl(path)
+    missing = missing_plug_in(path)
+    if missing is not None:
+        raise UnreadableImage(path, missing)
     try:
         if data[:8] == _PNG:  # its decoder passes over wrong checksums
             Image.open(io.BytesIO(data)).verify()
@@ -175,13 +177,6 @@ def _from_pil(picture: Image.Image) -> Pixels:
     if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         return np.asarray(picture.convert("RGBA"))
     return np.ascontiguousarray(np.asarray(picture.convert("RGB")))
-
-
-def _register_jpeg_xl(path: str) -> None:
-    try:
-        import pillow_jxl  # pyright: ignore[reportMissingImports, reportUnusedImport]  # noqa: F401
-    except ImportError as error:
-        raise UnreadableImage(path, "JPEG XL needs the package pillow-jxl-plugin") from error
 
 
 def _to_8_bit(pixels: NDArray[np.generic]) -> Pixels:

@@ -18,13 +18,9 @@ from typing import Any
 
 from library.checkpoint.hashes import cache_folder
 from library.checkpoint.io import atomic_write_text
+from library.data.formats import IMAGE_EXTENSIONS
 from library.data.headers import BadFile, measure
 from library.data.records import ImageProblem, Size
-
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl", ".tif", ".tiff")
-"""Read in any spelling (``.JPG``, ``.Jpg``). Formats that need a package that is missing are reported, not passed
-over.
-"""
 
 CAPTION_EXTENSIONS = (".caption", ".txt")
 """Tried in this order when no caption extension is given."""

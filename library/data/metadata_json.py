@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.data.index import IMAGE_EXTENSIONS, FolderContent
+from library.data.formats import IMAGE_EXTENSIONS
+from library.data.index import FolderContent
 from library.data.records import LATENT_STRIDE, Size
 from library.log import UserError
 

@@ -14,6 +14,7 @@ from library.data import caption_files
 from library.data.buckets import bucket_sizes, fit, fit_to
 from library.data.bulk import many_objects
 from library.data.cache_files import ALPHA_MASK, BrokenArchive, read_facts
+from library.data.formats import IMAGE_EXTENSIONS
 from library.data.index import CAPTION_EXTENSIONS, FolderContent, read_folder
 from library.data.metadata_json import Entry, FileFinder, FoundFiles, read_metadata
 from library.data.pairs import CONDITIONING, MASK, pair
@@ -109,7 +110,7 @@ class _Search:
             self.errors.append(f"{subset.name}: the folder cannot be read ({content.strerror or content})")
             return found
         if not content.images and not content.bad_images:
-            self.errors.append(f"{subset.name}: there are no images in the folder{_hint_of_subfolders(content.folder)}")
+            self.errors.append(f"{subset.name}: there are no images in the folder{_what_else_is_there(content.folder)}")
             return found
         self._bad(found, content.bad_images.values(), self.on_bad_image)
         place = content.path("")
@@ -349,7 +350,12 @@ def _warn_about_equal_stems(content: FolderContent) -> None:
         )
 
 
-def _hint_of_subfolders(folder: str) -> str:
+def _what_else_is_there(folder: str) -> str:
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    return f" (its subfolders are not searched: {some_of(names)})" if names else ""
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    folders = sorted(entry.name for entry in visible if entry.is_dir())
+    if folders:
+        return f" (its subfolders are not searched: {some_of(folders)})"
+    endings = sorted({os.path.splitext(entry.name)[1].lower() for entry in visible} - {""})
+    read = " ".join(IMAGE_EXTENSIONS)
+    return f" (it has {some_of(endings)} files; images are {read})" if endings else ""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from library.data.index import IMAGE_EXTENSIONS
+from library.data.formats import IMAGE_EXTENSIONS
 from library.data.records import Augmentation, BucketRules, CaptionRules, DatasetKind, DatasetSpec, SubsetSpec
 from library.data.spec_checks import Finding, check_document, check_sizes, kind_of
 from library.data.spec_keys import CONDITIONING_KEY, KEYS, ONLY_CONTROL

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from library.checkpoint.io import atomic_path
+from library.data.formats import IMAGE_EXTENSIONS
 from library.data.images import Pixels, UnreadableImage, read_image
-from library.data.index import IMAGE_EXTENSIONS
 from library.data.loader import prefetch
 from library.data.records import Size
 from library.log import UserError, progress

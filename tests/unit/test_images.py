@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from library.data.face_names import FaceBox, face_box
+from library.data.headers import measure
 from library.data.images import UnreadableImage, fit_pixels, read_image, resize, to_model_range
+from library.data.index import read_folder
 from library.data.records import Augmentation, Fit
 from tests.data_fixtures import cover_fit, picture
 
@@ -52,6 +55,44 @@ def test_exif_orientation_is_applied(tmp_path: Path, form: str) -> None:
     assert shown.shape == (48, 16, 3)
     assert shown[:14].min() > 240
     assert shown[-14:].max() < 15
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    ("form", "package"), [("HEIF", "pillow_heif"), ("JXL", "pillow_jxl"), ("AVIF", "PIL")], ids=["heic", "jxl", "avif"]
+)
+def test_photos_of_telephones_are_measured_and_turned(
+    tmp_path: Path, request: pytest.FixtureRequest, form: str, package: str, orientation: int
+) -> None:
+    file = tmp_path / f"a.{request.node.callspec.id.split('-')[0]}"
+    plug_in = pytest.importorskip(package)
+    if form == "HEIF":
+        plug_in.register_heif_opener()
+    pixels = np.zeros((64, 128, 3), np.uint8)
+    pixels[:, :32] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file.write_bytes(encoded(Image.fromarray(pixels), form, exif=exif.tobytes(), quality=95))
+    shown = read_image(str(file))
+    assert measure(str(file)) == (shown.shape[1], shown.shape[0]) == ((128, 64) if orientation == 1 else (64, 128))
+    assert shown[:28, :28].min() > 240
+    assert shown[-28:, -28:].max() < 15
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "package"),
+    [("a.HEIC", "pillow_heif", "pillow-heif"), ("a.jxl", "pillow_jxl", "pillow-jxl-plugin")],
+)
+def test_a_format_that_needs_a_package_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    file = tmp_path / name
+    file.write_bytes(b"whatever it is")
+    found = read_folder(str(tmp_path), (".txt",))
+    assert f"pip install {package}" in found.bad_images[name].reason
+    with pytest.raises(UnreadableImage, match=f"a package: pip install {package}"):
+        read_image(str(file))
 
 
 def test_transparency_lies_over_white(tmp_path: Path) -> None:

@@ -144,9 +144,13 @@ def test_jpeg_size_behind_a_long_profile(tmp_path: Path) -> None:
 
 def test_folder_problems_come_together(tmp_path: Path) -> None:
     (tmp_path / "empty" / "sub").mkdir(parents=True)
-    lines = problems(folder(tmp_path / "none"), folder(tmp_path / "empty"))
+    (tmp_path / "raw").mkdir()
+    for name in ("1.DNG", "2.dng", "2.mov"):
+        (tmp_path / "raw" / name).touch()
+    lines = problems(folder(tmp_path / "none"), folder(tmp_path / "empty"), folder(tmp_path / "raw"))
     assert "none: the folder cannot be read (No such file or directory)" in lines[0]
     assert "empty: there are no images in the folder (its subfolders are not searched: sub)" in lines[1]
+    assert "raw: there are no images in the folder (it has .dng, .mov files; images are .png .jpg" in lines[2]
 
 
 def test_regularisation_alone_is_no_data_set(tmp_path: Path) -> None:
