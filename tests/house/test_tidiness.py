@@ -18,6 +18,8 @@ TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".lock
 MACHINE_TRACES = [
     re.compile(a + b) for a, b in (("/wo", r"rk/"), ("/ro", r"ot/"), ("/ho", r"me/\w"), (r"C:\\Us", "ers"))
 ]
+ROOT_SUFFIXES = {".py", ".md", ".txt", ".lock", ".toml"}
+ROOT_FILES = {"LICENSE", ".gitignore", ".pre-commit-config.yaml"}
 EMPTY_NAMES = re.compile(r"utils?(\b|_)|_utils?\b|helpers?\b|\bmisc\b|\bcommon\b")
 LEFT_OVERS = re.compile(r"#\s*(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
 
@@ -100,6 +102,14 @@ def test_no_traces_of_a_machine_and_no_left_overs():
 def test_no_large_files():
     large = [str(path.relative_to(ROOT)) for path in tracked_files() if path.stat().st_size > MOST_FILE_BYTES]
     assert not large
+
+
+def test_root_holds_scripts_and_documents_only():
+    """What a script writes into the folder that it was started from does not belong to the project."""
+    at_root = [path for path in tracked_files() if path.parent == ROOT]
+    stray = [path.name for path in at_root if path.suffix not in ROOT_SUFFIXES and path.name not in ROOT_FILES]
+    assert at_root
+    assert not stray
 
 
 def test_no_global_statements():
