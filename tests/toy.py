@@ -111,10 +111,9 @@ def write_toy_folder(
 
 
 def _weight(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    if len(shape) == 1:
-        norm_weight = "norm" in key and key.endswith("weight")
-        return torch.ones(shape) if norm_weight else torch.zeros(shape)
     noise = torch.randn(shape, generator=generator)
+    if len(shape) == 1:  # none alike, so that one that is lost, doubled or swapped changes the numbers
+        return 0.05 * noise + (1 if "norm" in key and key.endswith("weight") else 0)
     if "embedding.weight" in key:
         return noise * 0.02
     fan_in = torch.Size(shape[1:]).numel()
