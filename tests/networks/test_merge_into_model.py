@@ -17,6 +17,8 @@ from PIL import Image
 from library.checkpoint.io import open_model_file, read_header, save_safetensors
 from library.generation.app import run as draw
 from library.options.scripts import GEN_IMG
+from networks.adapter import bias_of, weight_of
+from networks.editing.into_model import Change, changed_layer
 from networks.kinds import adapter_types
 from tests.generation_fixtures import write_network
 from tests.merge_fixtures import (
@@ -106,6 +108,20 @@ def test_pictures_are_those_of_the_attached_network(
     expected = picture("attached", "--ckpt", model(family), *attached)
     assert np.abs(expected - plain).max() > 8
     assert np.abs(merged - expected).max() <= 1
+
+
+def test_the_tensors_of_the_model_stay_as_they_are() -> None:
+    """A layer with a bias, by a type that changes it too."""
+    adapters = adapters_on(layers_of("sdxl"), TYPES["OftAdapter"], 1)
+    adapter, bias = next((one, bias) for one in adapters if (bias := bias_of(one.layer)) is not None)
+    weight, bias = weight_of(adapter.layer).detach().clone(), bias.detach().clone()
+    before = weight.clone(), bias.clone()
+    change = Change(adapter.name, type(adapter), adapter.state_dict(), 0.5)
+    changed = changed_layer(weight, bias, [change])
+    for given, kept, new in zip((weight, bias), before, changed, strict=True):
+        assert torch.equal(given, kept)
+        assert new is not None
+        assert not torch.equal(given, new)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

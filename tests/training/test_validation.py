@@ -209,6 +209,22 @@ def test_the_plan_and_refusals(
     assert "--ema_decay 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("every", "says"),
+    [
+        (("--sample_every_n_epochs", "2"), "after epochs: 2; after steps: none; at the end"),
+        (("--sample_every_n_steps", "2"), "after epochs: none; after steps: 2; at the end"),
+    ],
+)
+def test_the_plan_names_the_last_preview_once(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], every: tuple[str, ...], says: str
+) -> None:
+    (prompts := tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8")
+    length = ("--max_train_epochs", "4") if "--sample_every_n_epochs" in every else ("--max_train_steps", "4")
+    assert train(model, photos, tmp_path, "--sample_prompts", str(prompts), *every, *length, "--dry_run") == 0
+    assert f"previews {says}" in capsys.readouterr().out
+
+
 def test_the_average_of_a_network_follows_its_formula(model: Path, photos: Path, tmp_path: Path) -> None:
     more = ("--ema_decay", "0.9", "--ema_device", "cpu", "--save_every_n_steps", "1", "--save_last_n_steps", "2")
     assert train(model, photos, tmp_path, *more) == 0

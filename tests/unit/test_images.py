@@ -79,6 +79,17 @@ def test_photos_of_telephones_are_measured_and_turned(
     assert shown[-28:, -28:].max() < 15
 
 
+def test_the_size_of_a_picture_is_not_taken_for_that_of_its_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A HEIC of a telephone is made of tiles of 512 px, whose size stands in its header too."""
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    monkeypatch.setattr("imagesize.get", lambda file: (512, 512))
+    file = tmp_path / "a.heic"
+    file.write_bytes(encoded(Image.new("RGB", (128, 64)), "HEIF"))
+    assert measure(str(file)) == (128, 64)
+
+
 @pytest.mark.parametrize(
     ("name", "module", "package"),
     [("a.HEIC", "pillow_heif", "pillow-heif"), ("a.jxl", "pillow_jxl", "pillow-jxl-plugin")],

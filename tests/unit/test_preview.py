@@ -322,6 +322,13 @@ def test_text_encoders_are_on_the_device_while_they_work(fails: bool) -> None:
     assert seen == [["meta", "meta"]] * (1 if fails else 2)  # each text once
     assert [str(encoder.place) for encoder in encoders] == ["cpu", "meta"]
     assert [encoder.moves for encoder in encoders] == [2, 2]  # there and back, however many texts
+    if fails:
+        return
+    engine.encode((["a dog"], shared))
+    assert [encoder.moves for encoder in encoders] == [2, 2]  # all of it is known
+    engine.encode((["a cat", "a bird"], shared))
+    assert seen[2:] == [["meta", "meta"]]
+    assert [encoder.moves for encoder in encoders] == [4, 4]
 
 
 def solid(monkeypatch: pytest.MonkeyPatch, colour: tuple[int, int, int]) -> None:
