@@ -34,7 +34,7 @@ def run_merge(family: str, *argv: object) -> int:
 @functools.cache
 def plain_modules(family: str) -> dict[str, nn.Module]:
     """The toy's parts; not to be changed."""
-    return toy_modules(family)
+    return toy_modules(family, drawn_vectors=True)
 
 
 def states(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -56,14 +56,22 @@ def _toy_sdxl() -> ArchitectureSpec:
 
 
 def toy_modules(
-    family: str = "sd1", seed: int = 0, spec: ArchitectureSpec | None = None, dtype: torch.dtype = torch.float32
+    family: str = "sd1",
+    seed: int = 0,
+    spec: ArchitectureSpec | None = None,
+    dtype: torch.dtype = torch.float32,
+    drawn_vectors: bool = False,
 ) -> dict[str, nn.Module]:
-    """The parts by name (text_encoder, text_encoder_2, unet, vae), made of ``seed``; outputs have a sensible size."""
-    return copy.deepcopy(_made_once(spec or toy_spec(family), seed, dtype))
+    """The parts by name (text_encoder, text_encoder_2, unet, vae), made of ``seed``; outputs have a sensible size.
+
+    ``drawn_vectors``: biases and weights of norms are drawn too, so that one that is lost, doubled or in another's
+    place is seen. Else they are 0 and 1: norms that see one value a group, as at 64 px, pass no rounding back then.
+    """
+    return copy.deepcopy(_made_once(spec or toy_spec(family), seed, dtype, drawn_vectors))
 
 
 @functools.lru_cache(maxsize=12)
-def _made_once(spec: ArchitectureSpec, seed: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+def _made_once(spec: ArchitectureSpec, seed: int, dtype: torch.dtype, drawn_vectors: bool) -> dict[str, nn.Module]:
     """The same, shared by everyone in this process: not to be changed."""
     empty: dict[str, nn.Module] = {
         **{name: build.empty_text_encoder(t) for name, t in zip(spec.text_parts, spec.text_encoders, strict=True)},
@@ -74,7 +82,7 @@ def _made_once(spec: ArchitectureSpec, seed: int, dtype: torch.dtype) -> dict[st
     filled: dict[str, nn.Module] = {}
     for name, module in empty.items():
         shapes = build.shapes_of(module)
-        tensors = [(key, _weight(key, shape, generator)) for key, shape in sorted(shapes.items())]
+        tensors = [(key, _weight(key, shape, generator, drawn_vectors)) for key, shape in sorted(shapes.items())]
         filled[name] = build.fill(module, tensors, dtype, "cpu")
     return filled
 
@@ -85,35 +93,53 @@ def write_toy_checkpoint(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     metadata: dict[str, str] | None = None,
+    drawn_vectors: bool = False,
 ) -> Path:
-    """A Stability single file (.safetensors) of the toy; the same arguments give the same bytes."""
-    Path(path).write_bytes(_file_once(Path(path).suffix, family, seed, dtype, tuple((metadata or {}).items())))
+    """A Stability single file (.safetensors) of the toy; the same arguments give the same bytes.
+
+    ``drawn_vectors`` as in `toy_modules`.
+    """
+    told = tuple((metadata or {}).items())
+    Path(path).write_bytes(_file_once(Path(path).suffix, family, seed, dtype, told, drawn_vectors))
     return Path(path)
 
 
 @functools.lru_cache(maxsize=12)
-def _file_once(suffix: str, family: str, seed: int, dtype: torch.dtype, metadata: tuple[tuple[str, str], ...]) -> bytes:
+def _file_once(
+    suffix: str,
+    family: str,
+    seed: int,
+    dtype: torch.dtype,
+    metadata: tuple[tuple[str, str], ...],
+    drawn_vectors: bool,
+) -> bytes:
     """The bytes of the checkpoint: 20 MB each, and dozens of test files want the same three."""
     spec = toy_spec(family)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"toy{suffix}"
-        save_single_file(file, spec, _made_once(spec, seed, torch.float32), dtype, dict(metadata))
+        save_single_file(file, spec, _made_once(spec, seed, torch.float32, drawn_vectors), dtype, dict(metadata))
         return file.read_bytes()
 
 
 def write_toy_folder(
-    folder: str | Path, family: str = "sd1", seed: int = 0, prediction_type: PredictionType = "epsilon"
+    folder: str | Path,
+    family: str = "sd1",
+    seed: int = 0,
+    prediction_type: PredictionType = "epsilon",
+    drawn_vectors: bool = False,
 ) -> Path:
     """A Diffusers folder of the toy, without tokenizer."""
     spec = toy_spec(family)
-    save_folder(Path(folder), spec, _made_once(spec, seed, torch.float32), prediction_type)
+    save_folder(Path(folder), spec, _made_once(spec, seed, torch.float32, drawn_vectors), prediction_type)
     return Path(folder)
 
 
-def _weight(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def _weight(key: str, shape: tuple[int, ...], generator: torch.Generator, drawn_vectors: bool) -> torch.Tensor:
+    if len(shape) == 1:
+        usual = float("norm" in key and key.endswith("weight"))
+        spread = 0.05 * torch.randn(shape, generator=generator) if drawn_vectors else torch.zeros(shape)
+        return usual + spread
     noise = torch.randn(shape, generator=generator)
-    if len(shape) == 1:  # none alike, so that one that is lost, doubled or swapped changes the numbers
-        return 0.05 * noise + (1 if "norm" in key and key.endswith("weight") else 0)
     if "embedding.weight" in key:
         return noise * 0.02
     fan_in = torch.Size(shape[1:]).numel()

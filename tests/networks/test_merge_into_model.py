@@ -46,9 +46,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Source:
     folder, made = tmp_path_factory.mktemp("models"), dict[str, Path]()
 
     def of(family: str) -> Path:
-        return made.setdefault(
-            family, made.get(family) or write_toy_checkpoint(folder / f"{family}.safetensors", family)
-        )
+        file = folder / f"{family}.safetensors"
+        return made.setdefault(family, made.get(family) or write_toy_checkpoint(file, family, drawn_vectors=True))
 
     return of
 
@@ -145,7 +144,7 @@ def test_two_networks_in_half_precision_are_rounded_once(family: str, model: Sou
 
 def test_what_no_network_touches_is_passed_through(network: Source, tmp_path: Path) -> None:
     """The VAE, an average, unknown tensors, a whole number; and the text encoder, with a strength of 0 there."""
-    source = write_toy_checkpoint(tmp_path / "toy.safetensors", dtype=torch.float16)
+    source = write_toy_checkpoint(tmp_path / "toy.safetensors", dtype=torch.float16, drawn_vectors=True)
     with open_model_file(source) as file:
         tensors = {key: file.tensor(key) for key in file.infos}
     extra = {"model_ema.decay": torch.rand(2).half(), "my.own": torch.rand(3).half(), "model_ema.n": torch.tensor(3)}
@@ -172,7 +171,7 @@ def test_what_no_network_touches_is_passed_through(network: Source, tmp_path: Pa
 def test_every_form_of_a_model(family: str, forms: str, model: Source, network: Source, tmp_path: Path) -> None:
     """There with strength 1, and from there back with -1."""
     first, last = forms.split(" to ")
-    source = write_toy_folder(tmp_path / "model", family) if first == "folder" else model(family)
+    source = write_toy_folder(tmp_path / "model", family, drawn_vectors=True) if first == "folder" else model(family)
     target = tmp_path / {"folder": "merged", "file": "merged.safetensors", "pickle": "merged.ckpt"}[last]
     assert run_merge(family, "--sd_model", source, "--models", network(family), "--save_to", target) == 0
     plain = states(plain_modules(family))
@@ -193,7 +192,7 @@ def _beside(family: str) -> int:
 
 
 def test_folders_keep_what_is_beside_the_weights(network: Source, tmp_path: Path) -> None:
-    source = write_toy_folder(tmp_path / "model")
+    source = write_toy_folder(tmp_path / "model", drawn_vectors=True)
     (source / "safety").mkdir()
     (source / "safety" / "note.safetensors").write_bytes(b"not to be read")
     asked = ("--sd_model", source, "--models", network("sd1"), "--save_to", tmp_path / "merged")

@@ -47,7 +47,9 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def checkpoint(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_checkpoint(tmp_path_factory.mktemp(family) / f"{family}.safetensors", family, seed=3)
+    return write_toy_checkpoint(
+        tmp_path_factory.mktemp(family) / f"{family}.safetensors", family, seed=3, drawn_vectors=True
+    )
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,9 @@ def geometry(*sizes: tuple[int, int, int, int, int, int]) -> Geometry:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A single file with a logit scale, as published ones have it."""
-    path = write_toy_checkpoint(tmp_path_factory.mktemp("file") / "sdxl.safetensors", "sdxl", seed=3)
+    path = write_toy_checkpoint(
+        tmp_path_factory.mktemp("file") / "sdxl.safetensors", "sdxl", seed=3, drawn_vectors=True
+    )
     state = load_file(path)
     save_file({**state, SECOND + "logit_scale": torch.tensor(4.6)}, path)
     return path
