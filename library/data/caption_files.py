@@ -54,6 +54,14 @@ def problems_without(subset: SubsetSpec, content: FolderContent, extensions: tup
     ]
 
 
+def problems_of_name(subset: SubsetSpec) -> list[str]:
+    """What is wrong with class tokens that come from the name of a folder: names of files need not be text."""
+    tokens = subset.class_tokens or ""
+    if tokens.encode("utf-8", "ignore").decode() == tokens:
+        return []
+    return [f"{subset.name}: the folder's name is not UTF-8 text and is to be a caption; rename the folder"]
+
+
 def warn_about_missing(subset: SubsetSpec, captionless: Sequence[str], images: int) -> None:
     """Say which of a subset's images have no caption, and what they get instead."""
     if captionless:

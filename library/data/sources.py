@@ -139,6 +139,8 @@ class _Search:
             )
         if not self.allow_captionless and found.records and len(found.captionless) == len(found.records):
             self.errors += caption_files.problems_without(subset, content, extensions)
+        if found.captionless:
+            self.errors += caption_files.problems_of_name(subset)
         _warn_about_equal_stems(content)
         return found
 
