@@ -80,7 +80,7 @@ def read_folder(folder: str, caption_extensions: Iterable[str]) -> FolderContent
         try:
             captions[name] = memory.caption_of(name, stamp)
         except BadFile as error:
-            bad_captions[name] = ImageProblem(os.path.join(folder, name), str(error))
+            bad_captions[name] = ImageProblem(os.path.join(folder, name), str(error), is_caption=True)
     memory.save(len(images) + len(captions))
     return FolderContent(
         folder, images, captions, frozenset(listing.npz), frozenset(listing.others), bad_images, bad_captions

@@ -198,11 +198,14 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class ImageProblem:
-    """A file that cannot be used, and why. ``lacks_pair``: the file is whole, the picture that belongs to it is not."""
+    """A file that cannot be used, and why. ``lacks_pair``: the file is whole, the picture that belongs to it is not.
+    ``is_caption``: it is the text file of an image.
+    """
 
     path: str
     reason: str
     lacks_pair: bool = False
+    is_caption: bool = False
 
 
 @dataclass(frozen=True, slots=True)
