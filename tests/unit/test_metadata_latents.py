@@ -180,6 +180,7 @@ def test_keys_that_are_paths(tmp_path: Path, vae: ToyVae):
         (("--sdxl", "--bucket_reso_steps", "8"), "multiple of 32"),
         (("--mixed_precision", "fp16"), "fp16"),
         (("--max_resolution", "wide"), "max_resolution"),
+        (("--max_resolution", "256,520"), "--max_bucket_reso 512: is below --max_resolution 256,520"),
     ],
 )
 def test_what_cannot_work_is_said_in_a_line(
