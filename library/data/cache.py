@@ -54,6 +54,11 @@ class LatentTarget:
     fit: Fit
     npz_path: str | None = None
 
+    @property
+    def is_alone(self) -> bool:
+        """True for an archive that a metadata file names and that has no image beside it."""
+        return self.path == self.npz_path
+
 
 @dataclass(frozen=True, slots=True)
 class FileState:
@@ -287,7 +292,7 @@ class LatentStore:
         facts = self.notes.facts_of(path)
         if facts is None:
             return False
-        if not os.path.exists(target.path) or target.path == str(path):
+        if not os.path.exists(target.path) or target.is_alone:
             return facts.fits(target.fit.bucket, flipped) or self._is_own(facts, target, flipped, _PREPARED_FREELY)
         return self._is_valid(path, facts, target, flipped, encode, _PREPARED_FREELY)
 

@@ -43,6 +43,7 @@ from library.training.caching import (
     bind_prepared_latents,
     cache_latents,
     fingerprints_served,
+    leave_out_lone_latents,
 )
 from library.training.latent_source import LatentSource
 from library.training.machine import Machine
@@ -167,6 +168,8 @@ def make_latents(
     )
     if has_prepared:
         bind_prepared_latents(datasets, store, parts.vae, device=machine.device, dtype=machine.vae_dtype)
+        if not cache.cache_latents:
+            datasets = leave_out_lone_latents(datasets, store, data.on_bad_image)
     if cache.cache_latents:
         datasets, report = cache_latents(
             datasets,
