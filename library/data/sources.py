@@ -151,9 +151,10 @@ class _Search:
             places.setdefault(_subfolder(record, subset), []).append(record)
         kept: dict[str, ImageRecord] = {}
         for place, records in places.items():
-            content = self._content(os.path.join(folder, place) if place else folder, ())
+            own = os.path.join(folder, place) if place else folder
+            content = self._content(own, ())
             if isinstance(content, OSError):
-                self.errors.append(f"{folder}: the folder cannot be read ({content.strerror or content})")
+                self.errors.append(f"{own}: the folder cannot be read ({content.strerror or content})")
                 return
             if os.path.realpath(content.folder) == os.path.realpath(os.path.dirname(records[0].path)):
                 self.errors.append(
@@ -174,13 +175,14 @@ class _Search:
     ) -> dict[str, str]:
         """The picture of each image of one folder, by the image's key."""
         pairing = pair({os.path.basename(record.path): record.size for record in records}, content, what)
+        counts = Counter(os.path.basename(path) for path in {record.path for record in records})
+        shared = f"images of several folders have its name, so none has a {what} of its own; set image_dir"
+        problems = {**pairing.problems, **{name: shared for name, count in counts.items() if count > 1}}
         paths: dict[str, str] = {}
         for record in records:
             name = os.path.basename(record.path)
-            if name in pairing.problems:
-                self._bad(
-                    found, [ImageProblem(record.path, pairing.problems[name], lacks_pair=True)], self.on_bad_image
-                )
+            if name in problems:
+                self._bad(found, [ImageProblem(record.path, problems[name], lacks_pair=True)], self.on_bad_image)
             else:
                 paths[record.key] = pairing.paths[name]
         for told, names in (
