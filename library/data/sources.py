@@ -94,6 +94,7 @@ class _Search:
             if not subset.is_reg:
                 caption_files.warn_about_missing(subset, found.captionless, len(found.records))
             caption_files.warn_about_cut(subset, found.cut_captions)
+            caption_files.warn_about_braces(subset, found.records)
             records += found.records
             problems += found.problems
         if not any(not record.is_reg for record in records) and not self.errors:
