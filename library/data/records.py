@@ -226,6 +226,11 @@ class ResolvedDataset:
         return [record for record in self.records if record.subset == subset]
 
     @property
+    def has_training_images(self) -> bool:
+        """True if it has other images than those of regularisation, which are only dealt out beside these."""
+        return any(not record.is_reg for record in self.records)
+
+    @property
     def mean_ar_error(self) -> float:
         """The mean difference between the aspect ratios of images and buckets; 0 without images."""
         return sum(abs(fit.ar_error) for fit in self.fits) / max(1, len(self.fits))

@@ -97,11 +97,12 @@ class _Search:
             caption_files.warn_about_braces(subset, found.records)
             records += found.records
             problems += found.problems
-        if not any(not record.is_reg for record in records) and not self.errors:
-            self.errors.append(f"data set {index + 1} has no training images; add some, or remove the data set")
         records, lost = _usable_latents(spec, records)
+        resolved = ResolvedDataset(spec, tuple(records), self._fits(spec, records), tuple(problems))
+        if not resolved.has_training_images and not self.errors:
+            self.errors.append(f"data set {index + 1} has no training images; add some, or remove the data set")
         self.errors += lost
-        return ResolvedDataset(spec, tuple(records), self._fits(spec, records), tuple(problems))
+        return resolved
 
     def _folder_subset(self, subset: SubsetSpec, key: str, number: int) -> _Found:
         found = _Found()

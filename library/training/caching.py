@@ -414,6 +414,6 @@ def _without_problems(
                 problems=dataset.problems + more,
             )
         )
-    if not any(dataset.records for dataset in left):
-        raise UserError("no image is left: none of the data sets' images can be used")
+    if not any(dataset.has_training_images for dataset in left):
+        raise UserError("no image is left to train on: none of the data sets' images can be used")
     return tuple(left)
