@@ -123,7 +123,10 @@ def _timesteps(settings: Settings) -> str | None:
 
 
 def _bucket_sides(settings: Settings) -> str | None:
+    """Limits that nothing can keep to. They mean nothing without buckets, or with those of the images' own sizes."""
     low, high = settings.value_of("min_bucket_reso"), settings.value_of("max_bucket_reso")
+    if settings.value_of("enable_bucket") is False or settings.value_of("bucket_no_upscale"):
+        return None
     if low is not None and high is not None and low > high:
         return f"--min_bucket_reso {low} must not be above --max_bucket_reso {high}"
     return None

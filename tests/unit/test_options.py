@@ -250,6 +250,12 @@ def test_the_same_check_on_all_three_ways(tmp_path: Path, name: str, value: obje
     assert str(caught.value).endswith(reason)
 
 
+@pytest.mark.parametrize("more", [(), ("--enable_bucket", "--bucket_no_upscale")])
+def test_limits_of_buckets_that_nobody_uses(more: tuple[str, ...]):
+    """Without buckets a small largest side is no contradiction to the usual smallest one."""
+    assert parse(LOOSE, ["--resolution", "64", "--max_bucket_reso", "128", *more]).value_of("max_bucket_reso") == 128
+
+
 def test_all_problems_at_once(tmp_path: Path):
     file = config(tmp_path, 'learing_rate = 1e-4\nnetwork_dim = "x"\nseed = true\nv2 = 1\n')
     found = problems_of("--config_file", file, "--train_batch_sise", "2", "--max_train_steps", "0")
@@ -285,7 +291,7 @@ def test_command_line_problems_are_one_line():
         ("--fp8_base", "--fp8_base needs --mixed_precision"),
         ("--log_with tensorboard", "needs --logging_dir"),
         ("--min_timestep 500 --max_timestep 500", "must be below"),
-        ("--min_bucket_reso 512 --max_bucket_reso 256", "must not be above"),
+        ("--enable_bucket --min_bucket_reso 512 --max_bucket_reso 256", "must not be above"),
         ("--use_8bit_adam --use_lion_optimizer", "exclude each other"),
         ("--use_8bit_adam --optimizer_type Lion", "exclude each other"),
         ("--network_train_unet_only --network_train_text_encoder_only", "exclude each other"),
