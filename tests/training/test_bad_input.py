@@ -224,6 +224,7 @@ def test_numbers_out_of_range(bench: Bench, option: str):
     [
         (("--resolution", "5"), ("resolution 5x5", "at least 8 pixels")),
         (("--enable_bucket",), ("min_bucket_reso 256", "above the resolution 64x64")),
+        (("--dataset_class", "no_such_module_of_a_test.Data"), ("--dataset_class", "cannot be imported")),
         (("--clip_skip", "5"), ("--clip_skip 5", "2 layers")),
         (("--fp8_base",), ("--fp8_base needs --mixed_precision",)),
         (("--mixed_precision", "fp16"), ("--mixed_precision fp16", "CPU", "bf16")),
