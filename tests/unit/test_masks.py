@@ -298,28 +298,6 @@ def test_masks_of_a_metadata_file_lie_in_the_same_subfolders(tmp_path: Path) -> 
     assert len({record.mask_path for record in data.records}) == 3
 
 
-def test_images_of_one_name_from_several_folders_do_not_share_a_mask(tmp_path: Path) -> None:
-    """Keys that are paths need no image_dir; without it nothing tells in which subfolder the mask of each lies."""
-    names = ("one/a.png", "two/a.png", "one/b.png")
-    for name in names:
-        write_picture(tmp_path / name, (64, 64))
-        write_mask(tmp_path / "masks" / Path(name).name, np.full((64, 64), 99))
-    rows = ", ".join(f'"{tmp_path / name}": {{"caption": "c"}}' for name in names)
-    (tmp_path / "m.json").write_text(f"{{{rows}}}")
-    subset = SubsetSpec(metadata_file=str(tmp_path / "m.json"), mask_dir=str(tmp_path / "masks"))
-    spec = DatasetSpec(DatasetKind.FINETUNE, 4, RULES, (subset,))
-    with pytest.raises(UserError) as caught:
-        resolve([spec])
-    lines = str(caught.value).split("\n")[:-1]
-    assert [line.partition(": ")[0] for line in lines] == [str(tmp_path / name) for name in names[:2]]
-    assert all("none has a mask of its own; set image_dir" in line for line in lines)
-    (left,) = resolve([spec], on_bad_image="skip")
-    assert [record.path for record in left.records] == [str(tmp_path / "one" / "b.png")]
-    subset = replace(subset, image_dir=str(tmp_path))
-    with pytest.raises(UserError, match=r"masks/one: the folder cannot be read"):  # the place that is missing
-        resolve([replace(spec, subsets=(subset,))])
-
-
 def test_a_black_mask_and_formats_without_transparency_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
