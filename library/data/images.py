@@ -143,7 +143,8 @@ def _decode_opencv(data: bytes) -> Pixels | None:
     channels = pixels.shape[2]
     if channels == 1:
         key = _transparent_grey(data)
-        alpha = [] if key is None else [np.where(pixels == key, 0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)]
+        most = 65535 if pixels.dtype == np.uint16 else 255
+        alpha = [] if key is None else [np.where(pixels == key, 0, most).astype(pixels.dtype)]
         pixels = np.concatenate([pixels, pixels, pixels, *alpha], axis=2)
     elif channels == 3:
         pixels = pixels[:, :, ::-1]
