@@ -13,7 +13,7 @@ from pathlib import Path
 from library.data import caption_files
 from library.data.buckets import bucket_sizes, fit, fit_to
 from library.data.bulk import many_objects
-from library.data.cache_files import ALPHA_MASK, BrokenArchive, read_facts
+from library.data.cache_files import ALPHA_MASK, BrokenArchive, read_facts, read_original_size
 from library.data.formats import IMAGE_EXTENSIONS
 from library.data.index import CAPTION_EXTENSIONS, FolderContent, read_folder
 from library.data.metadata_json import Entry, FileFinder, FoundFiles, read_metadata
@@ -296,8 +296,9 @@ def _finetune_record(entry: Entry, files: FoundFiles, subset: SubsetSpec, key: s
         path, size = files.content.path(files.image_name), files.content.images[files.image_name]
     else:
         path, size = files.npz_path, entry.train_resolution
-    assert path is not None
-    assert size is not None  # _problem_of has refused entries without files
+        assert path is not None  # _problem_of has refused entries without files
+        size = read_original_size(Path(path)) or size
+    assert size is not None
     return ImageRecord(
         key=key,
         path=path,
