@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -28,6 +29,8 @@ def run_command(
     ``work`` imports what is heavy by itself. Errors of the user become plain lines, with a traceback only under
     ``--console_log_level DEBUG``.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the output cannot show ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         settings = parse(options, argv)
         log = settings[ConsoleOptions]

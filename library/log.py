@@ -118,7 +118,7 @@ def _file_handler(file: str) -> logging.Handler:
         if isinstance(handler, _OwnFileHandler) and Path(handler.baseFilename) == Path(file).absolute():
             return handler  # already ours and open: opening again would empty it
     try:
-        return _OwnFileHandler(file, mode="w", encoding="utf-8")
+        return _OwnFileHandler(file, mode="w", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--console_log_file {file}: cannot be written ({reason}); choose another file") from error

@@ -17,9 +17,12 @@ _BITS = 63  # torch.Generator.manual_seed takes a signed 64-bit integer
 
 
 def seed_of(seed: int, *names: str | int) -> int:
-    """A 63-bit seed derived from ``seed`` and ``names``; different names give independent seeds."""
+    """A 63-bit seed derived from ``seed`` and ``names``; different names give independent seeds.
+
+    A name may be that of a file, which need not be text (what is not is in it as lone surrogates).
+    """
     text = "\x1f".join([str(seed), *(f"{type(name).__name__}:{name}" for name in names)])
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> (64 - _BITS)
 
 

@@ -91,8 +91,11 @@ def atomic_write_bytes(target: StrPath, data: bytes, *, durable: bool = True) ->
 
 
 def atomic_write_text(target: StrPath, text: str, *, durable: bool = True) -> None:
-    """Write UTF-8 text with plain line feeds, see `atomic_path`."""
-    atomic_write_bytes(target, text.encode("utf-8"), durable=durable)
+    """Write UTF-8 text with plain line feeds, see `atomic_path`.
+
+    Of a file's name that is no text the strange bytes are written as escapes (``\\udce9``), which JSON reads back.
+    """
+    atomic_write_bytes(target, text.encode("utf-8", "backslashreplace"), durable=durable)
 
 
 def atomic_write_json(target: StrPath, value: Any, *, indent: int | None = 2, durable: bool = True) -> None:

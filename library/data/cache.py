@@ -33,6 +33,7 @@ _FORMAT = 1
 _SAME_VAE = "vae_in_other_types"
 # Latents that a metadata file names have the scale and cut that its author chose; the bucket says enough.
 _PREPARED_FREELY = frozenset({"resized", "crop"})
+_ALONE = _PREPARED_FREELY | {"image"}
 # Averaged over few cells, latents of one VAE are close in any precision and in nearly the same cut; those of another
 # latent space differ by about their own size.
 _CELLS = 4
@@ -53,6 +54,11 @@ class LatentTarget:
     size: Size
     fit: Fit
     npz_path: str | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        """True for an archive that a metadata file names and that has no image beside it."""
+        return self.path == self.npz_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,8 +293,8 @@ class LatentStore:
         facts = self.notes.facts_of(path)
         if facts is None:
             return False
-        if not os.path.exists(target.path) or target.path == str(path):
-            return facts.fits(target.fit.bucket, flipped) or self._is_own(facts, target, flipped, _PREPARED_FREELY)
+        if not os.path.exists(target.path) or target.is_alone:
+            return facts.fits(target.fit.bucket, flipped) or self._is_own(facts, target, flipped, _ALONE)
         return self._is_valid(path, facts, target, flipped, encode, _PREPARED_FREELY)
 
     def _is_valid(

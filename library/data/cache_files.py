@@ -82,14 +82,27 @@ def read_facts(path: Path) -> ArchiveFacts | None:
                 )
             shapes = {name: _shape(archive, name) for name in names}
             size = _read(archive, ORIGINAL_SIZE, _MAX_SMALL_BYTES) if ORIGINAL_SIZE in names else None
-            original = (int(size[0]), int(size[1])) if size is not None and size.shape == (2,) else None
-            return ArchiveFacts(names, None, shapes, original)
+            return ArchiveFacts(names, None, shapes, _as_size(size))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise BrokenArchive(f"{path}: {error}", is_damaged=False) from error
     except _FORM_ERRORS as error:
         raise BrokenArchive(f"{path}: {error}") from error
+
+
+def read_original_size(path: Path) -> Size | None:
+    """The size of the image that an archive's latents were made of; None if it cannot be read."""
+    try:
+        return _as_size(read_array(path, ORIGINAL_SIZE))
+    except BrokenArchive:
+        return None
+
+
+def _as_size(array: NDArray[Any] | None) -> Size | None:
+    if array is None or array.shape != (2,) or array.dtype.kind not in "iuf" or not array.min() >= 1:
+        return None
+    return int(array[0]), int(array[1])
 
 
 def read_array(path: Path, name: str) -> NDArray[Any]:

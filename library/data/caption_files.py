@@ -7,9 +7,10 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 
+from library.data.captions import add_prefix_and_suffix, has_odd_braces
 from library.data.face_names import without_face
 from library.data.index import CAPTION_EXTENSIONS, FolderContent
-from library.data.records import SubsetSpec
+from library.data.records import ImageRecord, SubsetSpec
 from library.log import some_of
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,14 @@ def problems_without(subset: SubsetSpec, content: FolderContent, extensions: tup
     ]
 
 
+def problems_of_name(subset: SubsetSpec) -> list[str]:
+    """What is wrong with class tokens that come from the name of a folder: names of files need not be text."""
+    tokens = subset.class_tokens or ""
+    if tokens.encode("utf-8", "ignore").decode() == tokens:
+        return []
+    return [f"{subset.name}: the folder's name is not UTF-8 text and is to be a caption; rename the folder"]
+
+
 def warn_about_missing(subset: SubsetSpec, captionless: Sequence[str], images: int) -> None:
     """Say which of a subset's images have no caption, and what they get instead."""
     if captionless:
@@ -75,6 +84,25 @@ def warn_about_cut(subset: SubsetSpec, names: Sequence[str]) -> None:
             subset.name,
             len(names),
             some_of(names),
+        )
+
+
+def warn_about_braces(subset: SubsetSpec, records: Sequence[ImageRecord]) -> None:
+    """Say which captions have braces that were meant as choices, as it seems, and are none."""
+    if not subset.captions.enable_wildcard:
+        return
+    odd = [
+        os.path.basename(record.path)
+        for record in records
+        if has_odd_braces(add_prefix_and_suffix(record.caption, subset.captions))
+    ]
+    if odd:
+        logger.warning(
+            "%s: enable_wildcard: %d captions have braces that are nested, empty or not closed: these are trained as"
+            " text: %s",
+            subset.name,
+            len(odd),
+            some_of(odd),
         )
 
 

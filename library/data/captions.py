@@ -18,6 +18,7 @@ from library.data.records import CaptionClock, CaptionRules
 _WILDCARD = re.compile(r"\{([^}]+)\}")
 # Private-use characters stand for the doubled braces while the groups are replaced; captions do not contain them.
 _OPEN_BRACE, _CLOSE_BRACE = "\ue000", "\ue001"
+_PLAIN_GROUP = re.compile(r"\{[^{}]+\}")
 
 
 def render(text: str, rules: CaptionRules, clock: CaptionClock, rng: random.Random) -> str:
@@ -63,9 +64,19 @@ def choose_wildcards(text: str, rng: random.Random) -> str:
     """
     if "{" not in text and "}" not in text:
         return text
-    text = text.replace("{{", _OPEN_BRACE).replace("}}", _CLOSE_BRACE)
+    text = _protected(text)
     text = _WILDCARD.sub(lambda group: rng.choice(group.group(1).split("|")), text)
     return text.replace(_OPEN_BRACE, "{").replace(_CLOSE_BRACE, "}")
+
+
+def has_odd_braces(text: str) -> bool:
+    """True if `choose_wildcards` takes single braces of a text for text: without a partner, empty, or nested ones."""
+    rest = _PLAIN_GROUP.sub("", _protected(text))
+    return "{" in rest or "}" in rest
+
+
+def _protected(text: str) -> str:
+    return text.replace("{{", _OPEN_BRACE).replace("}}", _CLOSE_BRACE)
 
 
 def process_tags(text: str, rules: CaptionRules, clock: CaptionClock, rng: random.Random) -> str:

@@ -142,7 +142,10 @@ def _decode_opencv(data: bytes) -> Pixels | None:
     pixels: NDArray[np.generic] = raw if raw.ndim == 3 else raw[:, :, None]
     channels = pixels.shape[2]
     if channels == 1:
-        pixels = np.repeat(pixels, 3, axis=2)
+        key = _transparent_grey(data)
+        most = 65535 if pixels.dtype == np.uint16 else 255
+        alpha = [] if key is None else [np.where(pixels == key, 0, most).astype(pixels.dtype)]
+        pixels = np.concatenate([pixels, pixels, pixels, *alpha], axis=2)
     elif channels == 3:
         pixels = pixels[:, :, ::-1]
     elif channels == 4:
@@ -150,6 +153,17 @@ def _decode_opencv(data: bytes) -> Pixels | None:
     else:
         return None
     return _to_8_bit(pixels)
+
+
+def _transparent_grey(data: bytes) -> int | None:
+    """The one grey, as OpenCV decodes it, that is transparent in a PNG of greys (W3C PNG, 11.3.2.1); OpenCV keeps
+    such a mark of coloured PNGs only.
+    """
+    place = data.find(b"tRNS", 0, max(0, data.find(b"IDAT"))) if data[:8] == _PNG and data[25] == 0 else -1
+    if place < 0:
+        return None
+    depth, grey = data[24], int.from_bytes(data[place + 4 : place + 6], "big")
+    return grey if depth == 16 else grey * 255 // (2**depth - 1)
 
 
 def _decode_pil(path: str, data: bytes) -> Pixels:

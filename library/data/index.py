@@ -30,6 +30,7 @@ _INDEX_VERSION = 1
 _WORTH_REMEMBERING = 200  # files; fewer are read again faster than the user wonders about the new file
 _DIGITS = re.compile(r"(\d+)")
 _Stamp = tuple[int, int]  # length in bytes, time of change in ns
+_NOWHERE: _Stamp = (-1, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def read_folder(folder: str, caption_extensions: Iterable[str]) -> FolderContent
         try:
             captions[name] = memory.caption_of(name, stamp)
         except BadFile as error:
-            bad_captions[name] = ImageProblem(os.path.join(folder, name), str(error))
+            bad_captions[name] = ImageProblem(os.path.join(folder, name), str(error), is_caption=True)
     memory.save(len(images) + len(captions))
     return FolderContent(
         folder, images, captions, frozenset(listing.npz), frozenset(listing.others), bad_images, bad_captions
@@ -122,10 +123,21 @@ def _scan(folder: str, caption_extensions: tuple[str, ...]) -> _Listing:
                 listing.npz.append(name)
             elif not is_image:
                 listing.others.append(name)
-            if (is_image or is_caption) and entry.is_file():
-                stat = entry.stat()
-                (listing.images if is_image else listing.captions)[name] = (stat.st_size, stat.st_mtime_ns)
+            if is_image or is_caption:
+                stamp = _stamp(entry)
+                if stamp is not None:
+                    (listing.images if is_image else listing.captions)[name] = stamp
     return listing
+
+
+def _stamp(entry: os.DirEntry[str]) -> _Stamp | None:
+    """What tells that a file was changed; None if the entry is none. A link that leads nowhere is a file that cannot be
+    read.
+    """
+    if entry.is_file():
+        stat = entry.stat()
+        return stat.st_size, stat.st_mtime_ns
+    return _NOWHERE if entry.is_symlink() and not os.path.exists(entry.path) else None
 
 
 def _read_caption(path: str) -> Caption:

@@ -198,11 +198,14 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class ImageProblem:
-    """A file that cannot be used, and why. ``lacks_pair``: the file is whole, the picture that belongs to it is not."""
+    """A file that cannot be used, and why. ``lacks_pair``: the file is whole, the picture that belongs to it is not.
+    ``is_caption``: it is the text file of an image.
+    """
 
     path: str
     reason: str
     lacks_pair: bool = False
+    is_caption: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +224,11 @@ class ResolvedDataset:
     def records_of(self, subset: int) -> list[ImageRecord]:
         """The images of a subset, by its index."""
         return [record for record in self.records if record.subset == subset]
+
+    @property
+    def has_training_images(self) -> bool:
+        """True if it has other images than those of regularisation, which are only dealt out beside these."""
+        return any(not record.is_reg for record in self.records)
 
     @property
     def mean_ar_error(self) -> float:

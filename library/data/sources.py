@@ -13,7 +13,7 @@ from pathlib import Path
 from library.data import caption_files
 from library.data.buckets import bucket_sizes, fit, fit_to
 from library.data.bulk import many_objects
-from library.data.cache_files import ALPHA_MASK, BrokenArchive, read_facts
+from library.data.cache_files import ALPHA_MASK, BrokenArchive, read_facts, read_original_size
 from library.data.formats import IMAGE_EXTENSIONS
 from library.data.index import CAPTION_EXTENSIONS, FolderContent, read_folder
 from library.data.metadata_json import Entry, FileFinder, FoundFiles, read_metadata
@@ -94,13 +94,15 @@ class _Search:
             if not subset.is_reg:
                 caption_files.warn_about_missing(subset, found.captionless, len(found.records))
             caption_files.warn_about_cut(subset, found.cut_captions)
+            caption_files.warn_about_braces(subset, found.records)
             records += found.records
             problems += found.problems
-        if not any(not record.is_reg for record in records) and not self.errors:
-            self.errors.append(f"data set {index + 1} has no training images; add some, or remove the data set")
         records, lost = _usable_latents(spec, records)
+        resolved = ResolvedDataset(spec, tuple(records), self._fits(spec, records), tuple(problems))
+        if not resolved.has_training_images and not self.errors:
+            self.errors.append(f"data set {index + 1} has no training images; add some, or remove the data set")
         self.errors += lost
-        return ResolvedDataset(spec, tuple(records), self._fits(spec, records), tuple(problems))
+        return resolved
 
     def _folder_subset(self, subset: SubsetSpec, key: str, number: int) -> _Found:
         found = _Found()
@@ -139,6 +141,8 @@ class _Search:
             )
         if not self.allow_captionless and found.records and len(found.captionless) == len(found.records):
             self.errors += caption_files.problems_without(subset, content, extensions)
+        if found.captionless:
+            self.errors += caption_files.problems_of_name(subset)
         _warn_about_equal_stems(content)
         return found
 
@@ -149,9 +153,10 @@ class _Search:
             places.setdefault(_subfolder(record, subset), []).append(record)
         kept: dict[str, ImageRecord] = {}
         for place, records in places.items():
-            content = self._content(os.path.join(folder, place) if place else folder, ())
+            own = os.path.join(folder, place) if place else folder
+            content = self._content(own, ())
             if isinstance(content, OSError):
-                self.errors.append(f"{folder}: the folder cannot be read ({content.strerror or content})")
+                self.errors.append(f"{own}: the folder cannot be read ({content.strerror or content})")
                 return
             if os.path.realpath(content.folder) == os.path.realpath(os.path.dirname(records[0].path)):
                 self.errors.append(
@@ -172,13 +177,14 @@ class _Search:
     ) -> dict[str, str]:
         """The picture of each image of one folder, by the image's key."""
         pairing = pair({os.path.basename(record.path): record.size for record in records}, content, what)
+        counts = Counter(os.path.basename(path) for path in {record.path for record in records})
+        shared = f"images of several folders have its name, so none has a {what} of its own; set image_dir"
+        problems = {**pairing.problems, **{name: shared for name, count in counts.items() if count > 1}}
         paths: dict[str, str] = {}
         for record in records:
             name = os.path.basename(record.path)
-            if name in pairing.problems:
-                self._bad(
-                    found, [ImageProblem(record.path, pairing.problems[name], lacks_pair=True)], self.on_bad_image
-                )
+            if name in problems:
+                self._bad(found, [ImageProblem(record.path, problems[name], lacks_pair=True)], self.on_bad_image)
             else:
                 paths[record.key] = pairing.paths[name]
         for told, names in (
@@ -290,8 +296,9 @@ def _finetune_record(entry: Entry, files: FoundFiles, subset: SubsetSpec, key: s
         path, size = files.content.path(files.image_name), files.content.images[files.image_name]
     else:
         path, size = files.npz_path, entry.train_resolution
-    assert path is not None
-    assert size is not None  # _problem_of has refused entries without files
+        assert path is not None  # _problem_of has refused entries without files
+        size = read_original_size(Path(path)) or size
+    assert size is not None
     return ImageRecord(
         key=key,
         path=path,

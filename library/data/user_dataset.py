@@ -27,22 +27,28 @@ class UserDataset(Protocol):
         ...
 
 
-def load_user_dataset(name: str, *, resolution: Size | None, batch_size: int, seed: int) -> UserDataset:
-    """Import the class and make its object. Raises UserError if the name leads nowhere or the object lacks a method.
+def find_class(name: str) -> Any:
+    """Import the class. Raises UserError if the name leads nowhere.
 
-    The class is code of the user's choice and runs with the user's rights.
+    It is code of the user's choice and runs with the user's rights.
     """
     module_name, _, class_name = name.rpartition(".")
     if not module_name:
         raise UserError(f"--dataset_class {name}: must be package.module.Class")
     try:
-        made: Any = getattr(importlib.import_module(module_name), class_name)
+        return getattr(importlib.import_module(module_name), class_name)
     except ImportError as error:
         raise UserError(f"--dataset_class {name}: cannot be imported ({error})") from error
     except AttributeError as error:
         raise UserError(f"--dataset_class {name}: module {module_name} has no {class_name}") from error
-    dataset = made(resolution=resolution, batch_size=batch_size, seed=seed)
+
+
+def load_user_dataset(name: str, *, resolution: Size | None, batch_size: int, seed: int) -> UserDataset:
+    """Make an object of the class. Raises UserError if the name leads nowhere or the object lacks what it must have."""
+    dataset = find_class(name)(resolution=resolution, batch_size=batch_size, seed=seed)
     missing = [method for method in ("__len__", "load") if not callable(getattr(dataset, method, None))]
     if missing:
         raise UserError(f"--dataset_class {name}: the object lacks {' and '.join(missing)}")
+    if not len(dataset):
+        raise UserError(f"--dataset_class {name}: it has no batches")
     return cast("UserDataset", dataset)

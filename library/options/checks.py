@@ -43,6 +43,8 @@ EXCLUDES = (
     ("use_lion_optimizer", "optimizer_type"),
     ("cache_text_encoder_outputs", "dataset_class"),
     ("validation_split", "dataset_class"),
+    ("cache_latents", "dataset_class"),
+    ("debug_dataset", "dataset_class"),
     ("cache_text_encoder_outputs", "train_text_encoder"),
     ("ddp_static_graph", "stop_text_encoder_training"),
     ("crop_ratio", "resize_face_size"),
@@ -123,7 +125,10 @@ def _timesteps(settings: Settings) -> str | None:
 
 
 def _bucket_sides(settings: Settings) -> str | None:
+    """Limits that nothing can keep to. They mean nothing without buckets, or with those of the images' own sizes."""
     low, high = settings.value_of("min_bucket_reso"), settings.value_of("max_bucket_reso")
+    if settings.value_of("enable_bucket") is False or settings.value_of("bucket_no_upscale"):
+        return None
     if low is not None and high is not None and low > high:
         return f"--min_bucket_reso {low} must not be above --max_bucket_reso {high}"
     return None
@@ -302,11 +307,19 @@ def _zero_terminal_snr(settings: Settings) -> str | None:
     return None
 
 
-def _ignored_folders(settings: Settings) -> str | None:
-    if not settings.value_of("dataset_config"):
-        return None
-    ignored = [f"--{name}" for name in _FOLDERS if settings.value_of(name)]
-    return f"{', '.join(ignored)} ignored: --dataset_config says where the images are" if ignored else None
+def _ignored_folders(settings: Settings) -> Iterator[str]:
+    """What says where the images are while something else decides it."""
+    places = (
+        ("dataset_class", (*_FOLDERS, "dataset_config")),
+        ("dataset_config", _FOLDERS),
+        ("in_json", ("reg_data_dir",)),
+    )
+    for deciding, others in places:
+        if settings.value_of(deciding):
+            ignored = [f"--{name}" for name in others if settings.value_of(name)]
+            if ignored:
+                yield f"{', '.join(ignored)} ignored: --{deciding} says where the images are"
+            return
 
 
 def _metadata_latents(settings: Settings) -> str | None:
@@ -344,7 +357,6 @@ DOUBTS: tuple[Rule, ...] = (
     _v_parameterization,
     _clip_skip,
     _zero_terminal_snr,
-    _ignored_folders,
     _metadata_latents,
     _steps_and_epochs,
     _samples_twice,
@@ -381,6 +393,7 @@ def warnings(settings: Settings) -> list[str]:
         for name, others in NO_EFFECT_WITHOUT
         if _on(settings.value_of(name)) and not any(_on(settings.value_of(other)) for other in others)
     ]
+    found += _ignored_folders(settings)
     return found + [line for rule in DOUBTS if (line := rule(settings))]
 
 

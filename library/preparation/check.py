@@ -128,8 +128,7 @@ def _unusable(datasets: Sequence[ResolvedDataset], looks: Sequence[Look]) -> Ite
     known: set[str] = set()
     for problem in (problem for dataset in datasets for problem in dataset.problems):
         if problem.path not in known:
-            is_caption = Path(problem.path).suffix.lower() in (".txt", ".caption")
-            kind = "unpaired" if problem.lacks_pair else "caption" if is_caption else "unreadable"
+            kind = "unpaired" if problem.lacks_pair else "caption" if problem.is_caption else "unreadable"
             yield Finding(kind, problem.path, problem.reason)
             known.add(problem.path)
     for look in looks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ _BOX_COLOR = (255, 0, 255)
 def cut_faces(options: FaceOptions, detector: Detector | None = None) -> Outcome:
     """Write a PNG for each face of each picture. Raises UserError. ``detector`` None: by anime_face_detector.
 
-    Faces are numbered from the largest on if ``multiple_faces`` is set. Pictures without a face are counted as left
-    alone.
+    Faces are numbered from the largest on if ``multiple_faces`` is set, or where two would have one name. Pictures
+    without a face are counted as left alone.
     """
     rules = CutRules(
         options.rotate, options.crop_size, options.crop_ratio, options.resize_face_size, options.resize_fit
@@ -39,7 +39,7 @@ def cut_faces(options: FaceOptions, detector: Detector | None = None) -> Outcome
     images = find_images(str(options.src_dir))
     target = Path(str(options.dst_dir)).expanduser()
     target.mkdir(parents=True, exist_ok=True)
-    detect, outcome = detector or _package_detector(), Outcome()
+    detect, outcome, written = detector or _package_detector(), Outcome(), set[str]()
     for path in progress(images, "pictures"):
         try:
             pixels_HWC = read_image(str(path))
@@ -57,10 +57,19 @@ def cut_faces(options: FaceOptions, detector: Detector | None = None) -> Outcome
                 logger.warning("%s: the face gets larger than asked for, to fill the crop", path.name)
             if options.debug:
                 result_HWC = _with_box(result_HWC, cut.face)
-            name = result_name(path.stem, cut.face, number if options.multiple_faces else None)
+            name = _new_name(path.stem, cut.face, number, options.multiple_faces, written)
+            written.add(name)
             with atomic_path(target / f"{name}.png", durable=False) as temporary:
                 Image.fromarray(result_HWC).save(temporary)
     return outcome
+
+
+def _new_name(stem: str, face: Face, number: int, numbered: bool, written: Container[str]) -> str:
+    """A name that no result of this run has: faces of one size in cuts of one size would have the same."""
+    name = result_name(stem, face, number if numbered else None)
+    while name in written:
+        name, number = result_name(stem, face, number), number + 1
+    return name
 
 
 def _is_wanted(face: Face, options: FaceOptions) -> bool:

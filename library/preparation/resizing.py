@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def reduced(pixels_HWC: Pixels, plan: Reduction, interpolation: str = "area") ->
 def resize_folder(options: ResizeImagesOptions) -> Outcome:
     """Write ``<stem>+<W>x<H>.jpg`` for each picture and size, W and H as in the option. Raises UserError.
 
+    Of pictures that differ in their suffix only, the whole name takes the stem's place (``a.png+64x64.jpg``).
     Files that are no pictures are copied as they are; subfolders are passed over. With ``copy_associated_files`` what
     belongs to a picture (same stem) is copied once for each size instead.
     """
@@ -71,17 +73,17 @@ def resize_folder(options: ResizeImagesOptions) -> Outcome:
     images = find_images(str(source))
     if source.resolve() == target.resolve():
         raise UserError(f"dst_img_folder {target}: must be another folder than src_img_folder")
-    outcome, work = Outcome(), _Resizing(options, target, _companions(source, images))
+    stems = Counter(image.stem for image in images)
+    outcome, work = Outcome(), _Resizing(options, target, _companions(source, images), stems)
     target.mkdir(parents=True, exist_ok=True)
     for path, problem in progress(prefetch(images, work.resize, _WORKERS), "pictures", total=len(images)):
         if problem is None:
             outcome.done += 1
         else:
             outcome.fail(str(path), problem)
-    stems = {image.stem for image in images} if options.copy_associated_files else set[str]()
     for path in sorted(source.iterdir()):
         is_other = path.is_file() and path.suffix.lower() not in IMAGE_EXTENSIONS and not path.name.startswith(".")
-        if is_other and path.stem not in stems:
+        if is_other and not (options.copy_associated_files and path.stem in stems):
             _copy(path, target / path.name)
     return outcome
 
@@ -107,6 +109,7 @@ class _Resizing:
     options: ResizeImagesOptions
     target: Path
     companions: dict[str, list[Path]]
+    stems: Counter[str]
 
     def resize(self, path: Path) -> tuple[Path, str | None]:
         """Write all sizes of a picture; returns what kept it from being done, or None."""
@@ -119,7 +122,7 @@ class _Resizing:
         except ValueError as error:
             return path, str(error)
         for most, plan in zip(self.options.max_resolution, plans, strict=True):
-            name = f"{path.stem}+{most[0]}x{most[1]}"
+            name = f"{self._name_of(path)}+{most[0]}x{most[1]}"
             picture = Image.fromarray(reduced(pixels_HWC, plan, self.options.interpolation))
             file = self.target / f"{name}{'.png' if self.options.save_as_png else '.jpg'}"
             with atomic_path(file, durable=False) as temporary:
@@ -127,3 +130,7 @@ class _Resizing:
             for companion in self.companions[path.stem] if self.options.copy_associated_files else ():
                 _copy(companion, self.target / f"{name}{companion.suffix}")
         return path, None
+
+    def _name_of(self, path: Path) -> str:
+        """What names the results of a picture: its stem, or the whole name where another picture has that stem."""
+        return path.stem if self.stems[path.stem] == 1 else path.name

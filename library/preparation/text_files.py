@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from library.checkpoint.io import atomic_write_text
 from library.data.images import Pixels, UnreadableImage, read_image
 from library.data.loader import prefetch
-from library.log import progress
+from library.log import progress, some_of
 from library.options.preparation import TextToolOptions
 from library.preparation.files import find_images, with_extension
 from library.preparation.outcome import Outcome
@@ -33,6 +34,10 @@ class _Failed:
 def images_to_describe(options: TextToolOptions) -> tuple[list[Path], Outcome]:
     """The images that get a text, and the count of those that have one already. Raises UserError."""
     images = find_images(str(options.train_data_dir), options.recursive)
+    counts = Counter(path.with_suffix("") for path in images)
+    shared = [path.name for path in images if counts[path.with_suffix("")] > 1]
+    if shared:
+        logger.warning("images that differ only in their extension share a text, that of the last: %s", some_of(shared))
     suffix = options.caption_extension
     wanted = [path for path in images if not (options.skip_existing and with_extension(path, suffix).exists())]
     return wanted, Outcome(skipped=len(images) - len(wanted))

@@ -26,6 +26,9 @@ from library.log import UserError, progress
 from library.rng import torch_stream
 
 logger = logging.getLogger(__name__)
+_ALONE = "there is no image beside these latents, and they"
+_UNFIT = f"{_ALONE} do not fit: they are damaged, of another size or VAE, or lack the mirror image"
+_NOT_ALL = f"{_ALONE} are not used: those of other images do not fit, so pixels are; --cache_latents makes the others"
 _NEVER_FINITE = "its latents are not finite, not even in float32; check the VAE file"
 
 # Archives hold finite float32 numbers, so the type of the VAE that made them is only a matter of digits: those of
@@ -116,6 +119,24 @@ def bind_prepared_latents(
                 items[unfit[0]].target.npz_path,
             )
     return len(store) - before
+
+
+def leave_out_lone_latents(
+    datasets: Sequence[ResolvedDataset], store: LatentStore, on_bad_image: OnBad
+) -> tuple[ResolvedDataset, ...]:
+    """The data sets without prepared latents that have no image beside them and cannot be used.
+
+    It is for runs that make no latents: there a data set gives latents of all its images, or pixels. Raises UserError
+    that lists them all, unless ``on_bad_image`` is "skip".
+    """
+    problems: dict[str, ImageProblem] = {}
+    for dataset in datasets:
+        targets = [target_of(record, fit) for record, fit in zip(dataset.records, dataset.fits, strict=True)]
+        by_pixels = any(target not in store and not target.is_alone for target in targets)
+        for target in targets:
+            if target.is_alone and (by_pixels or target not in store):
+                problems[target.path] = ImageProblem(target.path, _NOT_ALL if target in store else _UNFIT)
+    return _without_problems(datasets, tuple(problems.values()), on_bad_image)
 
 
 def cache_latents(
@@ -223,6 +244,9 @@ def _decode(group: tuple[_Item, ...]) -> _Decoded:
     problems: list[ImageProblem] = []
     for item in group:
         target = item.target
+        if target.is_alone:
+            problems.append(ImageProblem(target.path, _UNFIT))
+            continue
         try:
             state = FileState.of(target.path)
             image_HWC = read_image(target.path)
@@ -390,6 +414,6 @@ def _without_problems(
                 problems=dataset.problems + more,
             )
         )
-    if not any(dataset.records for dataset in left):
-        raise UserError("no image is left: none of the data sets' images can be used")
+    if not any(dataset.has_training_images for dataset in left):
+        raise UserError("no image is left to train on: none of the data sets' images can be used")
     return tuple(left)

@@ -35,7 +35,7 @@ def hold_out(datasets: Sequence[ResolvedDataset], options: ValidationOptions) ->
             " give a larger share, or leave it out"
         )
     training = tuple(_part(dataset, lambda record: record.path not in chosen) for dataset in datasets)
-    if not all(any(not record.is_reg for record in dataset.records) for dataset in training):
+    if not all(dataset.has_training_images for dataset in training):
         raise UserError("--validation_split leaves a data set without images to train on; give a smaller share")
     held_out = (_part(dataset, lambda record: record.path in chosen and not record.is_reg) for dataset in datasets)
     return training, tuple(_undisturbed(dataset) for dataset in held_out if dataset.records)

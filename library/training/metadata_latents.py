@@ -49,6 +49,11 @@ def prepare_latents(options: PrepareOptions) -> Outcome:
     """Write ``train_resolution`` of each image to the metadata file and latents beside the image. Raises UserError."""
     if options.recursive and not options.full_path:
         raise UserError("--recursive needs --full_path: names alone do not find images of subfolders again")
+    width, height = options.max_resolution
+    if not options.bucket_no_upscale and max(width, height) > options.max_bucket_reso:
+        raise UserError(
+            f"--max_bucket_reso {options.max_bucket_reso}: is below --max_resolution {width},{height}; raise it"
+        )
     device = choose_device()
     check_precision(PrecisionOptions(mixed_precision=options.mixed_precision), device)
     metadata = MetadataFile.open(str(options.out_json), str(options.in_json))

@@ -43,6 +43,7 @@ from library.training.caching import (
     bind_prepared_latents,
     cache_latents,
     fingerprints_served,
+    leave_out_lone_latents,
 )
 from library.training.latent_source import LatentSource
 from library.training.machine import Machine
@@ -107,7 +108,7 @@ def load_models(
     family = trainable.family_of_prompts(family)
     datasets, store = make_latents(settings, datasets, family, parts, machine)
     variants = text_cache_options(settings).cache_text_encoder_outputs_variants or 0
-    if count and not any(dataset.records for dataset in datasets[:count]):
+    if count and not any(dataset.has_training_images for dataset in datasets[:count]):
         raise UserError("no image is left to train on: none of those that are not held out can be used")
     on_bad = settings[DataOptions].on_bad_image
     images = TrainImages(datasets[:count], store, seed, on_bad, variants)
@@ -167,6 +168,8 @@ def make_latents(
     )
     if has_prepared:
         bind_prepared_latents(datasets, store, parts.vae, device=machine.device, dtype=machine.vae_dtype)
+        if not cache.cache_latents:
+            datasets = leave_out_lone_latents(datasets, store, data.on_bad_image)
     if cache.cache_latents:
         datasets, report = cache_latents(
             datasets,

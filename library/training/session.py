@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from library.data.records import CaptionClock, ResolvedDataset
 from library.data.sources import resolve
 from library.data.spec_checks import uncacheable_captions, uncacheable_subsets
+from library.data.user_dataset import find_class
 from library.interrupt import stop_on_signals
 from library.log import UserError
 from library.options import CacheOptions, DataOptions, EmbeddingOptions, LoopOptions, SaveOptions, ValidationOptions
@@ -46,6 +47,7 @@ def load_datasets(settings: Settings) -> tuple[ResolvedDataset, ...]:
     """Find the images and captions of the run; none with a data set class of the user's own."""
     options = settings[DataOptions]
     if options.dataset_class:
+        find_class(options.dataset_class)  # no model is read for a name that leads nowhere
         return ()
     words = settings[EmbeddingOptions] if EmbeddingOptions in settings else EmbeddingOptions()
     specs = with_templates(dataset_specs(settings), words)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -160,6 +162,27 @@ def test_damage_that_only_decoding_shows(bench: Bench, cache: tuple[str, ...]):
 # ---- options
 
 
+def write_lone_latents(folder: Path, *names: str) -> Path:
+    """Latents of 64 x 64 pixels without images and mirrors, and the metadata file that names them."""
+    for name in names:
+        latents = np.random.default_rng(1).normal(size=(4, 8, 8)).astype(np.float32)
+        np.savez(folder / f"{name}.npz", latents=latents, original_size=np.array([64, 64]), crop_ltrb=np.zeros(4))
+    entries = {name: {"caption": name, "train_resolution": [64, 64]} for name in names}
+    (folder / "meta.json").write_text(json.dumps(entries))
+    return folder / "meta.json"
+
+
+def test_latents_without_images_that_do_not_fit(bench: Bench):
+    """All are named before the training, not one when its turn has come, and not as a damaged image."""
+    meta = write_lone_latents(bench.tmp, "a", "b")
+    lines = bench.refusal("--in_json", meta, "--flip_aug", late=True, data=bench.tmp)
+    assert [Path(line.split(": ")[0]).name for line in lines[:-1]] == ["a.npz", "b.npz"]
+    assert all("no image beside these latents" in line and "mirror" in line for line in lines[:-1])
+    (bench.tmp / "b.npz").write_bytes(b"PK")
+    assert bench.run("--in_json", meta, "--on_bad_image", "skip", data=bench.tmp) == 0
+    assert "b.npz: there is no image beside these latents" in bench.capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -201,6 +224,7 @@ def test_numbers_out_of_range(bench: Bench, option: str):
     [
         (("--resolution", "5"), ("resolution 5x5", "at least 8 pixels")),
         (("--enable_bucket",), ("min_bucket_reso 256", "above the resolution 64x64")),
+        (("--dataset_class", "no_such_module_of_a_test.Data"), ("--dataset_class", "cannot be imported")),
         (("--clip_skip", "5"), ("--clip_skip 5", "2 layers")),
         (("--fp8_base",), ("--fp8_base needs --mixed_precision",)),
         (("--mixed_precision", "fp16"), ("--mixed_precision fp16", "CPU", "bf16")),

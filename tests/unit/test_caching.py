@@ -55,6 +55,17 @@ def test_no_image_left_is_said(tmp_path: Path) -> None:
         run([data], disk_store(), on_bad_image="skip")
 
 
+def test_regularisation_alone_is_no_training(tmp_path: Path) -> None:
+    """An epoch has as many of them as of the others: none."""
+    for name in ("bad", "reg"):
+        write_picture(tmp_path / f"{name}.png", (64, 64))
+    (tmp_path / "bad.png").write_bytes(b"")
+    records = [record(tmp_path / f"{name}.png", (64, 64), reg=name == "reg") for name in ("bad", "reg")]
+    data = dataset(records, [cover_fit((64, 64), (64, 64))] * 2)
+    with pytest.raises(UserError, match="no image is left to train on"):
+        run([data], LatentStore("sd", "v"), on_bad_image="skip")
+
+
 @pytest.mark.parametrize("to_disk", [True, False])
 def test_not_finite_latents_are_made_again_in_float32(tmp_path: Path, to_disk: bool) -> None:
     paths = [write_picture(tmp_path / f"{index}.png", (64, 64), index) for index in range(4)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from library.data.records import BucketRules, DatasetKind, DatasetSpec, ResolvedDataset, SubsetSpec
+from library.data.records import BucketRules, CaptionRules, DatasetKind, DatasetSpec, ResolvedDataset, SubsetSpec
 from library.data.sources import resolve
 from library.data.spec import load_dataset_specs
 from library.log import UserError
@@ -107,3 +107,19 @@ def test_captions_of_an_unusual_ending_are_said(tmp_path: Path, caplog: pytest.L
         (tmp_path / f"{name}.raw").write_bytes(b"x\0y")
     found(folder(tmp_path))
     assert not [line for line in caplog.messages if "caption_extension" in line]
+
+
+def test_braces_that_are_no_choice_are_told_with_wildcards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = {
+        "choice": "a {cat|dog} {x}", "plain": "a {{cat}}", "both": "{{ {a|b} }}", "nested": "a {cat|{big|small} dog}",
+        "open": "{cat|dog", "closed": "cat|dog}", "empty": "a {} cat", "none": "cat",
+    }  # fmt: skip
+    for name, text in texts.items():
+        picture(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(text)
+    with caplog.at_level(logging.WARNING):
+        found(folder(tmp_path))
+        assert not caplog.records
+        found(folder(tmp_path, captions=CaptionRules(enable_wildcard=True)))
+    (told,) = caplog.messages
+    assert told.endswith("trained as text: closed.png, empty.png, nested.png, open.png")

@@ -176,6 +176,16 @@ def test_quarantine_takes_captions_and_caches_along_and_can_be_undone(folder: Pa
     assert everything(folder) == before
 
 
+def test_a_caption_of_any_ending_is_no_image(folder: Path, tmp_path: Path):
+    """It would be moved aside without its image, together with the image's other captions and caches."""
+    (folder / "tiny.tags").write_bytes(b"\xff\xfe")
+    words = ("--quarantine", str(tmp_path / "aside"), "--quarantine_kinds", "unreadable")
+    report = run(str(folder), "--html", "", "--caption_extension", ".tags", *words)
+    assert found(report)["caption"] == ["tiny.tags"]
+    assert found(report)["unreadable"] == ["empty.png", "gravel.png"]
+    assert all((folder / name).exists() for name in ("tiny.png", "tiny.tags", "tiny.txt"))
+
+
 def test_a_second_quarantine_adds_to_the_record_and_overwrites_nothing(folder: Path, tmp_path: Path):
     aside = tmp_path / "aside"
     words = (str(folder), "--html", "", "--quarantine", str(aside), "--quarantine_kinds", "unreadable")

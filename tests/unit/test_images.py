@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,15 @@ from PIL import Image
 
 from library.data.face_names import FaceBox, face_box
 from library.data.headers import measure
-from library.data.images import UnreadableImage, fit_pixels, read_image, resize, to_model_range
+from library.data.images import (
+    UnreadableImage,
+    alpha_of,
+    fit_pixels,
+    read_image,
+    read_pixels,
+    resize,
+    to_model_range,
+)
 from library.data.index import read_folder
 from library.data.records import Augmentation, Fit
 from tests.data_fixtures import cover_fit, picture
@@ -125,6 +135,43 @@ def test_palette_transparency_lies_over_white(tmp_path: Path, form: str) -> None
     shown = read_image(str(file))
     assert shown[0, 0].tolist() == [255, 255, 255]
     assert shown[1, 1].tolist() == [200, 30, 30]
+
+
+def grey_png(depth: int, rows: bytes, transparent: int) -> bytes:
+    """A PNG of 4 x 2 greys of ``depth`` bits, one of which is transparent."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 4, 2, depth, 0, 0, 0, 0)
+    parts = [
+        (b"IHDR", header),
+        (b"tRNS", struct.pack(">H", transparent)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "transparent", "grey"),
+    [
+        (1, b"\x50", 0, 255),
+        (2, bytes([0b01100110]), 1, 170),
+        (4, bytes([0x12, 0x12]), 1, 34),
+        (8, bytes([9, 7, 9, 7]), 9, 7),
+        (16, struct.pack(">4H", 300, 70 * 257, 300, 70 * 257), 300, 70),
+    ],
+)
+def test_a_transparent_grey_lies_over_white(
+    tmp_path: Path, depth: int, row: bytes, transparent: int, grey: int
+) -> None:
+    file = tmp_path / "a.png"
+    file.write_bytes(grey_png(depth, (b"\0" + row) * 2, transparent))
+    assert read_image(str(file))[:, :, 1].tolist() == [[255, grey, 255, grey]] * 2
+    alpha_HW = alpha_of(read_pixels(str(file)))
+    assert alpha_HW is not None
+    assert alpha_HW.tolist() == [[0, 255, 0, 255]] * 2
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])

@@ -19,7 +19,7 @@ from library.data.cache_files import BrokenArchive, read_array, read_facts, writ
 from library.data.images import UnreadableImage
 from library.data.records import Augmentation, Fit, ResolvedDataset
 from library.log import UserError
-from library.training.caching import bind_prepared_latents
+from library.training.caching import bind_prepared_latents, leave_out_lone_latents
 from tests.cache_fixtures import CPU, archives, disk_store, latents_of, one_image, run
 from tests.data_fixtures import AveragingVae, cover_fit, dataset, record, write_picture
 
@@ -375,3 +375,26 @@ def test_prepared_latents_of_another_vae_are_not_bound(tmp_path: Path, caplog: p
     data = replace(data, records=(replace(data.records[0], npz_path=str(tmp_path / "a.npz")),))
     assert bound(data) == 0
     assert "another VAE" in caplog.text
+
+
+def test_latents_without_an_image_serve_where_all_others_do(tmp_path: Path) -> None:
+    """Where pixels have to be read for another image of the data set, those that have none are told."""
+    sizes = [(80, 64)] * 2
+    paths = [write_picture(tmp_path / f"{name}.png", size) for name, size in zip("ab", sizes, strict=True)]
+    data = dataset([record(path, (80, 64)) for path in paths], [cover_fit(size, (64, 64)) for size in sizes])
+    for path, one in zip(paths, data.records, strict=True):
+        write_foreign(replace(data, records=(one,), fits=data.fits[:1]), path.with_suffix(".npz"))
+    lone = replace(data.records[0], path=str(tmp_path / "a.npz"), npz_path=str(tmp_path / "a.npz"))
+    pictured = replace(data.records[1], npz_path=str(tmp_path / "b.npz"))
+    data, store = replace(data, records=(lone, pictured)), LatentStore("sd", "v")
+    assert bound(data, store) == 2
+    assert leave_out_lone_latents([data], store, "error") == (data,)
+    (tmp_path / "b.npz").write_bytes(b"")
+    store = LatentStore("sd", "v")
+    bound(data, store)
+    with pytest.raises(UserError, match=r"a.npz.*--cache_latents makes the others"):
+        leave_out_lone_latents([data], store, "error")
+    assert [one.path for one in leave_out_lone_latents([data], store, "skip")[0].records] == [pictured.path]
+    (tmp_path / "a.npz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a.npz.*no image beside these latents"):
+        run([replace(data, records=(lone,), fits=data.fits[:1])], LatentStore("sd", "v"))

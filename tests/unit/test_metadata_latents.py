@@ -14,7 +14,8 @@ from library.checkpoint.hashes import weights_fingerprint
 from library.checkpoint.io import save_safetensors
 from library.data import cache_files
 from library.data.cache import LatentStore
-from library.data.records import DatasetKind, ResolvedDataset
+from library.data.dataset import TrainImages
+from library.data.records import CaptionClock, DatasetKind, MicroBatch, ResolvedDataset, Sample
 from library.data.sources import resolve
 from library.data.spec import load_dataset_specs
 from library.options import DataOptions
@@ -103,6 +104,35 @@ def test_training_finds_the_latents_in_every_precision(tmp_path: Path, dtype: to
     assert bound(weights_fingerprint(of_training)) < 2
 
 
+@pytest.mark.parametrize("fingerprint", [True, False], ids=["ours", "the reference's"])
+def test_latents_serve_without_their_images(tmp_path: Path, fingerprint: bool):
+    """SDXL is told the size of the image that they were made of, not the size of the training."""
+    folder = photos(tmp_path / "in", (300, 201), (150, 190))
+    (tmp_path / "in.json").write_text("{}")
+    write_toy_checkpoint(tmp_path / "model.safetensors")
+    assert run(folder, "--flip_aug")[0] == 0
+    for name in ("0", "1"):
+        (folder / f"{name}.png").unlink()
+        if not fingerprint:
+            with np.load(folder / f"{name}.npz") as archive:
+                members = {member: archive[member] for member in archive.files if member != "fingerprint"}
+            np.savez(folder / f"{name}.npz", **members)  # pyright: ignore[reportArgumentType]
+    (dataset,) = resolved(folder)
+    vae = toy_modules("sd1")["vae"]
+    store = LatentStore("sd", weights_fingerprint(vae))
+    assert bind_prepared_latents([dataset], store, vae, device=torch.device("cpu"), dtype=torch.float32) == 2
+    images = TrainImages([dataset], store, 7)
+    sizes = []
+    for index in range(2):
+        batch = images.load(MicroBatch(0, (Sample(index, 0),)), 0, 1, CaptionClock(1, 0, 1))
+        assert batch.latents_BCHW is not None
+        sizes += batch.original_sizes_hw_B2.tolist()
+    assert sorted(sizes) == [[190, 150], [201, 300]]
+    if fingerprint:
+        other = LatentStore("sd", "of another VAE")
+        assert bind_prepared_latents([dataset], other, vae, device=torch.device("cpu"), dtype=torch.float32) == 0
+
+
 def test_each_image_is_read_once_however_many_buckets(tmp_path: Path, vae: ToyVae, monkeypatch: pytest.MonkeyPatch):
     sizes = [(64 + 8 * (n % 4), 64 + 8 * (n // 4)) for n in range(12)]
     folder = photos(tmp_path / "in", *sizes)
@@ -180,6 +210,7 @@ def test_keys_that_are_paths(tmp_path: Path, vae: ToyVae):
         (("--sdxl", "--bucket_reso_steps", "8"), "multiple of 32"),
         (("--mixed_precision", "fp16"), "fp16"),
         (("--max_resolution", "wide"), "max_resolution"),
+        (("--max_resolution", "256,520"), "--max_bucket_reso 512: is below --max_resolution 256,520"),
     ],
 )
 def test_what_cannot_work_is_said_in_a_line(

@@ -250,6 +250,12 @@ def test_the_same_check_on_all_three_ways(tmp_path: Path, name: str, value: obje
     assert str(caught.value).endswith(reason)
 
 
+@pytest.mark.parametrize("more", [(), ("--enable_bucket", "--bucket_no_upscale")])
+def test_limits_of_buckets_that_nobody_uses(more: tuple[str, ...]):
+    """Without buckets a small largest side is no contradiction to the usual smallest one."""
+    assert parse(LOOSE, ["--resolution", "64", "--max_bucket_reso", "128", *more]).value_of("max_bucket_reso") == 128
+
+
 def test_all_problems_at_once(tmp_path: Path):
     file = config(tmp_path, 'learing_rate = 1e-4\nnetwork_dim = "x"\nseed = true\nv2 = 1\n')
     found = problems_of("--config_file", file, "--train_batch_sise", "2", "--max_train_steps", "0")
@@ -285,7 +291,7 @@ def test_command_line_problems_are_one_line():
         ("--fp8_base", "--fp8_base needs --mixed_precision"),
         ("--log_with tensorboard", "needs --logging_dir"),
         ("--min_timestep 500 --max_timestep 500", "must be below"),
-        ("--min_bucket_reso 512 --max_bucket_reso 256", "must not be above"),
+        ("--enable_bucket --min_bucket_reso 512 --max_bucket_reso 256", "must not be above"),
         ("--use_8bit_adam --use_lion_optimizer", "exclude each other"),
         ("--use_8bit_adam --optimizer_type Lion", "exclude each other"),
         ("--network_train_unet_only --network_train_text_encoder_only", "exclude each other"),
@@ -294,6 +300,8 @@ def test_command_line_problems_are_one_line():
         ("--lr_warmup_steps 10", "use constant_with_warmup"),
         ("--lr_warmup_steps 10 --lr_scheduler_type StepLR", "--lr_scheduler_type"),
         ("--cache_latents --color_aug", "latents cannot be cached"),
+        ("--cache_latents_to_disk --dataset_class a.B", "exclude each other"),
+        ("--debug_dataset --dataset_class a.B", "exclude each other"),
         ("--cache_latents_to_disk --random_crop", "latents cannot be cached"),
         ("--face_crop_aug_range 3.0,1.0", "the lower one first"),
     ],
@@ -311,7 +319,9 @@ def test_combinations_refused(argv: str, part: str):
         ("--v2 --clip_skip 2", "--clip_skip with --v2"),
         ("--zero_terminal_snr", "without --v_parameterization"),
         ("--cache_latents_to_disk", "switches --cache_latents on"),
-        ("--dataset_config a.toml --train_data_dir b", "--train_data_dir ignored"),
+        ("--dataset_config a.toml --train_data_dir b", "--train_data_dir ignored: --dataset_config says"),
+        ("--in_json a --train_data_dir b --reg_data_dir c", "--reg_data_dir ignored: --in_json says"),
+        ("--dataset_class a.B --dataset_config c.toml", "--dataset_config ignored: --dataset_class says"),
         ("--in_json a --color_aug", "latents prepared ahead are not used"),
         ("--max_train_epochs 3 --max_train_steps 3", "--max_train_epochs decides"),
         ("--save_last_n_epochs 2", "has no effect without"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +262,25 @@ def test_the_debug_sheet_shows_both(tmp_path: Path) -> None:
         pixels = np.asarray(sheet.convert("RGB")).astype(int)
     left, right = pixels[8:72, 8:72], pixels[8:72, 72:136]
     assert abs(left + right - 255).mean() < 4
+
+
+def test_images_of_one_name_from_several_folders_do_not_share_a_mask(tmp_path: Path) -> None:
+    """Keys that are paths need no image_dir; without it nothing tells in which subfolder the mask of each lies."""
+    names = ("one/a.png", "two/a.png", "one/b.png")
+    for name in names:
+        write_picture(tmp_path / name, (64, 64))
+        write_picture(tmp_path / "masks" / Path(name).name, (64, 64))
+    rows = ", ".join(f'"{tmp_path / name}": {{"caption": "c"}}' for name in names)
+    (tmp_path / "m.json").write_text(f"{{{rows}}}")
+    subset = SubsetSpec(metadata_file=str(tmp_path / "m.json"), mask_dir=str(tmp_path / "masks"))
+    spec = DatasetSpec(DatasetKind.FINETUNE, 4, BucketRules((64, 64)), (subset,))
+    with pytest.raises(UserError) as caught:
+        resolve([spec])
+    lines = str(caught.value).split("\n")[:-1]
+    assert [line.partition(": ")[0] for line in lines] == [str(tmp_path / name) for name in names[:2]]
+    assert all("none has a mask of its own; set image_dir" in line for line in lines)
+    (left,) = resolve([spec], on_bad_image="skip")
+    assert [record.path for record in left.records] == [str(tmp_path / "one" / "b.png")]
+    subset = replace(subset, image_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"masks/one: the folder cannot be read"):  # the place that is missing
+        resolve([replace(spec, subsets=(subset,))])

@@ -84,6 +84,17 @@ def test_every_size_is_made_from_the_original(photos: Path, tmp_path: Path):
         assert image.size == (45, 22)
 
 
+def test_pictures_that_differ_in_their_suffix_only_have_results_each(photos: Path, tmp_path: Path):
+    write_picture(photos / "b.png", (40, 20), 3)
+    (photos / "b.txt").write_text("caption")
+    words = ["--max_resolution", "16x16", "--copy_associated_files"]
+    assert resize([str(photos), str(tmp_path / "out"), *words]) == 0
+    expected = ["b.jpg+16x16.jpg", "b.jpg+16x16.txt", "b.png+16x16.jpg", "b.png+16x16.txt"]
+    assert [name for name in names(tmp_path / "out") if name.startswith("b")] == expected
+    with Image.open(tmp_path / "out" / "b.png+16x16.jpg") as wide, Image.open(tmp_path / "out" / expected[0]) as square:
+        assert (wide.size, square.size) == ((22, 11), (16, 16))
+
+
 def test_a_copy_that_is_cut_short_does_not_stay(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def cut_short(source: Path, target: Path) -> None:
         Path(target).write_bytes(source.read_bytes()[:2])
@@ -198,6 +209,21 @@ def test_several_faces_are_each_cut_from_the_untouched_picture(photos: Path):
     whole = picture((80, 40), 1)
     with Image.open(photos.parent / "out" / "a[1]_02_0005_0005_0010_0010.png") as image:
         assert np.array_equal(np.asarray(image), whole[25:35, 65:75])
+
+
+def test_faces_whose_results_would_have_one_name_are_numbered(photos: Path):
+    """Cuts of one size around faces of one size tell the same place."""
+
+    def detect(pixels: np.ndarray) -> list[Face]:
+        return [Face((20, 20), (10, 10)), Face((60, 20), (10, 10))] if pixels.shape == (40, 80, 3) else []
+
+    for _ in range(2):  # the second run writes the same files
+        assert cut_faces(faces_options(photos, crop_size=(20, 20)), detect).done == 1
+    assert names(photos.parent / "out") == ["a[1]_0010_0010_0010_0010.png", "a[1]_02_0010_0010_0010_0010.png"]
+    whole = picture((80, 40), 1)
+    for name, left in zip(names(photos.parent / "out"), (10, 50), strict=True):
+        with Image.open(photos.parent / "out" / name) as image:
+            assert np.array_equal(np.asarray(image), whole[10:30, left : left + 20])
 
 
 def test_faces_of_unwanted_sizes_are_passed_over(photos: Path):

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from library.data import index
 from library.data.facts import metadata_facts
 from library.data.headers import BadFile, measure
+from library.data.index import image_names
 from library.data.records import (
     Augmentation,
     BucketRules,
@@ -105,6 +106,18 @@ def test_bad_images_are_all_named_or_left_out(tmp_path: Path, caplog: pytest.Log
     assert [Path(record.path).name for record in data.records] == ["good.png"]
     assert len(data.problems) == 8
     assert all(Path(problem.path).name in caplog.text for problem in data.problems)
+
+
+def test_links_that_lead_nowhere_are_told(tmp_path: Path) -> None:
+    place = tmp_path / "in"
+    picture(place / "a.png")
+    for name in ("b.png", "a.txt"):
+        (place / name).symlink_to(tmp_path / "gone" / name)
+    (place / "folder.png").mkdir()
+    assert problems(folder(place)) == [
+        f"{place / name}: cannot be read (No such file or directory)" for name in ("b.png", "a.txt")
+    ]
+    assert image_names(str(place)) == ["a.png", "b.png"]
 
 
 def test_data_behind_the_end_of_an_image_do_no_harm(tmp_path: Path) -> None:

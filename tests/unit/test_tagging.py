@@ -150,6 +150,12 @@ def test_existing_files_may_stay_and_bad_images_are_passed_over(photos: Path):
     assert [len(call) for call in session.calls] == [2]
 
 
+def test_images_that_share_a_file_are_told(photos: Path, caplog: pytest.LogCaptureFixture):
+    Image.new("RGB", (40, 40), (255, 255, 255)).save(photos / "red.jpg")
+    tags(photos)
+    assert "share a text, that of the last: red.jpg, red.png" in caplog.text
+
+
 # ---- the model's files
 
 
