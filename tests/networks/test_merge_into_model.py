@@ -189,7 +189,8 @@ def test_every_form_of_a_model(family: str, forms: str, model: Source, network: 
 
 def _beside(family: str) -> int:
     """Layers without a spatial kernel that the network, which has no convolutions, leaves alone."""
-    return sum("time_emb" in p.path or "shortcut" in p.path for p in layers_of(family))
+    names = [" ".join((layer.name, *layer.other_names)) for layer in layers_of(family)]
+    return sum("time_emb" in name or "shortcut" in name for name in names)
 
 
 def test_folders_keep_what_is_beside_the_weights(network: Source, tmp_path: Path) -> None:
