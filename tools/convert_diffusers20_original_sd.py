@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def convert(settings: Settings) -> int:
     """Write the model of the options in its other form; returns the exit status. Raises UserError."""
     from library.device import save_dtype
-    from library.families.files import is_file_name, write_model
+    from library.families.files import check_target, is_file_name, write_model
     from library.families.sdxl import SdxlFamily
     from library.families.stable import find_source
     from library.hub import MODEL_PARTS
@@ -48,6 +48,7 @@ def convert(settings: Settings) -> int:
     source, target = find_source(options.model_to_load or "", "model_to_load", parts), Path(options.model_to_save or "")
     if target.resolve() == source.path:
         raise UserError(f"model_to_save {target} is the model to load; choose another name")
+    check_target(target, "model_to_save")
     if options.reference_model and not Path(options.reference_model).is_dir():
         raise UserError(f"--reference_model {options.reference_model}: there is no such folder")
     with open_model(source.path, options.variant) as model:

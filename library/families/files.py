@@ -12,17 +12,32 @@ from library.checkpoint.folders import atomic_folder
 from library.checkpoint.io import LazyTensor
 from library.checkpoint.modelspec import CHECKPOINT_IMPLEMENTATION, Modelspec
 from library.families import family_named
+from library.log import UserError
 from library.models.save import save_folder_state, single_file_state, write_single_file
 from library.models.spec import FamilyName, PredictionType
 from library.models.stream import SINGLE_FILE, OpenModel, Parts
 
 FILE_SUFFIXES = (".safetensors", ".ckpt")
+_OTHER_SUFFIXES = (".pt", ".pth", ".bin")
 _SETTINGS = ("scheduler", "tokenizer", "tokenizer_2")
 
 
 def is_file_name(target: Path) -> bool:
     """True if a model of this name is a single file, not a folder."""
     return target.suffix.lower() in FILE_SUFFIXES
+
+
+def check_target(target: Path, option: str) -> None:
+    """Raise UserError for a name that a model cannot be written to, or that something else has."""
+    if target.suffix.lower() in _OTHER_SUFFIXES:
+        raise UserError(f"{option} {target}: a model is a {' or '.join(FILE_SUFFIXES)} file or a Diffusers folder")
+    if is_file_name(target):
+        if target.is_dir():
+            raise UserError(f"{option} {target} is a folder; choose another name")
+        return
+    is_model = (target / "model_index.json").is_file()
+    if target.exists() and not is_model and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{option} {target} exists and is no Diffusers model; name a new folder or a file")
 
 
 def write_model(

@@ -11,7 +11,7 @@ import torch
 from library.checkpoint.inspection import NetworkCheck
 from library.checkpoint.modelspec import title_of
 from library.device import save_dtype
-from library.families.files import modelspec_of
+from library.families.files import check_target, modelspec_of
 from library.models.load import check_written
 from library.models.spec import FAMILY_TITLES, FamilyName, PredictionType
 from library.models.stream import OpenModel, open_model
@@ -29,8 +29,8 @@ from networks.editing.combine import Combined, CombinePlan, combine
 from networks.editing.into_model import changes_of, merged_tensors
 from networks.editing.layers import layout_of
 from networks.editing.metadata import with_sizes
-from networks.editing.model_output import check_target, write_merged
-from networks.editing.precision import NETWORK_SUFFIXES, network_path, tool_device
+from networks.editing.model_output import write_merged
+from networks.editing.precision import NETWORK_SUFFIXES, network_path, require_other, tool_device
 from networks.editing.report import report
 from networks.weights import file_tensors, write_weights
 
@@ -79,7 +79,8 @@ def svd_merge(files: MergeFilesOptions, options: SvdMergeOptions) -> NetworkChec
 def merge_into_model(files: MergeFilesOptions, source: Path, expected: Sequence[FamilyName]) -> None:
     """Add the networks to the weights of a model and write it as file or folder. Raises UserError."""
     target = Path(str(files.save_to))
-    check_target(target)
+    check_target(target, "--save_to")
+    require_other(target, files.models or [])
     addends = read_addends(files.models or [], files.ratios)
     with open_model(source) as model:
         spec = model.found.spec

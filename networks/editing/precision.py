@@ -41,6 +41,12 @@ def network_path(save_to: str | None) -> Path:
     return target
 
 
+def require_other(target: Path, sources: Sequence[str | None]) -> None:
+    """Raise UserError if what is written would take the place of a file of another kind that it is made of."""
+    if target.resolve() in [Path(source).resolve() for source in sources if source]:
+        raise UserError(f"--save_to {target} is one of the files that are read; choose another name")
+
+
 def is_spatial(shape: Sequence[int]) -> bool:
     """True for the weight of a convolution with a kernel larger than 1x1."""
     return len(shape) == 4 and tuple(shape[2:]) != (1, 1)

@@ -197,6 +197,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ((a, a, target), "there is nothing to extract"),
         ((a, a, tmp_path / "x.zip"), "the name must end in"),
         ((a, tmp_path / "none", target), "there is no file"),
+        ((a, b, a), "is one of the files that are read"),
     ):
         assert run(*words) == 1
         assert text in capsys.readouterr().err

@@ -99,6 +99,27 @@ def test_what_the_model_predicts_survives(tmp_path: Path) -> None:
     assert recognise(tmp_path / "told").prediction_type == "v_prediction"
 
 
+def test_what_stands_under_the_name_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_toy_checkpoint(tmp_path / "model.safetensors", "sd1")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("a folder with something in it")
+    (tmp_path / "note").write_text("a file")
+    (tmp_path / "folder.safetensors").mkdir()
+    for name, message in (
+        ("mine", "exists and is no Diffusers model"),
+        ("note", "exists and is no Diffusers model"),
+        ("folder.safetensors", "is a folder"),
+        ("model.pt", "a .safetensors or .ckpt file or a Diffusers folder"),
+    ):
+        assert convert(source, tmp_path / name) == 1
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "mine" / "notes.txt").exists()
+    assert (tmp_path / "note").read_text() == "a file"
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):  # an empty folder is filled, a model of before replaced
+        assert convert(source, tmp_path / "empty") == 0
+
+
 def test_tokenizer_and_scheduler_come_from_the_reference_model(tmp_path: Path) -> None:
     source = write_toy_checkpoint(tmp_path / "model.safetensors")
     assert convert(source, tmp_path / "reference") == 0
