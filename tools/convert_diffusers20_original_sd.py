@@ -104,8 +104,8 @@ def _require_family(options: ConvertModelOptions, spec: ArchitectureSpec) -> Non
             raise UserError(f"--{name}: {options.model_to_load} is {FAMILY_TITLES[spec.family]}; leave the option out")
 
 
-def _prediction(options: ConvertModelOptions, found: Recognised) -> PredictionType:
-    asked: PredictionType = "v_prediction" if options.v_parameterization else "epsilon"
+def _prediction(options: ConvertModelOptions, found: Recognised) -> PredictionType | None:
+    asked: PredictionType | None = "v_prediction" if options.v_parameterization else None
     if options.v_parameterization and found.prediction_type == "epsilon":
         raise UserError(f"--v_parameterization: {options.model_to_load} says that it predicts noise; leave it out")
     return found.prediction_type or asked

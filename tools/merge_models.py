@@ -66,7 +66,7 @@ def _metadata(inputs: Sequence[MergeInput], spec: ArchitectureSpec, target: Path
     from library.models.infer import prediction_of_file
 
     first = inputs[0].file
-    prediction = prediction_of_file(first.infos, first.metadata) or "epsilon"
+    prediction = prediction_of_file(first.infos, first.metadata)
     titles = [title_of(term.file.metadata, term.file.path.stem) for term in inputs]
     return modelspec_of(spec.family, "", target.stem, prediction, titles).as_metadata()
 

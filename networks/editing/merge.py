@@ -99,17 +99,9 @@ def merge_into_model(files: MergeFilesOptions, source: Path, expected: Sequence[
         logger.info("%s", line)
 
 
-def _prediction(model: OpenModel, addends: Sequence[Addend]) -> PredictionType:
-    """What the model predicts: by itself, else by the networks; SD2 that says nothing is taken for 768-v."""
-    if model.found.prediction_type is not None:
-        return model.found.prediction_type
-    said = _stated_predictions(addends)
-    if said:
-        return said[0]
-    if model.found.spec.family != "sd2":
-        return "epsilon"
-    logger.warning("%s does not say what it predicts; its metadata will say velocity (v)", model.path)
-    return "v_prediction"
+def _prediction(model: OpenModel, addends: Sequence[Addend]) -> PredictionType | None:
+    """What the model predicts: by itself, else by the networks; None if none of them says it."""
+    return model.found.prediction_type or next(iter(_stated_predictions(addends)), None)
 
 
 def _stated_predictions(addends: Sequence[Addend]) -> list[PredictionType]:
@@ -131,7 +123,7 @@ def _stated_prediction(addend: Addend) -> PredictionType | None:
 
 
 def _model_metadata(
-    model: OpenModel, addends: Sequence[Addend], target: Path, prediction: PredictionType
+    model: OpenModel, addends: Sequence[Addend], target: Path, prediction: PredictionType | None
 ) -> dict[str, str]:
     titles = [title_of(model.metadata, model.path.stem), *(addend.title for addend in addends)]
     return modelspec_of(model.found.spec.family, "", _title(target), prediction, titles).as_metadata()
@@ -173,11 +165,7 @@ def _network_metadata(
     said = _stated_predictions(addends)
     if len(set(said)) > 1:
         logger.warning("networks for velocity (v) and for noise are merged: the result suits neither model well")
-    prediction: PredictionType = said[0] if said else "epsilon"
-    if family == "sd2" and not said:
-        logger.warning("the networks do not say what their model predicts; the metadata will say velocity (v)")
-        prediction = "v_prediction"
-    titles = [addend.title for addend in addends]
+    prediction, titles = said[0] if said else None, [addend.title for addend in addends]
     return {
         **metadata,
         **modelspec_of(family, "lora", _title(Path(str(files.save_to))), prediction, titles).as_metadata(),

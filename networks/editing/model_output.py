@@ -24,7 +24,7 @@ def write_merged(
     target: Path,
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
-    prediction: PredictionType,
+    prediction: PredictionType | None,
 ) -> None:
     """Write the model with the changed tensors, one in memory at a time (a .ckpt: all).
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from library.checkpoint.io import open_model_file, read_header, save_safetensors
 from library.generation.app import run as draw
+from library.models.load import recognise
 from library.options.scripts import GEN_IMG
 from networks.adapter import bias_of, weight_of
 from networks.editing.into_model import Change, changed_layer
@@ -164,7 +165,18 @@ def test_what_no_network_touches_is_passed_through(network: Source, tmp_path: Pa
     assert metadata["modelspec.title"] == "merged"
     assert metadata["modelspec.merged_from"] == "base, net"
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1"
-    assert metadata["modelspec.prediction_type"] == "epsilon"
+    assert "modelspec.prediction_type" not in metadata  # neither model nor network says it
+
+
+def test_what_a_network_says_of_its_model_is_said_of_the_result(tmp_path: Path) -> None:
+    source, target = write_toy_checkpoint(tmp_path / "toy.safetensors", "sdxl"), tmp_path / "merged.safetensors"
+    adapters = adapters_on(layers_of("sdxl")[:4], TYPES["LoraAdapter"], 1)
+    for said, expected in (({}, None), ({"modelspec.prediction_type": "v"}, "v_prediction")):
+        file = write_adapters(tmp_path / "net.safetensors", adapters, VERSIONS["sdxl"], **said)
+        assert run_merge("sdxl", "--sd_model", source, "--models", file, "--save_to", target) == 0
+        assert recognise(target).prediction_type == expected
+
+
 
 
 @pytest.mark.parametrize("family", FAMILIES)

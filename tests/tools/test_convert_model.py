@@ -16,6 +16,7 @@ from library.checkpoint import io
 from library.checkpoint.io import read_header
 from library.log import UserError
 from library.models.load import recognise
+from library.models.spec import PredictionType
 from library.options.script import parse
 from library.options.scripts import CONVERT_MODEL
 from tests.toy import toy_modules, write_toy_checkpoint, write_toy_folder
@@ -97,6 +98,26 @@ def test_what_the_model_predicts_survives(tmp_path: Path) -> None:
     plain = write_toy_checkpoint(tmp_path / "plain.safetensors", "sd2")
     assert convert(plain, tmp_path / "told", "--v2", "--v_parameterization") == 0
     assert recognise(tmp_path / "told").prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_file_between_two_folders_says_what_the_model_predicts(tmp_path: Path, prediction: PredictionType) -> None:
+    folder = write_toy_folder(tmp_path / "folder", "sd2", prediction_type=prediction)
+    assert convert(folder, tmp_path / "file.safetensors") == 0
+    assert convert(tmp_path / "file.safetensors", tmp_path / "back") == 0
+    assert recognise(tmp_path / "back").prediction_type == prediction
+
+
+def test_sd2_that_says_nothing_is_taken_for_768_v(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As the original tool, whose folders have the scheduler of 2.1."""
+    plain = write_toy_checkpoint(tmp_path / "plain.safetensors", "sd2")
+    assert convert(plain, tmp_path / "folder", "--v2") == 0
+    assert recognise(tmp_path / "folder").prediction_type == "v_prediction"
+    assert "does not say what it predicts" in caplog.text
+    caplog.clear()
+    assert convert(plain, tmp_path / "file.safetensors", "--v2") == 0
+    assert recognise(tmp_path / "file.safetensors").prediction_type is None  # a guess is no fact
+    assert "does not say" not in caplog.text
 
 
 def test_what_stands_under_the_name_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
