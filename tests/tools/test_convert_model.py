@@ -120,6 +120,12 @@ def test_sd2_that_says_nothing_is_taken_for_768_v(tmp_path: Path, caplog: pytest
     assert "does not say" not in caplog.text
 
 
+def test_the_ending_of_a_pickle_may_be_in_capitals(tmp_path: Path) -> None:
+    source = write_toy_checkpoint(tmp_path / "model.safetensors", "sd1")
+    assert convert(source, tmp_path / "OLD.CKPT") == 0
+    assert "state_dict" in torch.load(tmp_path / "OLD.CKPT", weights_only=True)
+
+
 def test_what_stands_under_the_name_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_toy_checkpoint(tmp_path / "model.safetensors", "sd1")
     (tmp_path / "mine").mkdir()
