@@ -73,6 +73,15 @@ def _what_is_wrong(table: WeightTable, module: str) -> str:
     return f"{table.source}: {module} is of a kind that is not known here ({', '.join(sorted(names))}){hint}"
 
 
+def require_finite(table: WeightTable) -> None:
+    """Raise UserError for NaN and infinite values: of them nothing sensible can be computed."""
+    wrong = [key for key, tensor in table.flat().items() if not bool(tensor.isfinite().all())]
+    if wrong:
+        raise UserError(
+            f"{table.source}: {len(wrong)} tensors hold NaN or infinite values, first {wrong[0]}; the network is broken"
+        )
+
+
 def read_network(path: str | Path) -> tuple[WeightTable, dict[str, type[Adapter]]]:
     """A network file of any kind and the type of each of its modules. Raises UserError."""
     table = read_weights(path)

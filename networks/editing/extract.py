@@ -7,6 +7,7 @@ width, R rank.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,8 @@ def extract(comparison: Comparison, plan: ExtractPlan) -> Extracted:
             continue
         delta = comparison.delta(part, key)
         square = square_of(delta)
+        if not math.isfinite(square):
+            raise UserError(f"{part} {key}: one of the models has NaN or infinite values there; it is broken")
         if layer is None:
             change.add_outside(group_of(part, key), square)
         elif not square:

@@ -191,6 +191,9 @@ def test_half_precision_and_clamp(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = save(tmp_path / "a.safetensors", "sd1", toy_modules("sd1"))
     b = save(tmp_path / "b.safetensors", "sdxl", toy_modules("sdxl"))
+    modules, key = toy_modules("sd1"), "mid_block.attentions.0.proj_in.weight"
+    modules["unet"].get_parameter(key).data[0, 0] = float("nan")
+    broken = save(tmp_path / "broken.safetensors", "sd1", modules)
     target = tmp_path / "net.safetensors"
     for words, text in (
         ((a, b, target), "only models of one kind"),
@@ -198,6 +201,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ((a, a, tmp_path / "x.zip"), "the name must end in"),
         ((a, tmp_path / "none", target), "there is no file"),
         ((a, b, a), "is one of the files that are read"),
+        ((a, broken, target), f"{key}: one of the models has NaN or infinite values there"),
     ):
         assert run(*words) == 1
         assert text in capsys.readouterr().err

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -177,6 +177,20 @@ def test_what_a_network_says_of_its_model_is_said_of_the_result(tmp_path: Path) 
         assert recognise(target).prediction_type == expected
 
 
+def test_a_broken_network_is_refused_and_no_network_is_overwritten(
+    model: Source, network: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapters = adapters_on(layers_of("sd1")[:4], TYPES["LoraAdapter"], 1)
+    cast(Any, adapters[1]).lora_up.weight.data[0, 0] = float("nan")
+    broken = write_adapters(tmp_path / "broken.safetensors", adapters, "sd_v1")
+    target = tmp_path / "merged.safetensors"
+    assert run_merge("sd1", "--sd_model", model("sd1"), "--models", broken, "--save_to", target) == 1
+    assert f"hold NaN or infinite values, first {adapters[1].name}.lora_up.weight" in capsys.readouterr().err
+    own = Path(shutil.copy(network("sd1"), tmp_path / "own.safetensors"))
+    before = own.read_bytes()
+    assert run_merge("sd1", "--sd_model", model("sd1"), "--models", own, "--save_to", own) == 1
+    assert "is one of the files that are read" in capsys.readouterr().err
+    assert own.read_bytes() == before
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -182,4 +182,10 @@ def test_mistakes_come_before_work(network_file: Path, tmp_path: Path, capsys: p
     ):
         assert main([*good, *more]) == 1
         assert text in capsys.readouterr().err
+    tensors = read_network(network_file)[0].flat()
+    first = next(key for key in tensors if key.endswith("lora_up.weight"))
+    tensors[first][0] = float("inf")
+    write_weights(tmp_path / "broken.safetensors", tensors, None, {})
+    assert main(["--model", str(tmp_path / "broken.safetensors"), "--save_to", str(tmp_path / "x.pt")]) == 1
+    assert f"1 tensors hold NaN or infinite values, first {first}" in capsys.readouterr().err
     assert not (tmp_path / "x.pt").exists()
