@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.log import UserError, first_line
+from library.device import device_named
+from library.log import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -22,11 +23,7 @@ def tool_device(name: str | None) -> torch.device:
     """The device of ``--device``; the CPU if none is named. Raises UserError for one that is not there."""
     if not name:
         return torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: cannot be used here: {first_line(error)}") from error
+    device = device_named(name)
     if device.type == "mps":
         logger.warning("--device %s: singular values need float64, which it lacks; using the CPU", name)
         return torch.device("cpu")

@@ -132,6 +132,7 @@ def test_refusals(models: Files, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (([*models], models[0]), (), "is one of --models"),
         (([*models], tmp_path / "m"), ("--ratios", "1"), "--ratios has 1 numbers for 2 files"),
         (([models[0], tmp_path / "gone.safetensors"], tmp_path / "m"), (), "there is no file"),
+        (([*models], tmp_path / "m"), ("--device", "gpu"), "--device gpu: cannot be used here"),
     ]
     for arguments, more, message in cases:
         assert run(*arguments, *more) == 1
