@@ -152,6 +152,17 @@ def test_files_that_are_no_networks(tmp_path: Path, key: str) -> None:
     assert str(path) in str(caught.value)
 
 
+def test_words_that_are_bundled_with_a_network_are_told_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """OneTrainer writes them, web UIs read them."""
+    path = tmp_path / "both.safetensors"
+    pair = {f"lora_unet_mid_block_x.lora_{end}.weight": torch.ones(2, 2) for end in ("down", "up")}
+    save_file({**pair, "bundle_emb.sks.emb_params": torch.ones(1, 4)}, path)
+    assert read_weights(path).modules.keys() == {"lora_unet_mid_block_x"}
+    assert "the words that are bundled with it are left out: sks" in caplog.text
+
+
 def test_modules_of_no_known_kind_are_named_with_their_maker(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"lora_unet_x.on_input": torch.ones(2)}, path, {"ss_network_module": "lycoris.kohya"})
