@@ -203,6 +203,13 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 def spec_of_folder(folder: Path) -> ArchitectureSpec:
     """The architecture of an SD1, SD2 or SDXL Diffusers folder. Raises UserError for anything else."""
+    try:
+        return _spec_of_configs(folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} is another kind of model, or its configurations are damaged ({error})") from error
+
+
+def _spec_of_configs(folder: Path) -> ArchitectureSpec:
     unet = _unet_of_config(read_config(folder / "unet"))
     vae = vae_spec_of_config(read_config(folder / "vae"))
     text = _text_spec(read_config(folder / "text_encoder"))

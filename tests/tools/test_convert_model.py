@@ -147,6 +147,27 @@ def test_what_stands_under_the_name_is_not_lost(tmp_path: Path, capsys: pytest.C
         assert convert(source, tmp_path / "empty") == 0
 
 
+@pytest.mark.parametrize(
+    ("place", "content"),
+    [
+        ("text_encoder/config.json", "{}"),
+        ("unet/config.json", '{"block_out_channels": [32, 64], "transformer_layers_per_block": [1]}'),
+        ("vae/config.json", '{"block_out_channels": 3}'),
+        ("unet/diffusion_pytorch_model.safetensors.index.json", "{}"),
+        ("unet/diffusion_pytorch_model.safetensors.index.json", "no JSON"),
+    ],
+)
+def test_damaged_folders_are_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, content: str
+) -> None:
+    folder = write_toy_folder(tmp_path / "folder")
+    (folder / place).write_text(content)
+    assert convert(folder, tmp_path / "out.safetensors") == 1
+    error = capsys.readouterr().err.strip()
+    assert "damaged" in error
+    assert len(error.splitlines()) == 1
+
+
 def test_tokenizer_and_scheduler_come_from_the_reference_model(tmp_path: Path) -> None:
     source = write_toy_checkpoint(tmp_path / "model.safetensors")
     assert convert(source, tmp_path / "reference") == 0
