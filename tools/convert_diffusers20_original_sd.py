@@ -45,7 +45,8 @@ def convert(settings: Settings) -> int:
     options = settings[ConvertModelOptions]
     dtype, metadata = save_dtype(_precision(options)), _metadata(options.metadata)
     parts = SdxlFamily.parts_on_hub if options.sdxl else MODEL_PARTS
-    source, target = find_source(options.model_to_load or "", "model_to_load", parts), Path(options.model_to_save or "")
+    source = find_source(options.model_to_load or "", "model_to_load", parts, variant=options.variant)
+    target = Path(options.model_to_save or "")
     if target.resolve() == source.path:
         raise UserError(f"model_to_save {target} is the model to load; choose another name")
     check_target(target, "model_to_save")

@@ -245,10 +245,12 @@ def test_as_a_program(tmp_path: Path) -> None:
 def test_all_text_encoders_of_a_hub_model_are_fetched(
     more: tuple[str, ...], encoders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def download(given: str, option: str, parts: tuple[str, ...], token: None) -> Path:
+    def download(given: str, option: str, parts: tuple[str, ...], token: None, variant: str | None) -> Path:
         assert sum(part.startswith("text_encoder") for part in parts) == encoders
-        raise UserError(f"{given} would be fetched")
+        raise UserError(f"{given} would be fetched in {variant}")
 
     monkeypatch.setattr(hub, "download_model", download)
-    with pytest.raises(UserError, match="would be fetched"):
-        convert_settings(parse(CONVERT_MODEL, ["owner/name", str(tmp_path / "x.safetensors"), *more]))
+    line = ["owner/name", str(tmp_path / "x.safetensors"), *more]
+    for words, variant in (((), None), (("--variant", "fp16"), "fp16")):
+        with pytest.raises(UserError, match=f"would be fetched in {variant}"):
+            convert_settings(parse(CONVERT_MODEL, [*line, *words]))
