@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import networks
-from library.checkpoint.inspection import low_rank_norms
+from library.checkpoint.inspection import is_finite, low_rank_norms
 from library.log import UserError
 from networks.adapter import Adapter
 from networks.weights import WeightTable, read_weights
@@ -75,7 +75,7 @@ def _what_is_wrong(table: WeightTable, module: str) -> str:
 
 def require_finite(table: WeightTable) -> None:
     """Raise UserError for NaN and infinite values: of them nothing sensible can be computed."""
-    wrong = [key for key, tensor in table.flat().items() if not bool(tensor.isfinite().all())]
+    wrong = [key for key, tensor in table.flat().items() if not is_finite(tensor)]
     if wrong:
         raise UserError(
             f"{table.source}: {len(wrong)} tensors hold NaN or infinite values, first {wrong[0]}; the network is broken"

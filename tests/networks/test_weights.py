@@ -15,7 +15,9 @@ from library.checkpoint.inspection import check_network_file
 from library.checkpoint.io import open_model_file, read_header
 from library.log import UserError
 from networks import lora
+from networks.check_lora_weights import main as check_main
 from networks.kinds import read_network
+from networks.resize_lora import main as resize_main
 from networks.weights import read_weights, to_weight_table, write_weights
 from tests.networks_fixtures import make_clip, make_unet, randomise, toy_models
 
@@ -168,6 +170,16 @@ def test_modules_of_no_known_kind_are_named_with_their_maker(tmp_path: Path) -> 
     save_file({"lora_unet_x.on_input": torch.ones(2)}, path, {"ss_network_module": "lycoris.kohya"})
     with pytest.raises(UserError, match=r"of a kind that is not known here \(on_input\).*lycoris\.kohya"):
         read_network(path)
+
+
+def test_8_bit_floats_are_read_as_numbers(tmp_path: Path) -> None:
+    path, out = tmp_path / "eight.safetensors", tmp_path / "out.safetensors"
+    pair = {f"lora_unet_mid_block_x.lora_{end}.weight": torch.eye(4).to(torch.float8_e4m3fn) for end in ("down", "up")}
+    save_file(pair, path)
+    assert check_main([str(path)]) == 0
+    assert resize_main(["--model", str(path), "--save_to", str(out)]) == 0
+    (own,) = read_weights(out).modules.values()
+    torch.testing.assert_close(own["lora_up.weight"] @ own["lora_down.weight"], torch.eye(4))
 
 
 def test_broken_files(tmp_path: Path) -> None:
