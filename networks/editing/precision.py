@@ -31,10 +31,12 @@ def tool_device(name: str | None) -> torch.device:
 
 
 def network_path(save_to: str | None) -> Path:
-    """The file of ``--save_to``, by whose name networks are written. Raises UserError for another ending."""
+    """The file of ``--save_to``, by whose name networks are written. Raises UserError for a name that cannot be."""
     target = Path(str(save_to))
     if target.suffix.lower() not in NETWORK_SUFFIXES:
         raise UserError(f"--save_to {target}: the name must end in {', '.join(NETWORK_SUFFIXES)}")
+    if target.is_dir():
+        raise UserError(f"--save_to {target} is a folder; choose another name")
     return target
 
 

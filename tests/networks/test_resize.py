@@ -173,11 +173,13 @@ def test_mistakes_come_before_work(network_file: Path, tmp_path: Path, capsys: p
     error = capsys.readouterr().err
     assert "x.zip: the name must end in" in error
     assert "--dynamic_method sv_fro needs --dynamic_param" in error
+    (tmp_path / "folder.pt").mkdir()
     good = ["--model", str(network_file), "--save_to", str(tmp_path / "x.pt"), "--dynamic_param"]
     for more, text in (
         (["1.5", "--dynamic_method", "sv_cumulative"], "takes a share"),
         (["0.5", "--dynamic_method", "sv_ratio"], "takes a ratio"),
         (["2", "--device", "nonsense"], "--device nonsense"),
+        (["2", "--save_to", str(tmp_path / "folder.pt")], "folder.pt is a folder"),
         (["0"], "above 0"),
     ):
         assert main([*good, *more]) == 1
