@@ -5,6 +5,7 @@ strength when it is rounded.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def scaled_pair(
     """
     rank = down_RI.shape[0]
     alpha = torch.tensor(scale * rank, dtype=dtype or torch.float32).float()
+    if not 0 < abs(float(alpha)) < math.inf:  # half precision does not hold it
+        alpha = torch.tensor(float(rank))
     root = (rank / abs(float(alpha))) ** 0.5
     sign = -1.0 if alpha < 0 else 1.0
     sides = (1,) * (len(shape) - 2)

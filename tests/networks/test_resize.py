@@ -83,6 +83,14 @@ def test_rounding_alpha_to_fp16_does_not_change_the_strength() -> None:
     assert rounded.alpha != exact.alpha
     strength = float((delta(rounded.tensors) * delta(exact.tensors)).sum() / delta(exact.tensors).norm() ** 2)
     assert strength == pytest.approx(1.0, abs=6e-4)  # the factors' own rounding; alpha's would be 0.002
+    small = resize_module(NAME, state_of("LoraAdapter", "linear", 1e-9), lora.LoraAdapter, ResizePlan(3, 3))
+    halved = resize_module(
+        NAME, state_of("LoraAdapter", "linear", 1e-9), lora.LoraAdapter, ResizePlan(3, 3, dtype=torch.float16)
+    )
+    assert small is not None
+    assert halved is not None
+    assert halved.alpha == 3  # an alpha of 0 would stand for the rank
+    assert (delta(halved.tensors) - delta(small.tensors)).norm() < 0.1 * delta(small.tensors).norm()
 
 
 @pytest.fixture
