@@ -58,8 +58,20 @@ def require_whole(table: WeightTable, preferred: Sequence[type[Adapter]] = ()) -
         kind = kind_of(tensors, preferred, table.prefixes.get(module))
         if kind is None:
             raise UserError(_what_is_wrong(table, module))
+        if not _has_sizes(kind, tensors):
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+            raise UserError(f"{table.source} is damaged: {module} has tensors of impossible shapes ({shapes})")
         kinds[module] = kind
     return kinds
+
+
+def _has_sizes(kind: type[Adapter], tensors: Mapping[str, Tensor]) -> bool:
+    """True if rank, alpha and layer can be told from a module's tensors."""
+    try:
+        kind.layer_shape(tensors)
+        return kind.size_of(tensors).rank > 0
+    except (IndexError, KeyError, RuntimeError, ValueError):
+        return False
 
 
 def _what_is_wrong(table: WeightTable, module: str) -> str:
@@ -124,7 +136,11 @@ def adapter_of(
             raise UserError(f"{name}: what {kind.__name__} does depends on the base model, which is not given here")
         layer = shell(shape)
     adapter = kind.for_tensors(name, layer, tensors)
-    adapter.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
+    try:
+        adapter.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
+    except RuntimeError as error:
+        shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items())
+        raise UserError(f"{name}: its tensors do not fit each other ({shapes}); the file is damaged") from error
     return adapter.requires_grad_(False).eval()
 
 

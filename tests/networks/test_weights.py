@@ -172,6 +172,29 @@ def test_modules_of_no_known_kind_are_named_with_their_maker(tmp_path: Path) -> 
         read_network(path)
 
 
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"lora_down.weight": (4, 8), "lora_up.weight": (8, 3)},
+        {"lora_down.weight": (4,), "lora_up.weight": (8,)},
+        {"lora_down.weight": (), "lora_up.weight": ()},
+        {"lora_down.weight": (0, 8), "lora_up.weight": (8, 0)},
+        {"lora_down.weight": (4, 8), "lora_up.weight": (8, 4), "alpha": (3,)},
+        {"hada_w1_a": (8, 4), "hada_w1_b": (4,), "hada_w2_a": (8, 4), "hada_w2_b": (4, 8)},
+    ],
+)
+def test_tensors_that_fit_no_layer_are_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tensors: dict[str, tuple[int, ...]]
+) -> None:
+    path = tmp_path / "damaged.safetensors"
+    save_file({f"lora_unet_mid_block_x.{name}": torch.ones(shape) for name, shape in tensors.items()}, path)
+    assert check_main([str(path)]) == 1
+    assert resize_main(["--model", str(path), "--save_to", str(tmp_path / "out.safetensors")]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert all("damaged" in line and "lora_unet_mid_block_x" in line for line in errors)
+
+
 def test_8_bit_floats_are_read_as_numbers(tmp_path: Path) -> None:
     path, out = tmp_path / "eight.safetensors", tmp_path / "out.safetensors"
     pair = {f"lora_unet_mid_block_x.lora_{end}.weight": torch.eye(4).to(torch.float8_e4m3fn) for end in ("down", "up")}
