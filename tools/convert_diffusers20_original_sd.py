@@ -50,6 +50,8 @@ def convert(settings: Settings) -> int:
     if target.resolve() == source.path:
         raise UserError(f"model_to_save {target} is the model to load; choose another name")
     check_target(target, "model_to_save")
+    form = ("ckpt" if target.suffix.lower() == ".ckpt" else "file") if is_file_name(target) else "folder"
+    _tell_unused(options, form, is_from_folder=source.path.is_dir())
     if options.reference_model and not Path(options.reference_model).is_dir():
         raise UserError(f"--reference_model {options.reference_model}: there is no such folder")
     with open_model(source.path, options.variant) as model:
@@ -70,6 +72,19 @@ def convert(settings: Settings) -> int:
     for line in check_written(target, model.found.spec):
         logger.info("%s", line)
     return 0
+
+
+_FORMS = {"epoch": ("ckpt",), "global_step": ("ckpt",), "metadata": ("file",), "reference_model": ("folder",)}
+"""What of a form of model an option is for."""
+
+
+def _tell_unused(options: ConvertModelOptions, form: str, is_from_folder: bool) -> None:
+    titles = {"ckpt": ".ckpt file", "file": "safetensors file", "folder": "Diffusers folder"}
+    for name, forms in _FORMS.items():
+        if getattr(options, name) and form not in forms:
+            logger.warning("--%s: a %s has no place for it, only a %s", name, titles[form], titles[forms[0]])
+    if options.variant and not is_from_folder:
+        logger.warning("--variant: a single file has none")
 
 
 def _precision(options: ConvertModelOptions) -> str | None:

@@ -177,6 +177,22 @@ def test_tokenizer_and_scheduler_come_from_the_reference_model(tmp_path: Path) -
     assert "PNDMScheduler" in (tmp_path / "folder" / "scheduler" / "scheduler_config.json").read_text()
 
 
+def test_options_that_the_form_has_no_place_for_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_toy_checkpoint(tmp_path / "model.safetensors")
+    (tmp_path / "reference").mkdir()
+    all_of_them = ("--epoch", "1", "--metadata", "{}", "--reference_model", str(tmp_path / "reference"))
+    for target, unused in (
+        ("folder", ("epoch: a Diffusers folder", "metadata: a Diffusers folder", "variant: a single file")),
+        ("out.ckpt", ("metadata: a .ckpt file", "reference_model: a .ckpt file", "variant: a single file")),
+        ("o.safetensors", ("epoch: a safetensors", "reference_model: a safetensors", "variant: a single file")),
+    ):
+        caplog.clear()
+        assert convert(source, tmp_path / target, *all_of_them, "--variant", "fp16") == 0
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(told) == len(unused)
+        assert all(line.startswith(f"--{start}") for line, start in zip(told, unused, strict=True))
+
+
 def test_variant_chooses_the_files(tmp_path: Path) -> None:
     folder = write_toy_folder(tmp_path / "folder", "sd1", seed=0)
     half = write_toy_folder(tmp_path / "half", "sd1", seed=1)
