@@ -120,6 +120,8 @@ def _plan(options: ResizeOptions) -> ResizePlan:
         problems.append(f"--dynamic_param {target}: sv_ratio takes a ratio, 1 or more")
     if problems:
         raise UserError.of(problems)
+    if method is None and target is not None:
+        logger.warning("--dynamic_param does nothing without --dynamic_method")
     rule = None if method is None or target is None else RankRule(method, target)
     conv_rank = options.new_conv_rank or options.new_rank
     dtype = save_dtype(options.save_precision) or torch.float32

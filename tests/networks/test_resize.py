@@ -161,6 +161,14 @@ def test_dynamic_ranks(network_file: Path, tmp_path: Path, capsys: pytest.Captur
     assert metadata["ss_training_comment"] == "Dynamic resize with sv_fro: 0.7 from Dynamic; mine"
 
 
+def test_a_parameter_without_its_method_is_told(
+    network_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["--model", str(network_file), "--save_to", str(tmp_path / "x.pt"), "--dynamic_param", "0.9"]
+    assert main(words) == 0
+    assert "--dynamic_param does nothing without --dynamic_method" in caplog.text
+
+
 def test_larger_rank_than_there_is_adds_nothing(network_file: Path, tmp_path: Path) -> None:
     target = tmp_path / "large.pt"
     assert main(["--model", str(network_file), "--save_to", str(target), "--new_rank", "64"]) == 0
