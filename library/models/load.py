@@ -213,7 +213,14 @@ def _load_vae_folder(folder: Path, where: str, target: Target) -> AutoencoderKL:
     place = folder if (folder / "config.json").is_file() else folder / "vae"
     if not (place / "config.json").is_file():
         raise UserError(f"{where}: neither a config.json nor a folder `vae` is in it")
-    module = build.empty_vae(infer.vae_spec_of_config(infer.read_config(place)))
+    config = infer.read_config(place)
+    try:
+        module = build.empty_vae(infer.vae_spec_of_config(config))
+    except (KeyError, TypeError, ValueError) as error:
+        kind = config.get("_class_name", "something unknown")
+        raise UserError(
+            f"{where} holds {kind}, or is damaged; a VAE of Stable Diffusion is an AutoencoderKL"
+        ) from error
     files = weight_files(place, WEIGHT_STEMS["vae"])
     return build.fill(module, folder_tensors(files, "vae", build.shapes_of(module)), target.dtype, target.device)
 

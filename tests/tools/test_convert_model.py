@@ -152,6 +152,7 @@ def test_what_stands_under_the_name_is_not_lost(tmp_path: Path, capsys: pytest.C
     [
         ("text_encoder/config.json", "{}"),
         ("unet/config.json", '{"block_out_channels": [32, 64], "transformer_layers_per_block": [1]}'),
+        ("unet/config.json", '{"block_out_channels": [32, 64], "transformer_layers_per_block": [1, [2, 2]]}'),
         ("vae/config.json", '{"block_out_channels": 3}'),
         ("unet/diffusion_pytorch_model.safetensors.index.json", "{}"),
         ("unet/diffusion_pytorch_model.safetensors.index.json", "no JSON"),
