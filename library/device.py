@@ -39,6 +39,18 @@ def choose_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def device_named(name: str) -> torch.device:
+    """The device that ``--device`` names. Raises UserError for one that is not there."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: cannot be used here: {first_line(error)}") from error
+    return device
+
+
 def weight_dtype(mixed_precision: str) -> torch.dtype:
     """The type of frozen weights and of the computation."""
     import torch

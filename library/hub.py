@@ -41,11 +41,13 @@ def _api(token: str | None = None) -> HfApi:
 # ---- models
 
 
-def files_of_model(names: Iterable[str], parts: Sequence[str] = MODEL_PARTS) -> list[str] | None:
+def files_of_model(
+    names: Iterable[str], parts: Sequence[str] = MODEL_PARTS, variant: str | None = None
+) -> list[str] | None:
     """Which files of a repository are needed for these parts of a Diffusers model; None if some are missing.
 
-    Of several forms of the same weights one is taken: safetensors before pickles, full precision before fp16. A
-    repository that holds nothing but a VAE has it at its root.
+    Of several forms of the same weights one is taken: safetensors before pickles, full precision before fp16; or only
+    the files of a ``variant``. A repository that holds nothing but a VAE has it at its root.
     """
     present = set(names)
     chosen = [name for name in ("model_index.json", "scheduler/scheduler_config.json") if name in present]
@@ -53,17 +55,17 @@ def files_of_model(names: Iterable[str], parts: Sequence[str] = MODEL_PARTS) -> 
         folder = f"{part}/" if f"{part}/config.json" in present else ""
         if f"{folder}config.json" not in present or (not folder and parts != ("vae",)):
             return None
-        weights = _weights(present, folder, part)
+        weights = _weights(present, folder, part, ("", ".fp16") if variant is None else (f".{variant}",))
         if not weights:
             return None
         chosen += [f"{folder}config.json", *weights]
     return chosen
 
 
-def _weights(present: set[str], folder: str, part: str) -> list[str]:
+def _weights(present: set[str], folder: str, part: str, variants: Sequence[str]) -> list[str]:
     modern = WEIGHT_STEMS[part]
     for stem, extension in ((modern, "safetensors"), (PICKLE_STEMS[modern], "bin")):
-        for variant in ("", ".fp16"):
+        for variant in variants:
             single = f"{folder}{stem}{variant}.{extension}"
             if single in present:
                 return [single]
@@ -75,15 +77,21 @@ def _weights(present: set[str], folder: str, part: str) -> list[str]:
     return []
 
 
-def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS, token: str | None = None) -> Path:
+def download_model(
+    repo_id: str,
+    option: str,
+    parts: Sequence[str] = MODEL_PARTS,
+    token: str | None = None,
+    variant: str | None = None,
+) -> Path:
     """The local folder of a hub model: what is on this machine already, else what is fetched now.
 
-    Only the needed files are fetched. Raises UserError that names the option.
+    Only the needed files are fetched, see `files_of_model`. Raises UserError that names the option.
     """
     from huggingface_hub import snapshot_download
 
     local = _local_snapshot(repo_id, parts)
-    if local is not None and files_of_model(_listing(local), parts) is not None:
+    if local is not None and files_of_model(_listing(local), parts, variant) is not None:
         logger.info("%s: using the copy in %s", repo_id, local)
         return local
 
@@ -91,9 +99,10 @@ def download_model(repo_id: str, option: str, parts: Sequence[str] = MODEL_PARTS
         api = _api(token)
         logger.info("%s: no such file or folder here, asking the hub", repo_id)
         _find_host(api.endpoint)
-        wanted = files_of_model(api.list_repo_files(repo_id), parts)
+        wanted = files_of_model(api.list_repo_files(repo_id), parts, variant)
         if wanted is None:
-            raise UserError(f"{option} {repo_id}: the repository has no whole Diffusers model ({', '.join(parts)})")
+            what = "Diffusers model" if variant is None else f"variant {variant} of a Diffusers model"
+            raise UserError(f"{option} {repo_id}: the repository has no whole {what} ({', '.join(parts)})")
         logger.info("%s: downloading %d files from the hub", repo_id, len(wanted))
         folder: Any = snapshot_download(repo_id, allow_patterns=wanted, token=api.token, endpoint=api.endpoint)
         return Path(folder)

@@ -136,7 +136,8 @@ class Adapter(nn.Module, ABC):
     def layer_shape(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
         """Weight shape, (O, I) or (O, I, K, K), of the layer that a file's tensors were made for.
 
-        None if they do not tell. Of a 1x1 convolution it may be either form.
+        None if they do not tell. Of a 1x1 convolution it may be either form. Raises ValueError or IndexError for
+        tensors that fit no layer.
         """
 
     @abstractmethod

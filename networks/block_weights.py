@@ -32,6 +32,12 @@ class BlockLayout:
 SD_BLOCKS = BlockLayout("SD1 and SD2", 12)
 SDXL_BLOCKS = BlockLayout("SDXL", 9)
 
+
+def layout_of_levels(levels: int) -> BlockLayout:
+    """The count for a U-Net with this many levels, each of three blocks in either half."""
+    return next((known for known in (SD_BLOCKS, SDXL_BLOCKS) if known.side_count == 3 * levels), SD_BLOCKS)
+
+
 _FILE_PLACE = re.compile(r"(?P<side>input|output)_blocks[._](?P<index>\d+)(?:[._]|$)")
 _PLACE = re.compile(
     r"(?P<side>down|up)_blocks[._](?P<level>\d+)[._](?:(?:resnets|attentions)[._](?P<index>\d+)|(?:down|up)samplers)"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import networks
-from library.checkpoint.inspection import low_rank_norms
+from library.checkpoint.inspection import is_finite, low_rank_norms
 from library.log import UserError
 from networks.adapter import Adapter
 from networks.weights import WeightTable, read_weights
@@ -58,8 +58,20 @@ def require_whole(table: WeightTable, preferred: Sequence[type[Adapter]] = ()) -
         kind = kind_of(tensors, preferred, table.prefixes.get(module))
         if kind is None:
             raise UserError(_what_is_wrong(table, module))
+        if not _has_sizes(kind, tensors):
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+            raise UserError(f"{table.source} is damaged: {module} has tensors of impossible shapes ({shapes})")
         kinds[module] = kind
     return kinds
+
+
+def _has_sizes(kind: type[Adapter], tensors: Mapping[str, Tensor]) -> bool:
+    """True if rank, alpha and layer can be told from a module's tensors."""
+    try:
+        kind.layer_shape(tensors)
+        return kind.size_of(tensors).rank > 0
+    except (IndexError, KeyError, RuntimeError, ValueError):
+        return False
 
 
 def _what_is_wrong(table: WeightTable, module: str) -> str:
@@ -71,6 +83,15 @@ def _what_is_wrong(table: WeightTable, module: str) -> str:
     made_by = table.metadata.get("ss_network_module")
     hint = f"; it was made by {made_by}, which may read it" if made_by else ""
     return f"{table.source}: {module} is of a kind that is not known here ({', '.join(sorted(names))}){hint}"
+
+
+def require_finite(table: WeightTable) -> None:
+    """Raise UserError for NaN and infinite values: of them nothing sensible can be computed."""
+    wrong = [key for key, tensor in table.flat().items() if not is_finite(tensor)]
+    if wrong:
+        raise UserError(
+            f"{table.source}: {len(wrong)} tensors hold NaN or infinite values, first {wrong[0]}; the network is broken"
+        )
 
 
 def read_network(path: str | Path) -> tuple[WeightTable, dict[str, type[Adapter]]]:
@@ -115,7 +136,11 @@ def adapter_of(
             raise UserError(f"{name}: what {kind.__name__} does depends on the base model, which is not given here")
         layer = shell(shape)
     adapter = kind.for_tensors(name, layer, tensors)
-    adapter.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
+    try:
+        adapter.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
+    except RuntimeError as error:
+        shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items())
+        raise UserError(f"{name}: its tensors do not fit each other ({shapes}); the file is damaged") from error
     return adapter.requires_grad_(False).eval()
 
 

@@ -68,9 +68,10 @@ class LoraAdapter(Adapter):
 
     @classmethod
     def layer_shape(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        down = tensors["lora_down.weight"]
-        kernel = tensors.get("lora_mid.weight", down).shape[2:]
-        return (tensors["lora_up.weight"].shape[0], down.shape[1], *kernel)
+        down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
+        if up.shape[1] != down.shape[0]:
+            raise ValueError("up and down have different ranks")
+        return (up.shape[0], down.shape[1], *tensors.get("lora_mid.weight", down).shape[2:])
 
     @classmethod
     def structure_of(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

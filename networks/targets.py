@@ -2,6 +2,9 @@
 
 Class names of the model libraries play no part. The set of layers that the model's structure promises is compared with
 what is there, so a renamed or missing layer is an error and never a silently smaller network.
+
+A layer's name in files is its path in the U-Net that is given: a family whose files have other paths than diffusers has
+in memory (SDXL: those of Stability files) gives a view with these.
 """
 
 from __future__ import annotations
@@ -13,9 +16,9 @@ from typing import Literal
 
 from torch import nn
 
-from library.checkpoint.unet_paths import LayerPath, has_file_paths, layer_paths, structure_of, takes_sizes
+from library.checkpoint.unet_paths import LayerPath, has_file_paths, layer_paths, structure_of
 from library.log import UserError
-from networks.block_weights import SD_BLOCKS, SDXL_BLOCKS, BlockLayout, block_of
+from networks.block_weights import BlockLayout, block_of, layout_of_levels
 
 Part = Literal["text_encoder", "unet"]
 TextEncoders = nn.Module | Sequence[nn.Module] | None
@@ -62,12 +65,9 @@ def as_list(text_encoder: TextEncoders) -> list[nn.Module]:
     return [text_encoder] if isinstance(text_encoder, nn.Module) else list(text_encoder)
 
 
-def text_encoder_prefixes(count: int, numbered: bool = False) -> tuple[str, ...]:
-    """Name prefixes in files: ``lora_te`` for a single encoder, ``lora_te1``, ``lora_te2`` for several.
-
-    ``numbered``: a single one gets its number too, as it has in SDXL.
-    """
-    return ("lora_te",) if count == 1 and not numbered else tuple(f"lora_te{index + 1}" for index in range(count))
+def text_encoder_prefixes(count: int) -> tuple[str, ...]:
+    """Name prefixes in files: ``lora_te`` for a single encoder, ``lora_te1``, ``lora_te2`` for several."""
+    return ("lora_te",) if count == 1 else tuple(f"lora_te{index + 1}" for index in range(count))
 
 
 def text_encoder_name(prefix: str, path: str) -> str:
@@ -78,27 +78,30 @@ def text_encoder_name(prefix: str, path: str) -> str:
 
 
 def unet_name(path: str) -> str:
-    """Name of a U-Net layer in files (SD1 and SD2: of its Diffusers path; SDXL: of its path in Stability files)."""
+    """Name of a U-Net layer in files, of its path (SD1 and SD2: in diffusers; SDXL: in Stability files)."""
     return f"{UNET_PREFIX}_{path}".replace(".", "_")
 
 
 def block_layout(unet: nn.Module) -> BlockLayout:
-    """How the blocks of this U-Net are counted."""
-    return SDXL_BLOCKS if takes_sizes(unet) else SD_BLOCKS
+    """How the blocks of this U-Net are counted. Raises UserError for another kind of model."""
+    spec = structure_of(unet)
+    if spec is None:
+        raise UserError("U-Net: no down blocks found; is it another kind of model?")
+    return layout_of_levels(len(spec.widths))
 
 
 def find_targets(text_encoder: TextEncoders, unet: nn.Module, with_convolutions: bool) -> list[Target]:
     """The layers of a whole model, text encoders first; there may be no text encoder."""
     return [
-        *text_encoder_targets(text_encoder, numbered=takes_sizes(unet)),
+        *text_encoder_targets(text_encoder),
         *unet_targets(unet, with_convolutions),
     ]
 
 
-def text_encoder_targets(text_encoder: TextEncoders, numbered: bool = False) -> list[Target]:
+def text_encoder_targets(text_encoder: TextEncoders) -> list[Target]:
     """Attention projections and MLP layers of every encoder layer. Raises UserError if a layer lacks one of its six."""
     encoders = as_list(text_encoder)
-    prefixes = text_encoder_prefixes(len(encoders), numbered)
+    prefixes = text_encoder_prefixes(len(encoders))
     found: list[Target] = []
     for index, (encoder, prefix) in enumerate(zip(encoders, prefixes, strict=True)):
         modules = dict(encoder.named_modules())
@@ -121,7 +124,7 @@ def text_encoder_targets(text_encoder: TextEncoders, numbered: bool = False) -> 
 
 
 def unet_targets(unet: nn.Module, with_convolutions: bool) -> list[Target]:
-    """The U-Net's layers: of SD1/SD2 in the order in which the model holds them, of SDXL in the order of files.
+    """The U-Net's layers in the order in which the model holds them, those under the paths of files in that of files.
 
     Without convolutions: everything inside the transformers. With: every weight of two or more dimensions inside the
     down, up and middle blocks (so also ResNets, their shortcuts and the samplers). Never the first and last convolution
@@ -140,13 +143,9 @@ def unet_targets(unet: nn.Module, with_convolutions: bool) -> list[Target]:
     unknown = [path for path in unknown if path not in known]
     if unknown:
         raise UserError(f"the U-Net has {len(unknown)} layers that no adapter layout knows, first {unknown[0]}")
-    if takes_sizes(unet):
-        return [_sdxl_target(place, path, modules[place]) for place, path in expected.items()]
-    return [
-        Target(unet_name(place), place, module, "unet", block=block_of(place))
-        for place, module in modules.items()
-        if place in expected
-    ]
+    layout = block_layout(unet)
+    order = expected if by_file else [place for place in modules if place in expected]
+    return [_target(expected[place], modules[place], by_file, layout) for place in order]
 
 
 def outer_targets(unet: nn.Module) -> list[Target]:
@@ -158,9 +157,7 @@ def outer_targets(unet: nn.Module) -> list[Target]:
     places = {path.file if by_file else path.memory: path for path in _paths_of(unet)}
     found = {place: path for place, path in places.items() if _is_layer(modules.get(place))}
     outside = {place: path for place, path in found.items() if not _IN_BLOCK.match(path.memory)}
-    if takes_sizes(unet):
-        return [_sdxl_target(place, path, modules[place]) for place, path in outside.items()]
-    return [Target(unet_name(place), place, modules[place], "unet") for place in outside]
+    return [_target(path, modules[place], by_file) for place, path in outside.items()]
 
 
 def _paths_of(unet: nn.Module) -> tuple[LayerPath, ...]:
@@ -168,10 +165,11 @@ def _paths_of(unet: nn.Module) -> tuple[LayerPath, ...]:
     return () if spec is None else layer_paths(spec)
 
 
-def _sdxl_target(place: str, path: LayerPath, layer: nn.Module) -> Target:
-    others = (unet_name(path.memory),)
-    block = block_of(path.file, SDXL_BLOCKS) if _IN_BLOCK.match(path.memory) else None
-    return Target(unet_name(path.file), place, layer, "unet", block=block, other_names=others)
+def _target(path: LayerPath, layer: nn.Module, by_file: bool, layout: BlockLayout | None = None) -> Target:
+    """A layer of the U-Net; ``layout`` None: it stands outside of the blocks."""
+    place, others = (path.file, (unet_name(path.memory),)) if by_file else (path.memory, ())
+    block = None if layout is None else block_of(place, layout)
+    return Target(unet_name(place), place, layer, "unet", block=block, other_names=others)
 
 
 def _is_layer(module: nn.Module | None) -> bool:

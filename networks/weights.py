@@ -21,6 +21,7 @@ from networks.targets import text_encoder_name, text_encoder_prefixes, unet_name
 logger = logging.getLogger(__name__)
 
 _OWN_KEY = re.compile(r"^(?P<prefix>lora|oft)_(?P<module>(?:unet|te\d?)_[^.]+)\.(?P<tensor>.+)$")
+_BUNDLED = "bundle_emb."  # new words of textual inversion that OneTrainer and web UIs put beside the layers
 _DOWN = re.compile(r"\.(?:lora_A(?:\.(?!weight$)[^.]+)?|lora\.down|lora_linear_layer\.down|lora_down)\.weight$")
 _UP = re.compile(r"\.(?:lora_B(?:\.(?!weight$)[^.]+)?|lora\.up|lora_linear_layer\.up|lora_up)\.weight$")
 _PROCESSOR = re.compile(r"\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<end>down|up)\.weight$")
@@ -90,10 +91,14 @@ def to_weight_table(
     modules: dict[str, dict[str, Tensor]] = {}
     foreign: dict[str, Tensor] = {}
     prefixes: dict[str, str] = {}
+    bundled = sorted({key.split(".")[1] for key in tensors if key.startswith(_BUNDLED)})
+    if bundled:
+        logger.warning("%s: the words that are bundled with it are left out: %s", source, ", ".join(bundled))
     for key, tensor in tensors.items():
         match = _OWN_KEY.match(key)
         if match is None:
-            foreign[key] = tensor
+            if not key.startswith(_BUNDLED):
+                foreign[key] = tensor
         else:
             modules.setdefault(f"lora_{match['module']}", {})[match["tensor"]] = tensor
             prefixes[f"lora_{match['module']}"] = match["prefix"]

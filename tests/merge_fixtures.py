@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.families.sdxl_view import sdxl_view
 from library.models import build
 from library.models.stream import open_model
 from networks import merge_lora, sdxl_merge_lora
@@ -62,7 +63,8 @@ def layers_of(family: str) -> tuple[Target, ...]:
 
 def _layers(modules: Mapping[str, nn.Module], family: str) -> list[Target]:
     texts: Any = [modules[name] for name in toy_spec(family).text_parts]
-    return find_targets(texts if len(texts) > 1 else texts[0], modules["unet"], with_convolutions=True)
+    unet: Any = modules["unet"]
+    return find_targets(texts, sdxl_view(unet) if family == "sdxl" else unet, with_convolutions=True)
 
 
 def adapters_on(layers: Sequence[Target], kind: type[Adapter], seed: int, rank: int = 4) -> list[Adapter]:

@@ -11,6 +11,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from library.families.sdxl_view import UNetView, sdxl_view
+
 LEVELS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 UP_LEVELS = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
 
@@ -101,8 +103,14 @@ def full_models(sd2: bool = False) -> tuple[CLIPTextModel, UNet2DConditionModel]
         return make_clip(768, 12, 3072, 49408), make_unet((320, 640, 1280, 1280), 768)
 
 
-def toy_sdxl_models() -> tuple[list[nn.Module], UNet2DConditionModel]:
-    """Both text encoders and a U-Net of toy width with all blocks of SDXL; weights are always the same."""
+def toy_sdxl_models() -> tuple[list[nn.Module], UNetView]:
+    """Both text encoders and a U-Net of toy width with all blocks of SDXL, as the family gives them to networks."""
+    encoders, unet = bare_sdxl_models()
+    return encoders, sdxl_view(unet)
+
+
+def bare_sdxl_models() -> tuple[list[nn.Module], UNet2DConditionModel]:
+    """The same with diffusers' own U-Net; weights are always the same."""
     return copy.deepcopy(_toy_sdxl_models_once())
 
 
@@ -115,8 +123,14 @@ def _toy_sdxl_models_once() -> tuple[list[nn.Module], UNet2DConditionModel]:
         return encoders, make_sdxl_unet((32, 64, 64), 96, 48, (1, 2, 3))
 
 
-def full_sdxl_models() -> tuple[list[nn.Module], UNet2DConditionModel]:
-    """SDXL at full size, without memory for the weights."""
+def full_sdxl_models() -> tuple[list[nn.Module], UNetView]:
+    """SDXL at full size as the family gives it to networks, without memory for the weights."""
+    encoders, unet = bare_full_sdxl_models()
+    return encoders, sdxl_view(unet)
+
+
+def bare_full_sdxl_models() -> tuple[list[nn.Module], UNet2DConditionModel]:
+    """The same with diffusers' own U-Net."""
     with torch.device("meta"):
         encoders: list[nn.Module] = [
             make_clip(768, 12, 3072, 49408),

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def convert(settings: Settings) -> int:
     """Write the model of the options in its other form; returns the exit status. Raises UserError."""
     from library.device import save_dtype
-    from library.families.files import is_file_name, write_model
+    from library.families.files import check_target, is_file_name, write_model
     from library.families.sdxl import SdxlFamily
     from library.families.stable import find_source
     from library.hub import MODEL_PARTS
@@ -45,9 +45,13 @@ def convert(settings: Settings) -> int:
     options = settings[ConvertModelOptions]
     dtype, metadata = save_dtype(_precision(options)), _metadata(options.metadata)
     parts = SdxlFamily.parts_on_hub if options.sdxl else MODEL_PARTS
-    source, target = find_source(options.model_to_load or "", "model_to_load", parts), Path(options.model_to_save or "")
+    source = find_source(options.model_to_load or "", "model_to_load", parts, variant=options.variant)
+    target = Path(options.model_to_save or "")
     if target.resolve() == source.path:
         raise UserError(f"model_to_save {target} is the model to load; choose another name")
+    check_target(target, "model_to_save")
+    form = ("ckpt" if target.suffix.lower() == ".ckpt" else "file") if is_file_name(target) else "folder"
+    _tell_unused(options, form, is_from_folder=source.path.is_dir())
     if options.reference_model and not Path(options.reference_model).is_dir():
         raise UserError(f"--reference_model {options.reference_model}: there is no such folder")
     with open_model(source.path, options.variant) as model:
@@ -68,6 +72,19 @@ def convert(settings: Settings) -> int:
     for line in check_written(target, model.found.spec):
         logger.info("%s", line)
     return 0
+
+
+_FORMS = {"epoch": ("ckpt",), "global_step": ("ckpt",), "metadata": ("file",), "reference_model": ("folder",)}
+"""What of a form of model an option is for."""
+
+
+def _tell_unused(options: ConvertModelOptions, form: str, is_from_folder: bool) -> None:
+    titles = {"ckpt": ".ckpt file", "file": "safetensors file", "folder": "Diffusers folder"}
+    for name, forms in _FORMS.items():
+        if getattr(options, name) and form not in forms:
+            logger.warning("--%s: a %s has no place for it, only a %s", name, titles[form], titles[forms[0]])
+    if options.variant and not is_from_folder:
+        logger.warning("--variant: a single file has none")
 
 
 def _precision(options: ConvertModelOptions) -> str | None:
@@ -103,8 +120,8 @@ def _require_family(options: ConvertModelOptions, spec: ArchitectureSpec) -> Non
             raise UserError(f"--{name}: {options.model_to_load} is {FAMILY_TITLES[spec.family]}; leave the option out")
 
 
-def _prediction(options: ConvertModelOptions, found: Recognised) -> PredictionType:
-    asked: PredictionType = "v_prediction" if options.v_parameterization else "epsilon"
+def _prediction(options: ConvertModelOptions, found: Recognised) -> PredictionType | None:
+    asked: PredictionType | None = "v_prediction" if options.v_parameterization else None
     if options.v_parameterization and found.prediction_type == "epsilon":
         raise UserError(f"--v_parameterization: {options.model_to_load} says that it predicts noise; leave it out")
     return found.prediction_type or asked

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def merge(settings: Settings) -> int:
     """Write the mean of the models of the options; returns the exit status. Raises UserError."""
     from library.checkpoint.io import save_safetensors
+    from library.device import device_named
     from library.families.files import watched
     from library.models.load import check_written
     from library.models.merge import described, open_inputs, plan_merge
@@ -45,7 +46,7 @@ def merge(settings: Settings) -> int:
     ratios, target = _ratios(options, len(paths)), _target(options, paths)
     with ExitStack() as stack:
         inputs = open_inputs(stack, paths, ratios)
-        plan = plan_merge(inputs, options.unet_only, _dtype(options.precision), options.device)
+        plan = plan_merge(inputs, options.unet_only, _dtype(options.precision), device_named(options.device))
         if plan.skipped:
             shown = described(plan.skipped, len(plan.skipped) if options.show_skipped else 5)
             logger.warning("%d tensors that the first model lacks are left out: %s", len(plan.skipped), shown)
@@ -66,7 +67,7 @@ def _metadata(inputs: Sequence[MergeInput], spec: ArchitectureSpec, target: Path
     from library.models.infer import prediction_of_file
 
     first = inputs[0].file
-    prediction = prediction_of_file(first.infos, first.metadata) or "epsilon"
+    prediction = prediction_of_file(first.infos, first.metadata)
     titles = [title_of(term.file.metadata, term.file.path.stem) for term in inputs]
     return modelspec_of(spec.family, "", target.stem, prediction, titles).as_metadata()
 

@@ -135,10 +135,16 @@ def check_network(
         modules=len(modules),
         ranks=Counter((tensor.shape[0] for tensor in downs.values()) if ranks is None else ranks),
         blocks=tuple(BlockChange(name, len(row), sum(n * n for n in row) ** 0.5) for name, row in sums.items()),
-        not_finite=tuple(key for key, tensor in tensors.items() if not bool(tensor.isfinite().all())),
+        not_finite=tuple(key for key, tensor in tensors.items() if not is_finite(tensor)),
         unmoved=tuple(module for module in modules if norms.get(module) == 0),
         unmeasured=sum(module not in norms for module in modules),
     )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """True if all values are numbers, neither NaN nor infinite."""
+    # torch cannot ask that of 8-bit floats
+    return bool((tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite().all())
 
 
 def low_rank_norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:

@@ -54,11 +54,16 @@ class Modelspec:
             "tags": self.tags,
             "merged_from": ", ".join(self.merged_from) if self.merged_from else None,
             "date": _date(moment),
-            "prediction_type": {True: "v", False: "epsilon", None: None}[self.v_prediction],
+            "prediction_type": None if self.v_prediction is None else prediction_word(self.v_prediction),
             "timestep_range": None if low is None and high is None else f"{_or(low, 0)},{_or(high, 1000)}",
             "encoder_layer": None if self.clip_skip is None else str(self.clip_skip),
         }
         return {f"modelspec.{name}": value for name, value in entries.items() if value is not None}
+
+
+def prediction_word(is_velocity: bool) -> str:
+    """How ``modelspec.prediction_type`` calls what a model predicts."""
+    return "v" if is_velocity else "epsilon"
 
 
 def current_time() -> float:

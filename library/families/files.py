@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,19 +11,36 @@ import torch
 
 from library.checkpoint.folders import atomic_folder
 from library.checkpoint.io import LazyTensor
-from library.checkpoint.modelspec import CHECKPOINT_IMPLEMENTATION, Modelspec
+from library.checkpoint.modelspec import CHECKPOINT_IMPLEMENTATION, Modelspec, prediction_word
 from library.families import family_named
+from library.log import UserError
 from library.models.save import save_folder_state, single_file_state, write_single_file
 from library.models.spec import FamilyName, PredictionType
 from library.models.stream import SINGLE_FILE, OpenModel, Parts
 
+logger = logging.getLogger(__name__)
+
 FILE_SUFFIXES = (".safetensors", ".ckpt")
+_OTHER_SUFFIXES = (".pt", ".pth", ".bin")
 _SETTINGS = ("scheduler", "tokenizer", "tokenizer_2")
 
 
 def is_file_name(target: Path) -> bool:
     """True if a model of this name is a single file, not a folder."""
     return target.suffix.lower() in FILE_SUFFIXES
+
+
+def check_target(target: Path, option: str) -> None:
+    """Raise UserError for a name that a model cannot be written to, or that something else has."""
+    if target.suffix.lower() in _OTHER_SUFFIXES:
+        raise UserError(f"{option} {target}: a model is a {' or '.join(FILE_SUFFIXES)} file or a Diffusers folder")
+    if is_file_name(target):
+        if target.is_dir():
+            raise UserError(f"{option} {target} is a folder; choose another name")
+        return
+    is_model = (target / "model_index.json").is_file()
+    if target.exists() and not is_model and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{option} {target} exists and is no Diffusers model; name a new folder or a file")
 
 
 def write_model(
@@ -32,7 +50,7 @@ def write_model(
     *,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
-    prediction: PredictionType = "epsilon",
+    prediction: PredictionType | None = None,
     counters: Mapping[str, int] | None = None,
     settings_from: Path | None = None,
     on_tensor: Callable[[], object] = lambda: None,
@@ -41,7 +59,8 @@ def write_model(
 
     One tensor is in memory at a time (but for .ckpt files). From file to file all other tensors are passed through,
     also those that nobody knows. A folder gets tokenizers and scheduler from ``settings_from`` or the model's own
-    folder, else the family's. ``on_tensor`` is called after each tensor. Raises WriteError.
+    folder, else the family's. ``prediction``: what the model predicts, None if nobody knows. ``on_tensor`` is called
+    after each tensor. Raises WriteError.
     """
     if is_file_name(target):
         tensors, notes = _file_state(model, changed, prediction)
@@ -51,12 +70,16 @@ def write_model(
 
 
 def _file_state(
-    model: OpenModel, changed: Parts, prediction: PredictionType
+    model: OpenModel, changed: Parts, prediction: PredictionType | None
 ) -> tuple[Mapping[str, LazyTensor], dict[str, str]]:
     if not model.is_folder:
         return model.in_place(changed)[SINGLE_FILE], {}
-    markers = family_named(model.found.spec.family).markers(prediction, model.found.zero_terminal_snr)
-    return single_file_state(model.found.spec, model.fitted(_merged(model, changed)), markers=markers)
+    family = family_named(model.found.spec.family)
+    markers = () if prediction is None else family.markers(prediction, model.found.zero_terminal_snr)
+    tensors, notes = single_file_state(model.found.spec, model.fitted(_merged(model, changed)), markers=markers)
+    if prediction is not None:  # a folder says it in its scheduler's settings, which a file does not have
+        notes["modelspec.prediction_type"] = prediction_word(prediction == "v_prediction")
+    return tensors, notes
 
 
 def _write_folder(
@@ -64,7 +87,7 @@ def _write_folder(
     changed: Parts,
     target: Path,
     dtype: torch.dtype | None,
-    prediction: PredictionType,
+    prediction: PredictionType | None,
     settings_from: Path | None,
     on_tensor: Callable[[], object],
 ) -> None:
@@ -72,7 +95,8 @@ def _write_folder(
     parts = {part: watched(tensors, on_tensor) for part, tensors in model.fitted(_merged(model, changed)).items()}
     source = settings_from or (model.path if model.is_folder else None)
     with atomic_folder(target) as temporary:
-        save_folder_state(temporary, found.spec, parts, prediction, dtype, found.zero_terminal_snr)
+        told = prediction or _usual_prediction(found.spec.family, target, source)
+        save_folder_state(temporary, found.spec, parts, told, dtype, found.zero_terminal_snr)
         for tokenizer, name in zip(family_named(found.spec.family).tokenizers, _SETTINGS[1:], strict=False):
             tokenizer.save_pretrained(temporary / name)
         for name in _SETTINGS if source is not None else ():
@@ -80,24 +104,44 @@ def _write_folder(
                 shutil.copytree(source / name, temporary / name, dirs_exist_ok=True)
 
 
+def _usual_prediction(family: FamilyName, target: Path, source: Path | None) -> PredictionType:
+    """What most models of a family predict, for the settings of a scheduler: SD2 is taken for 768-v."""
+    if family != "sd2":
+        return "epsilon"
+    if source is None or not (source / "scheduler").is_dir():
+        logger.warning(
+            "the model does not say what it predicts: the scheduler of %s is for velocity (v), as of 2.0-v and 2.1-v;"
+            " for 2.0-base and 2.1-base set prediction_type to epsilon in its settings",
+            target.name,
+        )
+    return "v_prediction"
+
+
 def _merged(model: OpenModel, changed: Parts) -> dict[str, dict[str, LazyTensor]]:
     return {part: {**tensors, **changed.get(part, {})} for part, tensors in model.parts.items()}
 
 
 def modelspec_of(
-    family: FamilyName, kind: str, title: str, prediction: PredictionType, merged_from: Sequence[str] | None = None
+    family: FamilyName,
+    kind: str,
+    title: str,
+    prediction: PredictionType | None,
+    merged_from: Sequence[str] | None = None,
 ) -> Modelspec:
-    """The modelspec block of what a tool writes; ``kind`` is ``lora``, or empty for a whole model."""
-    names = family_named(family)
-    side = names.modelspec_resolution(prediction)
+    """The modelspec block of what a tool writes; ``kind`` is ``lora``, or empty for a whole model.
+
+    A ``prediction`` that nobody knows is not said: whoever uses the file would have to agree with a guess.
+    """
+    names, usual = family_named(family), prediction or "epsilon"
+    side = names.modelspec_resolution(usual)
     return Modelspec(
-        architecture=names.modelspec_architecture(prediction),
+        architecture=names.modelspec_architecture(usual),
         resolution=(side, side),
         kind=kind,
         implementation=names.modelspec_implementation_network if kind else CHECKPOINT_IMPLEMENTATION,
         title=title,
         merged_from=merged_from,
-        v_prediction=prediction == "v_prediction",
+        v_prediction=None if prediction is None else prediction == "v_prediction",
     )
 
 

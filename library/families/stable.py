@@ -198,12 +198,17 @@ def may_be_hub_id(given: str) -> bool:
     return not is_path and not given.lower().endswith(hub.WEIGHT_SUFFIXES)
 
 
-def find_source(given: str, option: str, parts: Sequence[str], token: str | None = None) -> ModelSource:
-    """A local file or folder (links followed), or a hub id that is fetched once. Raises UserError for a wrong path."""
+def find_source(
+    given: str, option: str, parts: Sequence[str], token: str | None = None, variant: str | None = None
+) -> ModelSource:
+    """A local file or folder (links followed), or a hub id that is fetched once. Raises UserError for a wrong path.
+
+    ``variant``: which of the files on the hub, see `hub.files_of_model`.
+    """
     path = Path(given).expanduser()
     recover(path)
     if path.exists():
         return ModelSource(given, path.resolve())
     if not may_be_hub_id(given):
         raise UserError(f"{option}: there is no file or folder {given}")
-    return ModelSource(given, hub.download_model(given, option, parts, token))
+    return ModelSource(given, hub.download_model(given, option, parts, token, variant))

@@ -27,7 +27,7 @@ from library.checkpoint.io import (
     save_safetensors,
 )
 from library.checkpoint.keymap import MappedFile
-from library.log import UserError
+from library.log import UserError, first_line
 from library.models import build, infer
 from library.models.load import Target, folder_tensors, weight_files
 from library.models.spec import UNetSpec
@@ -117,7 +117,10 @@ def _load_folder(folder: Path, target: Target) -> ControlNetModel:
     config = infer.read_config(folder)
     if config.get("_class_name", "ControlNetModel") != "ControlNetModel":
         raise UserError(f"{folder} holds a {config['_class_name']}, no ControlNet that can be used here")
-    net = empty_control(config)
+    try:
+        net = empty_control(config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder}: its config.json describes no ControlNet ({first_line(error)})") from error
     tensors = folder_tensors(weight_files(folder, WEIGHTS_STEM), PART, build.shapes_of(net))
     return build.fill(net, tensors, target.dtype, target.device)
 

@@ -60,6 +60,8 @@ def spec_of_file(infos: Infos, where: str) -> ArchitectureSpec:
         return _spec_of_sdxl(real) if family == "sdxl" else _spec_of_sd(real, family)
     except KeyError as error:
         raise UserError(f"{where} lacks the tensor {error.args[0]}: it is incomplete or of another kind") from error
+    except (IndexError, ValueError) as error:
+        raise UserError(f"{where} has tensors of impossible shapes: it is damaged or of another kind") from error
 
 
 def _spec_of_sd(infos: Infos, family: FamilyName) -> ArchitectureSpec:
@@ -203,6 +205,13 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 def spec_of_folder(folder: Path) -> ArchitectureSpec:
     """The architecture of an SD1, SD2 or SDXL Diffusers folder. Raises UserError for anything else."""
+    try:
+        return _spec_of_configs(folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} is another kind of model, or its configurations are damaged ({error})") from error
+
+
+def _spec_of_configs(folder: Path) -> ArchitectureSpec:
     unet = _unet_of_config(read_config(folder / "unet"))
     vae = vae_spec_of_config(read_config(folder / "vae"))
     text = _text_spec(read_config(folder / "text_encoder"))
@@ -237,6 +246,8 @@ def _unet_of_config(config: dict[str, Any]) -> UNetSpec:
     widths = tuple(config["block_out_channels"])
     depth = config.get("transformer_layers_per_block", 1)
     per_level = [depth] * len(widths) if isinstance(depth, int) else list(depth)
+    if not all(isinstance(depth, int) for depth in per_level):
+        raise ValueError(f"transformer_layers_per_block is {per_level}, which differs within a level")
     kinds = config.get("down_block_types") or ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"]
     depths = tuple(d if "CrossAttn" in kind else 0 for d, kind in zip(per_level, kinds, strict=True))
     # "attention_head_dim" of these configs is the number of heads

@@ -139,12 +139,18 @@ def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Pa
         for kind in ("", ".fp16") if variant is None else (f".{variant}",):
             index = folder / f"{name}.{extension}.index{kind}.json"
             if index.is_file():
-                shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-                return [folder / shard for shard in sorted(shards)]
+                return [folder / shard for shard in _shards(index)]
             file = folder / f"{name}{kind}.{extension}"
             if file.is_file():
                 return [file]
     raise UserError(f"{folder} holds no weights ({stem}.safetensors was looked for): the Diffusers model is not whole")
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged: copy or download it again") from error
 
 
 def canonical_key(part: str, key: str) -> str:
@@ -207,7 +213,14 @@ def _load_vae_folder(folder: Path, where: str, target: Target) -> AutoencoderKL:
     place = folder if (folder / "config.json").is_file() else folder / "vae"
     if not (place / "config.json").is_file():
         raise UserError(f"{where}: neither a config.json nor a folder `vae` is in it")
-    module = build.empty_vae(infer.vae_spec_of_config(infer.read_config(place)))
+    config = infer.read_config(place)
+    try:
+        module = build.empty_vae(infer.vae_spec_of_config(config))
+    except (KeyError, TypeError, ValueError) as error:
+        kind = config.get("_class_name", "something unknown")
+        raise UserError(
+            f"{where} holds {kind}, or is damaged; a VAE of Stable Diffusion is an AutoencoderKL"
+        ) from error
     files = weight_files(place, WEIGHT_STEMS["vae"])
     return build.fill(module, folder_tensors(files, "vae", build.shapes_of(module)), target.dtype, target.device)
 

@@ -65,7 +65,7 @@ def write_single_file(
 
     A pickle holds ``counters`` beside it, but no metadata, and cannot be streamed: all tensors are in memory at once.
     """
-    if path.suffix != ".ckpt":
+    if path.suffix.lower() != ".ckpt":
         save_safetensors(path, tensors, metadata, dtype)
         return
     save_pickle(path, tensors, dtype, counters or {})

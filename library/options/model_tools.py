@@ -49,7 +49,8 @@ class ConvertModelOptions(OptionGroup):
         False, help="the model predicts velocity; only needed for files that do not say so themselves"
     )
     unet_use_linear_projection: bool = option(
-        False, help="write the transformers' projections of SD 2.x as matrices, not as 1x1 convolutions"
+        False,
+        help="Diffusers folders always have the transformers' projections of SD 2.x as matrices; changes nothing",
     )
     fp16: bool = option(False, help="save in fp16")
     bf16: bool = option(False, help="save in bf16")

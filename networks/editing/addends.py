@@ -13,7 +13,7 @@ from library.options.values import argument_list
 from networks.adapter import Adapter
 from networks.block_weights import BlockLayout
 from networks.editing.layers import ModelLayer, layout_of, model_layers
-from networks.kinds import read_network
+from networks.kinds import read_network, require_finite
 from networks.strengths import ARGUMENTS, PartStrengths, read_strengths
 from networks.weights import WeightTable
 
@@ -55,6 +55,8 @@ def read_addends(files: Sequence[str], ratios: Sequence[float] | None) -> list[A
     if ratios is not None and len(ratios) != len(files):
         raise UserError(f"--ratios has {len(ratios)} numbers for {len(files)} files of --models; give one for each")
     tables = [read_network(file) for file in files]
+    for table, _ in tables:
+        require_finite(table)
     values = ratios or [1.0] * len(files)
     return [Addend(table, kinds, ratio) for (table, kinds), ratio in zip(tables, values, strict=True)]
 

@@ -7,6 +7,7 @@ width, R rank.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from library.rng import torch_stream
 from networks.editing.difference import Change, Comparison, check_same_kind, group_of, square_of
 from networks.editing.layers import ModelLayer, model_layers
 from networks.editing.metadata import with_sizes
-from networks.editing.precision import clamped, is_spatial, network_path, scaled_pair, tool_device
+from networks.editing.precision import clamped, is_spatial, network_path, require_other, scaled_pair, tool_device
 from networks.editing.report import report
 from networks.lowrank import FAILURE, ThinSvd, gram_svd, randomised_svd
 from networks.ranks import kept_count
@@ -82,6 +83,8 @@ def extract(comparison: Comparison, plan: ExtractPlan) -> Extracted:
             continue
         delta = comparison.delta(part, key)
         square = square_of(delta)
+        if not math.isfinite(square):
+            raise UserError(f"{part} {key}: one of the models has NaN or infinite values there; it is broken")
         if layer is None:
             change.add_outside(group_of(part, key), square)
         elif not square:
@@ -146,6 +149,7 @@ def decomposed(delta_OI: Tensor, rank: int, name: str, exact: bool) -> tuple[Thi
 def extract_file(options: ExtractOptions) -> NetworkCheck:
     """Compare the models that the options name, write the network, and report it. Raises UserError."""
     target = network_path(options.save_to)
+    require_other(target, [options.model_org, options.model_tuned])
     plan = ExtractPlan(
         options.dim,
         options.conv_dim,

@@ -65,7 +65,7 @@ def load_encoders(model: Path, network: str, clip_skip: int | None, device: torc
     parts = load.load_parts(model, recognised.spec, dict.fromkeys(recognised.spec.text_parts, target))
     modules = [parts[name] for name in recognised.spec.text_parts]
     is_sdxl = recognised.spec.family == "sdxl"
-    targets = text_encoder_targets(modules, numbered=is_sdxl)
+    targets = text_encoder_targets(modules)
     table = read_network(network)[0].named_for(targets)
     own = {name: tensors for name, tensors in table.modules.items() if name.startswith("lora_te")}
     if not own:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from library.checkpoint.unet_paths import layer_paths
 from library.models.spec import ArchitectureSpec, TextEncoderSpec
-from networks.block_weights import SD_BLOCKS, SDXL_BLOCKS, BlockLayout, block_of
+from networks.block_weights import BlockLayout, block_of, layout_of_levels
 from networks.targets import TEXT_LAYER_PARTS, Part, text_encoder_name, text_encoder_prefixes, unet_name
 
 _IN_BLOCK = re.compile(r"^(?:down_blocks|up_blocks|mid_block)\.")
@@ -39,8 +39,7 @@ class ModelLayer:
 
 def model_layers(spec: ArchitectureSpec) -> tuple[ModelLayer, ...]:
     """All layers that adapters may change, text encoders first, convolutions too."""
-    numbered = spec.family == "sdxl"
-    prefixes = text_encoder_prefixes(len(spec.text_encoders), numbered)
+    prefixes = text_encoder_prefixes(len(spec.text_encoders))
     texts = [
         layer
         for folder, prefix, text in zip(spec.text_parts, prefixes, spec.text_encoders, strict=True)
@@ -51,7 +50,7 @@ def model_layers(spec: ArchitectureSpec) -> tuple[ModelLayer, ...]:
 
 def layout_of(spec: ArchitectureSpec) -> BlockLayout:
     """How the blocks of this architecture's U-Net are counted."""
-    return SDXL_BLOCKS if spec.family == "sdxl" else SD_BLOCKS
+    return layout_of_levels(len(spec.unet.widths))
 
 
 def _text_layers(folder: str, prefix: str, text: TextEncoderSpec) -> list[ModelLayer]:

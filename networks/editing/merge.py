@@ -11,7 +11,7 @@ import torch
 from library.checkpoint.inspection import NetworkCheck
 from library.checkpoint.modelspec import title_of
 from library.device import save_dtype
-from library.families.files import modelspec_of
+from library.families.files import check_target, modelspec_of
 from library.models.load import check_written
 from library.models.spec import FAMILY_TITLES, FamilyName, PredictionType
 from library.models.stream import OpenModel, open_model
@@ -29,8 +29,8 @@ from networks.editing.combine import Combined, CombinePlan, combine
 from networks.editing.into_model import changes_of, merged_tensors
 from networks.editing.layers import layout_of
 from networks.editing.metadata import with_sizes
-from networks.editing.model_output import check_target, write_merged
-from networks.editing.precision import NETWORK_SUFFIXES, network_path, tool_device
+from networks.editing.model_output import write_merged
+from networks.editing.precision import NETWORK_SUFFIXES, network_path, require_other, tool_device
 from networks.editing.report import report
 from networks.weights import file_tensors, write_weights
 
@@ -79,7 +79,8 @@ def svd_merge(files: MergeFilesOptions, options: SvdMergeOptions) -> NetworkChec
 def merge_into_model(files: MergeFilesOptions, source: Path, expected: Sequence[FamilyName]) -> None:
     """Add the networks to the weights of a model and write it as file or folder. Raises UserError."""
     target = Path(str(files.save_to))
-    check_target(target)
+    check_target(target, "--save_to")
+    require_other(target, files.models or [])
     addends = read_addends(files.models or [], files.ratios)
     with open_model(source) as model:
         spec = model.found.spec
@@ -98,17 +99,9 @@ def merge_into_model(files: MergeFilesOptions, source: Path, expected: Sequence[
         logger.info("%s", line)
 
 
-def _prediction(model: OpenModel, addends: Sequence[Addend]) -> PredictionType:
-    """What the model predicts: by itself, else by the networks; SD2 that says nothing is taken for 768-v."""
-    if model.found.prediction_type is not None:
-        return model.found.prediction_type
-    said = _stated_predictions(addends)
-    if said:
-        return said[0]
-    if model.found.spec.family != "sd2":
-        return "epsilon"
-    logger.warning("%s does not say what it predicts; its metadata will say velocity (v)", model.path)
-    return "v_prediction"
+def _prediction(model: OpenModel, addends: Sequence[Addend]) -> PredictionType | None:
+    """What the model predicts: by itself, else by the networks; None if none of them says it."""
+    return model.found.prediction_type or next(iter(_stated_predictions(addends)), None)
 
 
 def _stated_predictions(addends: Sequence[Addend]) -> list[PredictionType]:
@@ -130,7 +123,7 @@ def _stated_prediction(addend: Addend) -> PredictionType | None:
 
 
 def _model_metadata(
-    model: OpenModel, addends: Sequence[Addend], target: Path, prediction: PredictionType
+    model: OpenModel, addends: Sequence[Addend], target: Path, prediction: PredictionType | None
 ) -> dict[str, str]:
     titles = [title_of(model.metadata, model.path.stem), *(addend.title for addend in addends)]
     return modelspec_of(model.found.spec.family, "", _title(target), prediction, titles).as_metadata()
@@ -172,11 +165,7 @@ def _network_metadata(
     said = _stated_predictions(addends)
     if len(set(said)) > 1:
         logger.warning("networks for velocity (v) and for noise are merged: the result suits neither model well")
-    prediction: PredictionType = said[0] if said else "epsilon"
-    if family == "sd2" and not said:
-        logger.warning("the networks do not say what their model predicts; the metadata will say velocity (v)")
-        prediction = "v_prediction"
-    titles = [addend.title for addend in addends]
+    prediction, titles = said[0] if said else None, [addend.title for addend in addends]
     return {
         **metadata,
         **modelspec_of(family, "lora", _title(Path(str(files.save_to))), prediction, titles).as_metadata(),

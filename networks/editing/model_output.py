@@ -10,26 +10,12 @@ import torch
 
 from library.checkpoint.folders import atomic_folder
 from library.checkpoint.io import save_safetensors
-from library.families.files import FILE_SUFFIXES, is_file_name, watched, write_model
-from library.log import UserError, progress
+from library.families.files import is_file_name, watched, write_model
+from library.log import progress
 from library.models.spec import WEIGHT_STEMS, PredictionType
 from library.models.stream import OpenModel, Parts
 
-_OTHER_SUFFIXES = (".pt", ".pth", ".bin")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".msgpack", ".onnx", ".h5")
-
-
-def check_target(target: Path) -> None:
-    """Raise UserError for a name that a model cannot be written to, or that something else has."""
-    if target.suffix.lower() in _OTHER_SUFFIXES:
-        raise UserError(f"--save_to {target}: a model is a {' or '.join(FILE_SUFFIXES)} file or a Diffusers folder")
-    if is_file_name(target):
-        if target.is_dir():
-            raise UserError(f"--save_to {target} is a folder; choose another name")
-        return
-    is_model = (target / "model_index.json").is_file()
-    if target.exists() and not is_model and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"--save_to {target} exists and is no Diffusers model; name a new folder or a file")
 
 
 def write_merged(
@@ -38,7 +24,7 @@ def write_merged(
     target: Path,
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
-    prediction: PredictionType,
+    prediction: PredictionType | None,
 ) -> None:
     """Write the model with the changed tensors, one in memory at a time (a .ckpt: all).
 

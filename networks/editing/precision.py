@@ -5,13 +5,15 @@ strength when it is rounded.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from library.log import UserError, first_line
+from library.device import device_named
+from library.log import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -22,11 +24,7 @@ def tool_device(name: str | None) -> torch.device:
     """The device of ``--device``; the CPU if none is named. Raises UserError for one that is not there."""
     if not name:
         return torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: cannot be used here: {first_line(error)}") from error
+    device = device_named(name)
     if device.type == "mps":
         logger.warning("--device %s: singular values need float64, which it lacks; using the CPU", name)
         return torch.device("cpu")
@@ -34,11 +32,19 @@ def tool_device(name: str | None) -> torch.device:
 
 
 def network_path(save_to: str | None) -> Path:
-    """The file of ``--save_to``, by whose name networks are written. Raises UserError for another ending."""
+    """The file of ``--save_to``, by whose name networks are written. Raises UserError for a name that cannot be."""
     target = Path(str(save_to))
     if target.suffix.lower() not in NETWORK_SUFFIXES:
         raise UserError(f"--save_to {target}: the name must end in {', '.join(NETWORK_SUFFIXES)}")
+    if target.is_dir():
+        raise UserError(f"--save_to {target} is a folder; choose another name")
     return target
+
+
+def require_other(target: Path, sources: Sequence[str | None]) -> None:
+    """Raise UserError if what is written would take the place of a file of another kind that it is made of."""
+    if target.resolve() in [Path(source).resolve() for source in sources if source]:
+        raise UserError(f"--save_to {target} is one of the files that are read; choose another name")
 
 
 def is_spatial(shape: Sequence[int]) -> bool:
@@ -56,6 +62,8 @@ def scaled_pair(
     """
     rank = down_RI.shape[0]
     alpha = torch.tensor(scale * rank, dtype=dtype or torch.float32).float()
+    if not 0 < abs(float(alpha)) < math.inf:  # half precision does not hold it
+        alpha = torch.tensor(float(rank))
     root = (rank / abs(float(alpha))) ** 0.5
     sign = -1.0 if alpha < 0 else 1.0
     sides = (1,) * (len(shape) - 2)

@@ -18,7 +18,7 @@ from networks.adapter import Adapter
 from networks.editing.metadata import with_sizes
 from networks.editing.precision import is_spatial, network_path, scaled_pair, tool_device
 from networks.editing.report import report
-from networks.kinds import adapter_of, read_network
+from networks.kinds import adapter_of, read_network, require_finite
 from networks.lowrank import ProductSvd, ThinSvd, gram_svd, product_svd
 from networks.network import common
 from networks.ranks import Kept, RankRule, kept_count, kept_share
@@ -84,6 +84,7 @@ def resize_file(options: ResizeOptions) -> NetworkCheck:
     """Resize the network that the options name, write it, and report what was written. Raises UserError."""
     plan, target = _plan(options), Path(str(options.save_to))
     table, kinds = read_network(str(options.model))
+    require_finite(table)
     before = common(kinds[name].rank_of(tensors) for name, tensors in table.modules.items())
     modules: dict[str, Mapping[str, Tensor]] = {}
     resized: dict[str, Resized] = {}
@@ -119,6 +120,8 @@ def _plan(options: ResizeOptions) -> ResizePlan:
         problems.append(f"--dynamic_param {target}: sv_ratio takes a ratio, 1 or more")
     if problems:
         raise UserError.of(problems)
+    if method is None and target is not None:
+        logger.warning("--dynamic_param does nothing without --dynamic_method")
     rule = None if method is None or target is None else RankRule(method, target)
     conv_rank = options.new_conv_rank or options.new_rank
     dtype = save_dtype(options.save_precision) or torch.float32

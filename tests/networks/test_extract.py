@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from library.checkpoint.io import read_header
+from library.families.sdxl_view import sdxl_view
 from library.models.save import save_folder, save_single_file
 from library.models.spec import TEXT_PARTS
 from networks import extract_lora_from_models, lora
@@ -24,7 +26,13 @@ RANK = 3
 
 def targets_of(family: str, modules: dict[str, nn.Module], with_convolutions: bool) -> list[Target]:
     texts = [modules[name] for name in TEXT_PARTS if name in modules]
-    return find_targets(texts, modules["unet"], with_convolutions)
+    return find_targets(texts, unet_of(family, modules), with_convolutions)
+
+
+def unet_of(family: str, modules: dict[str, nn.Module]) -> nn.Module:
+    """As the family gives it to networks."""
+    unet: Any = modules["unet"]
+    return sdxl_view(unet) if family == "sdxl" else unet
 
 
 def save(path: Path, family: str, modules: dict[str, nn.Module], dtype: torch.dtype | None = None) -> Path:
@@ -107,8 +115,9 @@ def test_a_merged_network_comes_out_again(
     assert f"{len(deltas)} layers (rank 3 x {len(deltas)}), all values finite" in said
     modules = toy_modules(family)
     texts = [modules[name] for name in TEXT_PARTS if name in modules]
-    network, _ = lora.create_network_from_weights(1.0, str(target), None, texts, modules["unet"])
-    network.apply_to(texts, modules["unet"])
+    unet = unet_of(family, modules)
+    network, _ = lora.create_network_from_weights(1.0, str(target), None, texts, unet)
+    network.apply_to(texts, unet)
     assert network.load_weights(str(target)).loaded == len(deltas)
     metadata = read_header(target)[1]
     # the folder's scheduler says that it predicts noise; without it SD2 would count as predicting velocity
@@ -182,12 +191,17 @@ def test_half_precision_and_clamp(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = save(tmp_path / "a.safetensors", "sd1", toy_modules("sd1"))
     b = save(tmp_path / "b.safetensors", "sdxl", toy_modules("sdxl"))
+    modules, key = toy_modules("sd1"), "mid_block.attentions.0.proj_in.weight"
+    modules["unet"].get_parameter(key).data[0, 0] = float("nan")
+    broken = save(tmp_path / "broken.safetensors", "sd1", modules)
     target = tmp_path / "net.safetensors"
     for words, text in (
         ((a, b, target), "only models of one kind"),
         ((a, a, target), "there is nothing to extract"),
         ((a, a, tmp_path / "x.zip"), "the name must end in"),
         ((a, tmp_path / "none", target), "there is no file"),
+        ((a, b, a), "is one of the files that are read"),
+        ((a, broken, target), f"{key}: one of the models has NaN or infinite values there"),
     ):
         assert run(*words) == 1
         assert text in capsys.readouterr().err

@@ -39,7 +39,7 @@ def encoders_of(model: Path) -> tuple[list[nn.Module], list[Target]]:
     spec = recognise(model).spec
     parts = load_parts(model, spec, dict.fromkeys(spec.text_parts, load.Target(torch.float32)))
     modules = [parts[name] for name in spec.text_parts]
-    return modules, text_encoder_targets(modules, numbered=spec.family == "sdxl")
+    return modules, text_encoder_targets(modules)
 
 
 @pytest.mark.parametrize(("family", "encoder"), [("sd1", 0), ("sd2", 0), ("sdxl", 0), ("sdxl", 1)])

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from PIL import Image
 
 from library.checkpoint.io import open_model_file, read_header, save_safetensors
 from library.generation.app import run as draw
+from library.models.load import recognise
 from library.options.scripts import GEN_IMG
 from networks.adapter import bias_of, weight_of
 from networks.editing.into_model import Change, changed_layer
@@ -163,7 +164,32 @@ def test_what_no_network_touches_is_passed_through(network: Source, tmp_path: Pa
     assert metadata["modelspec.title"] == "merged"
     assert metadata["modelspec.merged_from"] == "base, net"
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1"
-    assert metadata["modelspec.prediction_type"] == "epsilon"
+    assert "modelspec.prediction_type" not in metadata  # neither model nor network says it
+
+
+def test_what_a_network_says_of_its_model_is_said_of_the_result(tmp_path: Path) -> None:
+    source, target = write_toy_checkpoint(tmp_path / "toy.safetensors", "sdxl"), tmp_path / "merged.safetensors"
+    adapters = adapters_on(layers_of("sdxl")[:4], TYPES["LoraAdapter"], 1)
+    for said, expected in (({}, None), ({"modelspec.prediction_type": "v"}, "v_prediction")):
+        file = write_adapters(tmp_path / "net.safetensors", adapters, VERSIONS["sdxl"], **said)
+        assert run_merge("sdxl", "--sd_model", source, "--models", file, "--save_to", target) == 0
+        assert recognise(target).prediction_type == expected
+
+
+def test_a_broken_network_is_refused_and_no_network_is_overwritten(
+    model: Source, network: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapters = adapters_on(layers_of("sd1")[:4], TYPES["LoraAdapter"], 1)
+    cast(Any, adapters[1]).lora_up.weight.data[0, 0] = float("nan")
+    broken = write_adapters(tmp_path / "broken.safetensors", adapters, "sd_v1")
+    target = tmp_path / "merged.safetensors"
+    assert run_merge("sd1", "--sd_model", model("sd1"), "--models", broken, "--save_to", target) == 1
+    assert f"hold NaN or infinite values, first {adapters[1].name}.lora_up.weight" in capsys.readouterr().err
+    own = Path(shutil.copy(network("sd1"), tmp_path / "own.safetensors"))
+    before = own.read_bytes()
+    assert run_merge("sd1", "--sd_model", model("sd1"), "--models", own, "--save_to", own) == 1
+    assert "is one of the files that are read" in capsys.readouterr().err
+    assert own.read_bytes() == before
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -188,7 +214,8 @@ def test_every_form_of_a_model(family: str, forms: str, model: Source, network: 
 
 def _beside(family: str) -> int:
     """Layers without a spatial kernel that the network, which has no convolutions, leaves alone."""
-    return sum("time_emb" in p.path or "shortcut" in p.path for p in layers_of(family))
+    names = [" ".join((layer.name, *layer.other_names)) for layer in layers_of(family)]
+    return sum("time_emb" in name or "shortcut" in name for name in names)
 
 
 def test_folders_keep_what_is_beside_the_weights(network: Source, tmp_path: Path) -> None:

@@ -83,6 +83,14 @@ def test_rounding_alpha_to_fp16_does_not_change_the_strength() -> None:
     assert rounded.alpha != exact.alpha
     strength = float((delta(rounded.tensors) * delta(exact.tensors)).sum() / delta(exact.tensors).norm() ** 2)
     assert strength == pytest.approx(1.0, abs=6e-4)  # the factors' own rounding; alpha's would be 0.002
+    small = resize_module(NAME, state_of("LoraAdapter", "linear", 1e-9), lora.LoraAdapter, ResizePlan(3, 3))
+    halved = resize_module(
+        NAME, state_of("LoraAdapter", "linear", 1e-9), lora.LoraAdapter, ResizePlan(3, 3, dtype=torch.float16)
+    )
+    assert small is not None
+    assert halved is not None
+    assert halved.alpha == 3  # an alpha of 0 would stand for the rank
+    assert (delta(halved.tensors) - delta(small.tensors)).norm() < 0.1 * delta(small.tensors).norm()
 
 
 @pytest.fixture
@@ -153,6 +161,14 @@ def test_dynamic_ranks(network_file: Path, tmp_path: Path, capsys: pytest.Captur
     assert metadata["ss_training_comment"] == "Dynamic resize with sv_fro: 0.7 from Dynamic; mine"
 
 
+def test_a_parameter_without_its_method_is_told(
+    network_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["--model", str(network_file), "--save_to", str(tmp_path / "x.pt"), "--dynamic_param", "0.9"]
+    assert main(words) == 0
+    assert "--dynamic_param does nothing without --dynamic_method" in caplog.text
+
+
 def test_larger_rank_than_there_is_adds_nothing(network_file: Path, tmp_path: Path) -> None:
     target = tmp_path / "large.pt"
     assert main(["--model", str(network_file), "--save_to", str(target), "--new_rank", "64"]) == 0
@@ -173,13 +189,21 @@ def test_mistakes_come_before_work(network_file: Path, tmp_path: Path, capsys: p
     error = capsys.readouterr().err
     assert "x.zip: the name must end in" in error
     assert "--dynamic_method sv_fro needs --dynamic_param" in error
+    (tmp_path / "folder.pt").mkdir()
     good = ["--model", str(network_file), "--save_to", str(tmp_path / "x.pt"), "--dynamic_param"]
     for more, text in (
         (["1.5", "--dynamic_method", "sv_cumulative"], "takes a share"),
         (["0.5", "--dynamic_method", "sv_ratio"], "takes a ratio"),
         (["2", "--device", "nonsense"], "--device nonsense"),
+        (["2", "--save_to", str(tmp_path / "folder.pt")], "folder.pt is a folder"),
         (["0"], "above 0"),
     ):
         assert main([*good, *more]) == 1
         assert text in capsys.readouterr().err
+    tensors = read_network(network_file)[0].flat()
+    first = next(key for key in tensors if key.endswith("lora_up.weight"))
+    tensors[first][0] = float("inf")
+    write_weights(tmp_path / "broken.safetensors", tensors, None, {})
+    assert main(["--model", str(tmp_path / "broken.safetensors"), "--save_to", str(tmp_path / "x.pt")]) == 1
+    assert f"1 tensors hold NaN or infinite values, first {first}" in capsys.readouterr().err
     assert not (tmp_path / "x.pt").exists()

@@ -19,15 +19,15 @@ from networks.block_weights import SDXL_BLOCKS, block_of
 from networks.network import AdapterNetwork
 from networks.targets import text_encoder_targets, unet_targets
 from networks.weights import read_weights
-from tests.networks_fixtures import randomise, run_clip, run_sdxl_unet, toy_models, toy_sdxl_models
+from tests.networks_fixtures import bare_sdxl_models, randomise, run_clip, run_sdxl_unet, toy_models, toy_sdxl_models
 
 Models = tuple[list[Any], Any]
 TRANSFORMER_BLOCKS = 2 * 2 + 2 * 3 + 3 + 3 * 3 + 3 * 2  # down, middle, up
 
 
 def views(models: Models) -> tuple[list[nn.Module], UNetView]:
-    encoders, unet = models
-    return [text_encoder_view(encoder) for encoder in encoders], sdxl_view(unet)
+    encoders, view = models
+    return [text_encoder_view(encoder) for encoder in encoders], view
 
 
 def predictions(models: Models) -> list[Tensor]:
@@ -53,7 +53,7 @@ def trained(models: Models, **args: Any) -> AdapterNetwork:
 
 
 def test_the_view_is_the_same_model() -> None:
-    encoders, unet = toy_sdxl_models()
+    encoders, unet = bare_sdxl_models()
     before = run_sdxl_unet(unet)
     view = sdxl_view(unet)
     torch.testing.assert_close(run_sdxl_unet(view), before, rtol=0, atol=0)
@@ -63,45 +63,36 @@ def test_the_view_is_the_same_model() -> None:
     assert not torch.equal(run_sdxl_unet(unet), before)  # adapters on the view act in the real U-Net
 
 
-def test_sdxl_is_told_by_structure_and_a_single_encoder_keeps_its_number() -> None:
+def test_other_class_names_make_no_difference() -> None:
     encoders, unet = toy_sdxl_models()
     for module in unet.modules():
         if type(module) not in (nn.Linear, nn.Conv2d, nn.ModuleList):
             module.__class__ = type("Renamed" + type(module).__name__, (type(module),), {})
-    names = [adapter.name for adapter in made(encoders[:1], unet).adapters]
-    assert {name.partition("_text_model")[0] for name in names if "_text_model" in name} == {"lora_te1"}
+    names = [adapter.name for adapter in made(encoders, unet).adapters]
+    assert {name.partition("_text_model")[0] for name in names if "_text_model" in name} == {"lora_te1", "lora_te2"}
     assert {name.split("_")[2] for name in names if name.startswith("lora_unet")} == {"input", "middle", "output"}
 
 
 @pytest.mark.parametrize("viewed", [False, True])
 def test_a_missing_or_unknown_layer_is_an_error(viewed: bool) -> None:
-    unet: Any = toy_sdxl_models()[1]
+    unet: Any = bare_sdxl_models()[1]
     unet.mid_block.attentions[0].extra = nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"mid(dle)?_block\.[\w.]+\.extra"):
         unet_targets(sdxl_view(unet) if viewed else unet, False)
-    unet = toy_sdxl_models()[1]
+    unet = bare_sdxl_models()[1]
     unet.up_blocks[1].attentions[2].transformer_blocks[1].attn2.to_k = nn.Identity()
     with pytest.raises(UserError, match=r"1 of \d+ .*transformer_blocks\.1\.attn2\.to_k"):
         unet_targets(sdxl_view(unet) if viewed else unet, False)
 
 
 def test_a_renamed_resnet_layer_is_an_error() -> None:
-    unet: Any = toy_sdxl_models()[1]
+    unet: Any = bare_sdxl_models()[1]
     resnet = unet.down_blocks[1].resnets[0]
     resnet.convolution_2 = resnet.conv2
     del resnet.conv2
     for attempt in (lambda: sdxl_view(unet), lambda: unet_targets(unet, True)):
         with pytest.raises(UserError, match=r"down_blocks\.1\.resnets\.0\.conv2"):
             attempt()
-
-
-def test_first_values_do_not_depend_on_the_view() -> None:
-    states: list[dict[str, Tensor]] = []
-    for viewed in (False, True):
-        models = toy_sdxl_models()
-        torch.manual_seed(4)
-        states.append(made(*(views(models) if viewed else models)).state_dict())
-    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
 
 
 # ---- blocks
@@ -208,7 +199,7 @@ def test_diffusers_reads_our_file(tmp_path: Path, args: dict[str, str]) -> None:
     network = trained(models, **args)
     ours = predictions(models)
     network.save_weights(str(tmp_path / "net.safetensors"), None, None)
-    pipe = pipeline(toy_sdxl_models())
+    pipe = pipeline(bare_sdxl_models())
     pipe.load_lora_weights(str(tmp_path), weight_name="net.safetensors")
     theirs = predictions(([pipe.text_encoder, pipe.text_encoder_2], pipe.unet))
     for got, expected, base in zip(theirs, ours, before, strict=True):
@@ -323,7 +314,7 @@ def diffusers_file(folder: Path) -> list[Tensor]:
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    models: Models = toy_sdxl_models()
+    models: Models = bare_sdxl_models()
     (first, second), unet = models
     attention = ["to_q", "to_k", "to_v", "to_out.0"]
     unet.add_adapter(peft.LoraConfig(r=3, lora_alpha=6, target_modules=attention))

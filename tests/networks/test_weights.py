@@ -15,7 +15,9 @@ from library.checkpoint.inspection import check_network_file
 from library.checkpoint.io import open_model_file, read_header
 from library.log import UserError
 from networks import lora
+from networks.check_lora_weights import main as check_main
 from networks.kinds import read_network
+from networks.resize_lora import main as resize_main
 from networks.weights import read_weights, to_weight_table, write_weights
 from tests.networks_fixtures import make_clip, make_unet, randomise, toy_models
 
@@ -152,11 +154,55 @@ def test_files_that_are_no_networks(tmp_path: Path, key: str) -> None:
     assert str(path) in str(caught.value)
 
 
+def test_words_that_are_bundled_with_a_network_are_told_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """OneTrainer writes them, web UIs read them."""
+    path = tmp_path / "both.safetensors"
+    pair = {f"lora_unet_mid_block_x.lora_{end}.weight": torch.ones(2, 2) for end in ("down", "up")}
+    save_file({**pair, "bundle_emb.sks.emb_params": torch.ones(1, 4)}, path)
+    assert read_weights(path).modules.keys() == {"lora_unet_mid_block_x"}
+    assert "the words that are bundled with it are left out: sks" in caplog.text
+
+
 def test_modules_of_no_known_kind_are_named_with_their_maker(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"lora_unet_x.on_input": torch.ones(2)}, path, {"ss_network_module": "lycoris.kohya"})
     with pytest.raises(UserError, match=r"of a kind that is not known here \(on_input\).*lycoris\.kohya"):
         read_network(path)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"lora_down.weight": (4, 8), "lora_up.weight": (8, 3)},
+        {"lora_down.weight": (4,), "lora_up.weight": (8,)},
+        {"lora_down.weight": (), "lora_up.weight": ()},
+        {"lora_down.weight": (0, 8), "lora_up.weight": (8, 0)},
+        {"lora_down.weight": (4, 8), "lora_up.weight": (8, 4), "alpha": (3,)},
+        {"hada_w1_a": (8, 4), "hada_w1_b": (4,), "hada_w2_a": (8, 4), "hada_w2_b": (4, 8)},
+    ],
+)
+def test_tensors_that_fit_no_layer_are_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tensors: dict[str, tuple[int, ...]]
+) -> None:
+    path = tmp_path / "damaged.safetensors"
+    save_file({f"lora_unet_mid_block_x.{name}": torch.ones(shape) for name, shape in tensors.items()}, path)
+    assert check_main([str(path)]) == 1
+    assert resize_main(["--model", str(path), "--save_to", str(tmp_path / "out.safetensors")]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert all("damaged" in line and "lora_unet_mid_block_x" in line for line in errors)
+
+
+def test_8_bit_floats_are_read_as_numbers(tmp_path: Path) -> None:
+    path, out = tmp_path / "eight.safetensors", tmp_path / "out.safetensors"
+    pair = {f"lora_unet_mid_block_x.lora_{end}.weight": torch.eye(4).to(torch.float8_e4m3fn) for end in ("down", "up")}
+    save_file(pair, path)
+    assert check_main([str(path)]) == 0
+    assert resize_main(["--model", str(path), "--save_to", str(out)]) == 0
+    (own,) = read_weights(out).modules.values()
+    torch.testing.assert_close(own["lora_up.weight"] @ own["lora_down.weight"], torch.eye(4))
 
 
 def test_broken_files(tmp_path: Path) -> None:

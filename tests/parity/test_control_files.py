@@ -120,6 +120,13 @@ def test_small_nets_without_attention_are_read(tmp_path: Path) -> None:
     assert loaded.state_dict().keys() == small.state_dict().keys()
 
 
+@pytest.mark.parametrize("config", ['{"block_out_channels": [32, 64]}', '{"down_block_types": ["NoBlock"]}'])
+def test_folders_that_describe_no_net_are_refused(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=r"its config\.json describes no ControlNet"):
+        load_control(tmp_path, toy_spec("sd1").unet, FLOAT)
+
+
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "net.safetensors", toy_control("sd2"), "sd2")
     with pytest.raises(UserError, match="wrong shape"):

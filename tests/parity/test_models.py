@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from library.families import family_for
 from library.families.base import ModelParts, TextSettings
 from library.log import UserError
 from library.models import build
+from library.models.load import recognise
 from library.models.spec import UNetSpec
 from library.options import ModelOptions
 from tests.toy import toy_modules, toy_spec, write_toy_checkpoint, write_toy_folder
@@ -298,6 +300,28 @@ def test_vae_replaces_that_of_the_model(
 def test_libraries_read_our_parts(folder: Path, parts: ModelParts) -> None:
     assert_same(UNet2DConditionModel.from_pretrained(folder, subfolder="unet"), parts.unet)
     assert_same(AutoencoderKL.from_pretrained(folder, subfolder="vae"), parts.vae)
+
+
+def test_a_folder_with_a_vae_of_another_kind_is_one_line(tmp_path: Path) -> None:
+    config = {"_class_name": "AutoencoderTiny", "encoder_block_out_channels": [64, 64], "latent_channels": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ModelOptions(vae=str(tmp_path))
+    with pytest.raises(UserError, match=r"--vae .* holds AutoencoderTiny.* is an AutoencoderKL"):
+        family_for(options).load_vae(options)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+    ],
+)
+def test_tensors_of_impossible_shapes_are_one_line(tmp_path: Path, key: str) -> None:
+    tensors = {**load_file(write_toy_checkpoint(tmp_path / "toy.safetensors")), key: torch.ones(3)}
+    save_file(tensors, tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match=r"odd\.safetensors has tensors of impossible shapes"):
+        recognise(tmp_path / "odd.safetensors")
 
 
 def test_vae_file_without_vae(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from library.checkpoint import io
 from library.checkpoint.io import read_header
 from library.log import UserError
 from library.models.load import recognise
+from library.models.spec import PredictionType
 from library.options.script import parse
 from library.options.scripts import CONVERT_MODEL
 from tests.toy import toy_modules, write_toy_checkpoint, write_toy_folder
@@ -99,6 +100,75 @@ def test_what_the_model_predicts_survives(tmp_path: Path) -> None:
     assert recognise(tmp_path / "told").prediction_type == "v_prediction"
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_file_between_two_folders_says_what_the_model_predicts(tmp_path: Path, prediction: PredictionType) -> None:
+    folder = write_toy_folder(tmp_path / "folder", "sd2", prediction_type=prediction)
+    assert convert(folder, tmp_path / "file.safetensors") == 0
+    assert convert(tmp_path / "file.safetensors", tmp_path / "back") == 0
+    assert recognise(tmp_path / "back").prediction_type == prediction
+
+
+def test_sd2_that_says_nothing_is_taken_for_768_v(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As the original tool, whose folders have the scheduler of 2.1."""
+    plain = write_toy_checkpoint(tmp_path / "plain.safetensors", "sd2")
+    assert convert(plain, tmp_path / "folder", "--v2") == 0
+    assert recognise(tmp_path / "folder").prediction_type == "v_prediction"
+    assert "does not say what it predicts" in caplog.text
+    caplog.clear()
+    assert convert(plain, tmp_path / "file.safetensors", "--v2") == 0
+    assert recognise(tmp_path / "file.safetensors").prediction_type is None  # a guess is no fact
+    assert "does not say" not in caplog.text
+
+
+def test_the_ending_of_a_pickle_may_be_in_capitals(tmp_path: Path) -> None:
+    source = write_toy_checkpoint(tmp_path / "model.safetensors", "sd1")
+    assert convert(source, tmp_path / "OLD.CKPT") == 0
+    assert "state_dict" in torch.load(tmp_path / "OLD.CKPT", weights_only=True)
+
+
+def test_what_stands_under_the_name_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_toy_checkpoint(tmp_path / "model.safetensors", "sd1")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("a folder with something in it")
+    (tmp_path / "note").write_text("a file")
+    (tmp_path / "folder.safetensors").mkdir()
+    for name, message in (
+        ("mine", "exists and is no Diffusers model"),
+        ("note", "exists and is no Diffusers model"),
+        ("folder.safetensors", "is a folder"),
+        ("model.pt", "a .safetensors or .ckpt file or a Diffusers folder"),
+    ):
+        assert convert(source, tmp_path / name) == 1
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "mine" / "notes.txt").exists()
+    assert (tmp_path / "note").read_text() == "a file"
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):  # an empty folder is filled, a model of before replaced
+        assert convert(source, tmp_path / "empty") == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "content"),
+    [
+        ("text_encoder/config.json", "{}"),
+        ("unet/config.json", '{"block_out_channels": [32, 64], "transformer_layers_per_block": [1]}'),
+        ("unet/config.json", '{"block_out_channels": [32, 64], "transformer_layers_per_block": [1, [2, 2]]}'),
+        ("vae/config.json", '{"block_out_channels": 3}'),
+        ("unet/diffusion_pytorch_model.safetensors.index.json", "{}"),
+        ("unet/diffusion_pytorch_model.safetensors.index.json", "no JSON"),
+    ],
+)
+def test_damaged_folders_are_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, content: str
+) -> None:
+    folder = write_toy_folder(tmp_path / "folder")
+    (folder / place).write_text(content)
+    assert convert(folder, tmp_path / "out.safetensors") == 1
+    error = capsys.readouterr().err.strip()
+    assert "damaged" in error
+    assert len(error.splitlines()) == 1
+
+
 def test_tokenizer_and_scheduler_come_from_the_reference_model(tmp_path: Path) -> None:
     source = write_toy_checkpoint(tmp_path / "model.safetensors")
     assert convert(source, tmp_path / "reference") == 0
@@ -106,6 +176,22 @@ def test_tokenizer_and_scheduler_come_from_the_reference_model(tmp_path: Path) -
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "_class_name": "PNDMScheduler"}))
     assert convert(source, tmp_path / "folder", "--reference_model", str(tmp_path / "reference")) == 0
     assert "PNDMScheduler" in (tmp_path / "folder" / "scheduler" / "scheduler_config.json").read_text()
+
+
+def test_options_that_the_form_has_no_place_for_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_toy_checkpoint(tmp_path / "model.safetensors")
+    (tmp_path / "reference").mkdir()
+    all_of_them = ("--epoch", "1", "--metadata", "{}", "--reference_model", str(tmp_path / "reference"))
+    for target, unused in (
+        ("folder", ("epoch: a Diffusers folder", "metadata: a Diffusers folder", "variant: a single file")),
+        ("out.ckpt", ("metadata: a .ckpt file", "reference_model: a .ckpt file", "variant: a single file")),
+        ("o.safetensors", ("epoch: a safetensors", "reference_model: a safetensors", "variant: a single file")),
+    ):
+        caplog.clear()
+        assert convert(source, tmp_path / target, *all_of_them, "--variant", "fp16") == 0
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(told) == len(unused)
+        assert all(line.startswith(f"--{start}") for line, start in zip(told, unused, strict=True))
 
 
 def test_variant_chooses_the_files(tmp_path: Path) -> None:
@@ -176,10 +262,12 @@ def test_as_a_program(tmp_path: Path) -> None:
 def test_all_text_encoders_of_a_hub_model_are_fetched(
     more: tuple[str, ...], encoders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def download(given: str, option: str, parts: tuple[str, ...], token: None) -> Path:
+    def download(given: str, option: str, parts: tuple[str, ...], token: None, variant: str | None) -> Path:
         assert sum(part.startswith("text_encoder") for part in parts) == encoders
-        raise UserError(f"{given} would be fetched")
+        raise UserError(f"{given} would be fetched in {variant}")
 
     monkeypatch.setattr(hub, "download_model", download)
-    with pytest.raises(UserError, match="would be fetched"):
-        convert_settings(parse(CONVERT_MODEL, ["owner/name", str(tmp_path / "x.safetensors"), *more]))
+    line = ["owner/name", str(tmp_path / "x.safetensors"), *more]
+    for words, variant in (((), None), (("--variant", "fp16"), "fp16")):
+        with pytest.raises(UserError, match=f"would be fetched in {variant}"):
+            convert_settings(parse(CONVERT_MODEL, [*line, *words]))

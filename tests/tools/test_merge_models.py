@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from library.checkpoint import io
 from library.checkpoint.io import ModelFile, read_header
 from library.checkpoint.sd_keys import HUGGINGFACE_PREFIX
+from library.models.load import recognise
 from tests.toy import write_toy_checkpoint
 from tools.merge_models import main
 
@@ -96,6 +97,14 @@ def test_metadata_names_all_sources(models: Files, tmp_path: Path) -> None:
     assert (metadata["modelspec.title"], metadata["modelspec.architecture"]) == ("both", "stable-diffusion-v1")
 
 
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_what_the_models_do_not_say_is_not_said_of_the_result(tmp_path: Path, family: str) -> None:
+    """A model that was said to predict noise could not be used with --v_parameterization any more."""
+    paths = [write_toy_checkpoint(tmp_path / f"{seed}.safetensors", family, seed) for seed in (0, 1)]
+    assert run(paths, tmp_path / "m.safetensors") == 0
+    assert recognise(tmp_path / "m.safetensors").prediction_type is None
+
+
 def test_one_tensor_of_each_file_at_a_time(models: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
@@ -123,6 +132,7 @@ def test_refusals(models: Files, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (([*models], models[0]), (), "is one of --models"),
         (([*models], tmp_path / "m"), ("--ratios", "1"), "--ratios has 1 numbers for 2 files"),
         (([models[0], tmp_path / "gone.safetensors"], tmp_path / "m"), (), "there is no file"),
+        (([*models], tmp_path / "m"), ("--device", "gpu"), "--device gpu: cannot be used here"),
     ]
     for arguments, more, message in cases:
         assert run(*arguments, *more) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.cells_fixtures import (
     BLIND_AT_64_PX,
@@ -132,6 +133,29 @@ def test_lycoris(fit, family, algo, preset, unet_layers):
     assert len(text) == (8 if preset == "attn-only" else TEXT_LAYERS)
     assert all(bool(tensor.any()) for tensor in text)
     assert sum(bool(tensor.any()) for _, tensor in ends) >= len(ends) - len(BLIND_AT_64_PX)
+
+
+def test_files_that_do_not_fit_a_network_of_lycoris(fit, model, photos, tmp_path, capsys):
+    """Its own errors are those of torch, and a file with nothing for it is loaded in silence."""
+    pytest.importorskip("lycoris")
+    shared = ("--network_module", "lycoris.kohya", "--network_args", "algo=locon", "--network_dim")
+    done = fit(*shared, "2", steps=1)
+    other = tmp_path / "other.safetensors"
+    save_file({"a": torch.ones(2)}, other)
+    damaged = tmp_path / "damaged.safetensors"
+    changed = {
+        key: tensor[0] if "mid_block" in key and tensor.dim() else tensor for key, tensor in done.tensors.items()
+    }
+    save_file({key: tensor.contiguous() for key, tensor in changed.items()}, damaged)
+    for more, words in (
+        (("--network_weights", str(done.file)), "does not fit --network_module lycoris.kohya"),
+        (("--network_weights", str(other)), "has no weights for any layer of this network"),
+        (("--base_weights", str(damaged)), "cannot be merged by --network_module lycoris.kohya"),
+    ):
+        assert train(model, photos, tmp_path / "out", *shared, "4", *more) == 1
+        error = capsys.readouterr().err.partition("error: ")[2].strip()
+        assert words in error
+        assert len(error.splitlines()) == 1
 
 
 def test_lycoris_on_a_float8_base(fit, caplog):

@@ -20,7 +20,9 @@ def asked(model: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, 
     """Name, option and token of all that was to be fetched; everything is the toy model."""
     calls: list[tuple[str, str, str | None]] = []
 
-    def download(repo_id: str, option: str, parts: object = (), token: str | None = None) -> Path:
+    def download(
+        repo_id: str, option: str, parts: object = (), token: str | None = None, variant: str | None = None
+    ) -> Path:
         calls.append((repo_id, option, token))
         return model
 

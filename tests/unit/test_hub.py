@@ -274,6 +274,25 @@ def test_needed_files_of_a_model() -> None:
     assert files_of_model(["config.json", "model.safetensors"]) is None
 
 
+def test_files_of_a_variant() -> None:
+    assert files_of_model(DIFFUSERS, ("unet",), "fp16") == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+    ]
+    assert files_of_model(DIFFUSERS, variant="fp16") is None  # the text encoder has none
+
+
+def test_a_variant_is_fetched_beside_what_is_here(fake: FakeHub) -> None:
+    fake.files["some/model"] = {name: name.encode() for name in DIFFUSERS}
+    hub.download_model("some/model", "model_to_load", ("unet",))
+    folder = hub.download_model("some/model", "model_to_load", ("unet",), variant="fp16")
+    assert (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    with pytest.raises(UserError, match="no whole variant fp32 of a Diffusers model"):
+        hub.download_model("some/model", "model_to_load", ("unet",), variant="fp32")
+
+
 def test_download_of_a_model_once_and_only_what_is_needed(fake: FakeHub) -> None:
     fake.files["some/model"] = {name: name.encode() for name in DIFFUSERS}
     folder = hub.download_model("some/model", "--pretrained_model_name_or_path")

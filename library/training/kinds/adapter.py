@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from library.checkpoint.inspection import check_network_file, low_rank_norms
 from library.checkpoint.io import atomic_path
 from library.families.base import ModelFamily, ModelParts
-from library.log import UserError
+from library.log import UserError, first_line
 from library.models.memory import store_in_fp8
 from library.options import NetworkFileOptions, NetworkOptions, OptimizerOptions, PrecisionOptions
 from library.options.settings import Settings
@@ -24,6 +25,37 @@ from library.plugin import Network, NetworkModule, load_network_module, optional
 from library.training.trainable import Artifact, Trainable
 
 logger = logging.getLogger(__name__)
+
+
+_PLUGIN_ERRORS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Generator[None]:
+    """What a network module raises about a file or its arguments becomes one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _PLUGIN_ERRORS as error:
+        raise UserError(f"{what} ({type(error).__name__}: {first_line(error)})") from error
+
+
+def _missing_keys(report: object) -> list[str] | None:
+    """The tensors that a file lacks, as ``load_weights`` of torch or of LyCORIS tells them; None if it does not."""
+    if isinstance(report, Mapping):
+        return list(cast(Mapping[str, Any], report).get("missing keys", ()))
+    found = getattr(report, "missing_keys", None)
+    return None if found is None else list(found)
 
 
 class AdapterTraining(Trainable):
@@ -51,8 +83,7 @@ class AdapterTraining(Trainable):
             prepare(options)
         network.apply_to(self._text_encoder, self._unet, self.trains_text_encoder, self.trains_unet)
         if options.network_weights:
-            report = network.load_weights(options.network_weights)
-            logger.info("network weights read from %s%s", options.network_weights, f": {report}" if report else "")
+            self._load_weights(network, options.network_weights)
         network.prepare_grad_etc(self._text_encoder, self._unet)
         self._network = network
         self.module = cast(nn.Module, network)
@@ -80,15 +111,29 @@ class AdapterTraining(Trainable):
     def _create(self) -> Network:
         """A new network; what a plug-in raises about its arguments becomes one line."""
         module = f"--network_module {self._options.network_module}"
-        try:
+        with _told(f"{module} cannot make its network, check --network_args"):
             network = self._call_factory()
-        except (AssertionError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{module} cannot make its network, check --network_args ({type(error).__name__}: {error})"
-            ) from error
         if network is None:
             raise UserError(f"{module} made no network")
         return network
+
+    def _load_weights(self, network: Network, file: str) -> None:
+        """Begin with a file. Networks of other programs do not mind one that has nothing for them: it is refused."""
+        module = f"--network_module {self._options.network_module}"
+        with _told(f"--network_weights {file} does not fit {module}; --dim_from_weights takes ranks from the file"):
+            report = network.load_weights(file)
+        missing = _missing_keys(report)
+        if missing is None:
+            logger.info("network weights read from %s%s", file, f": {report}" if report else "")
+            return
+        count = len(cast(nn.Module, network).state_dict())
+        if len(missing) >= count:
+            raise UserError(f"--network_weights {file} has no weights for any layer of this network; what is it for?")
+        logger.info("network weights read from %s", file)
+        if missing:
+            logger.warning(
+                "%s lacks %d of %d tensors, which start new (first %s)", file, len(missing), count, missing[0]
+            )
 
     def _call_factory(self) -> Network | None:
         options, args = self._options, self._network_args()
@@ -125,11 +170,12 @@ class AdapterTraining(Trainable):
         files = self._options.base_weights or []
         multipliers = [*(self._options.base_weights_multiplier or []), *[1.0] * len(files)]
         for file, multiplier in zip(files, multipliers, strict=False):
-            network, weights = self._module.create_network_from_weights(
-                multiplier, file, self._vae, self._text_encoder, self._unet, for_inference=True
-            )
             dtype, device = next(self._unet.parameters()).dtype, next(self._unet.parameters()).device
-            network.merge_to(self._text_encoder, self._unet, weights, dtype, device)
+            with _told(f"--base_weights {file} cannot be merged by --network_module {self._options.network_module}"):
+                network, weights = self._module.create_network_from_weights(
+                    multiplier, file, self._vae, self._text_encoder, self._unet, for_inference=True
+                )
+                network.merge_to(self._text_encoder, self._unet, weights, dtype, device)
             logger.info("merged into the base model: %s at %g", file, multiplier)
 
     def _prepare_groups(self) -> list[dict[str, Any]]:
