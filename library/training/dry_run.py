@@ -11,6 +11,7 @@ from library.data.plan import batches_per_epoch, training_visits
 from library.data.records import ResolvedDataset
 from library.data.report import describe
 from library.data.text_cache import targets_of
+from library.device import check_precision, choose_device
 from library.families import family_for
 from library.families.base import ModelFamily, ModelParts
 from library.log import UserError
@@ -22,6 +23,7 @@ from library.options import (
     LoopOptions,
     ModelOptions,
     OptimizerOptions,
+    PrecisionOptions,
     SampleOptions,
     SaveOptions,
     ScheduleOptions,
@@ -57,12 +59,14 @@ def print_plan(
     """Print the plan to standard output; returns the exit status. ``held_out`` are the images of the validation."""
     if not datasets:
         raise UserError("--dry_run plans runs on images; a --dataset_class only knows its batches")
+    _warn_of_this_machine(settings)
     clock = make_clock(count_steps(datasets, settings[LoopOptions], process_count()), settings[LoopOptions])
     family = family_for(settings[ModelOptions], settings.family)
     check_bucket_steps(family, datasets)
     # what would learn, on models without weights
     parts = family.outline(settings[ModelOptions], token=settings[HubOptions].huggingface_token)
     trainable = script.load_kind()(settings, family, parts)
+    trainable.require_multipliers(dataset.spec.network_multiplier for dataset in (*datasets, *held_out))
     resumed = _refuse_what_resume_would(settings, datasets, family, parts)
     sections = {
         "Data": [*_data_lines(settings, datasets), *_held_out_lines(held_out)],
@@ -74,6 +78,15 @@ def print_plan(
     for title, lines in sections.items():
         print(f"{title}\n" + "\n".join(f"  {line}" for line in lines))
     return 0
+
+
+def _warn_of_this_machine(settings: Settings) -> None:
+    """What stops a run here; a plan is also made for another machine, so it stops no plan."""
+    try:
+        check_precision(settings[PrecisionOptions], choose_device())
+    except UserError as error:
+        for line in str(error).splitlines():
+            logger.warning("a run on this machine would be refused: %s", line)
 
 
 def _refuse_what_resume_would(

@@ -105,6 +105,7 @@ def load_models(
         logger.warning("%s was trained with zero terminal SNR: --zero_terminal_snr is missing", parts.source.name)
     # before the latents: the network's arguments may be refused
     trainable, learns = attach(script, settings, family, parts, machine, seed)
+    trainable.require_multipliers(dataset.spec.network_multiplier for dataset in datasets)
     family = trainable.family_of_prompts(family)
     datasets, store = make_latents(settings, datasets, family, parts, machine)
     variants = text_cache_options(settings).cache_text_encoder_outputs_variants or 0

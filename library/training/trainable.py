@@ -7,7 +7,7 @@ The loop, the step and all effects know only this interface. Kinds live in `libr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from library.data.records import Batch
 from library.families.base import ControlResiduals, Geometry, ModelFamily, ModelParts, TextCondition
 from library.generation.denoise import Extension
+from library.log import UserError
 from library.options.settings import Settings
 
 
@@ -97,9 +98,19 @@ class Trainable(ABC):
     def on_step_start(self, step: int) -> None:  # noqa: B027 - most kinds have nothing to do then
         """Before each optimizer step; ``step`` counts those that were done, in earlier sessions too."""
 
-    @abstractmethod
+    def why_no_multiplier(self) -> str | None:
+        """Why data sets can have no network_multiplier of their own; None if they can."""
+        return None
+
+    def require_multipliers(self, multipliers: Iterable[float]) -> None:
+        """Raise UserError if data sets ask for a strength that nothing here has."""
+        reason = self.why_no_multiplier()
+        if reason and any(multiplier != 1.0 for multiplier in multipliers):
+            raise UserError(f"network_multiplier: {reason}; leave it out")
+
     def on_micro_batch(self, network_multiplier: float) -> None:
         """Before each forward pass."""
+        self.require_multipliers([network_multiplier])
 
     def after_update(self) -> dict[str, float]:
         """After each optimizer step; returns scalars to log."""

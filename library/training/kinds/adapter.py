@@ -223,12 +223,14 @@ class AdapterTraining(Trainable):
     def on_epoch_start(self) -> None:
         self._network.on_epoch_start(self._text_encoder, self._unet)
 
+    def why_no_multiplier(self) -> str | None:
+        return None if self._set_multiplier else f"{self._options.network_module} has no multiplier"
+
     def on_micro_batch(self, network_multiplier: float) -> None:
+        super().on_micro_batch(network_multiplier)
         if network_multiplier != self._multiplier:
             if self._set_multiplier:
                 self._set_multiplier(network_multiplier)
-            elif network_multiplier != 1.0:
-                raise UserError(f"network_multiplier: {self._options.network_module} has no multiplier; leave it out")
             self._multiplier = network_multiplier
         if self._on_step_start:
             self._on_step_start(self._text_encoder, self._unet)

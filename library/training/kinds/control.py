@@ -66,11 +66,8 @@ class ControlNetTraining(ControlTraining):
         self._net = net
         self.module = cast(nn.Module, net).requires_grad_(True)
 
-    def on_micro_batch(self, network_multiplier: float) -> None:
-        if network_multiplier != 1.0:
-            raise UserError(
-                "network_multiplier is for networks: a ControlNet in training has no strength; leave it out"
-            )
+    def why_no_multiplier(self) -> str:
+        return "is for networks, a ControlNet in training has no strength"
 
     def enable_gradient_checkpointing(self) -> None:
         set_gradient_checkpointing(self.module)

@@ -133,9 +133,8 @@ class EmbeddingTraining(Trainable):
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": self._parameters(), "lr": self._rate, "lr_name": "embedding"}]
 
-    def on_micro_batch(self, network_multiplier: float) -> None:
-        if network_multiplier != 1.0:
-            raise UserError("network_multiplier is for networks: words have no strength; leave it out")
+    def why_no_multiplier(self) -> str:
+        return "is for networks, words have no strength"
 
     def after_update(self) -> dict[str, float]:
         norms = torch.cat([parameter.detach().float().norm(dim=-1).flatten() for parameter in self._parameters()])

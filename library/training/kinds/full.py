@@ -126,9 +126,8 @@ class FullTraining(Trainable):
         for module in text:
             module.requires_grad_(False)
 
-    def on_micro_batch(self, network_multiplier: float) -> None:
-        if network_multiplier != 1.0:
-            raise UserError("network_multiplier is for networks: the model itself has no strength; leave it out")
+    def why_no_multiplier(self) -> str:
+        return "is for networks, the model itself has no strength"
 
     def enable_gradient_checkpointing(self) -> None:
         """All that learns are models, which are switched as such."""
