@@ -42,7 +42,7 @@ from library.generation.sources import (
 from library.generation.variants import expand
 from library.generation.watch import Preview, Window
 from library.interrupt import StopRequest, stop_on_signals
-from library.log import UserError, progress
+from library.log import UserError, is_out_of_memory, progress
 from library.options.generation import (
     ControlOptions,
     DrawOptions,
@@ -331,6 +331,12 @@ class Session:
                 self._draw(batch, only)
             except UserError as error:
                 logger.error("%s: %s", batch[0].raw, error)
+                self.failed += len(batch)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                shared = batch[0].shared
+                logger.error("%s: out of memory at %dx%d pixels", batch[0].raw, shared.width, shared.height)
                 self.failed += len(batch)
             if self.stop.is_set:
                 break
