@@ -21,7 +21,7 @@ from library.generation.grid import Sheet, with_grid_networks
 from library.generation.guidance import attach_guidance
 from library.generation.highres import TWO_STAGES, make_stages
 from library.generation.hypernetworks import attach_hypernetworks
-from library.generation.inputs import InputFiles, find_again, list_pictures
+from library.generation.inputs import InputFiles, list_pictures
 from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle
 from library.generation.lines import parse_line
 from library.generation.model import LoadedModel, load_model
@@ -68,9 +68,6 @@ _NOT_OF_A_PICTURE = frozenset(vars(OutputOptions())) | {
 
 def run_session(settings: Settings) -> int:
     """Draw what the options ask for. Returns the exit status: 1 if a line or a picture could not be drawn."""
-    pictures = settings[PromptOptions].from_image
-    if pictures:
-        return max(_repeat(settings, path) for path in pictures)
     files = input_files(settings)
     source, failed = make_source(settings, files)
     if settings[PromptOptions].dry_run:
@@ -84,21 +81,6 @@ def run_session(settings: Settings) -> int:
         if isinstance(source, ListedLines) and not source.all and settings[PromptOptions].from_module:
             source = session.module_lines()
         return session.run(source) or min(failed, 1)
-
-
-def _repeat(settings: Settings, path: str) -> int:
-    """Draw a picture once more from what stands in it. Options of the command line win."""
-    job, recipe = read_recipe(path)
-    job = find_again(job, input_files(settings, repeating=True))
-    told = {name: value for name, value in recipe["options"].items() if not settings.given(name)}
-    given = {name: value for name, value in settings.as_flat_dict().items() if settings.given(name)}
-    sources = {name: settings.source_of(name) for name in given}
-    again = Settings(settings.script, {**told, **given}, sources)
-    with stop_on_signals("stopping after this picture") as stop:
-        session = Session(again, load_model(again[GenModelOptions], again[DrawOptions]), stop, InputFiles())
-        # in a batch of the same size: products of other shapes round differently
-        index, count = recipe.get("place", (0, 1))
-        return session.draw([[job] * count], only=index)
 
 
 def make_source(settings: Settings, files: InputFiles) -> tuple[LineSource, int]:

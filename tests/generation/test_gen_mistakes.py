@@ -98,6 +98,58 @@ def again(model: Path, out: Path, *more: str, status: int = 0) -> list[Path]:
     return sorted(out.glob("*.png"))
 
 
+def test_options_win_over_what_a_picture_tells(model: Path, tmp_path: Path) -> None:
+    (first,) = draw(model, tmp_path / "a", "--prompt", "a cat --d 1 --s 4 --l 3")
+    told = ("--steps", "3", "--scale", "5", "--sampler", "euler", "--seed", "9", "--W", "96", "--H", "64")
+    (other,) = again(model, tmp_path / "b", "--from_image", str(first), *told)
+    (wanted,) = again(model, tmp_path / "c", "--prompt", "a cat", *told)
+    assert pixels(other).tolist() == pixels(wanted).tolist()
+    assert {key: entries(other)[key] for key in ("steps", "scale", "sampler", "seed")} == {
+        "steps": "3",
+        "scale": "5.0",
+        "sampler": "euler",
+        "seed": "9",
+    }
+    shrunk = ("--ds_depth_1", "1", "--ds_timesteps_1", "0", "--gradual_latent_timesteps", "900")
+    (changed,) = again(model, tmp_path / "d", "--from_image", str(first), *shrunk)
+    recipe = entries(changed)["sd-trainer"]
+    assert '"depth_1": 1, "timesteps_1": 0' in recipe
+    assert '"timesteps": 900' in recipe
+
+
+def test_a_repeated_picture_can_be_repeated(model: Path, tmp_path: Path) -> None:
+    more = ("--prompt", "a (cat:1.4) --d 1", "--clip_skip", "2", "--emb_normalize_mode", "none")
+    found = draw(model, tmp_path / "0", *more)
+    for name in "12":
+        found += again(model, tmp_path / name, "--from_image", str(found[-1]))
+    assert pixels(found[0]).tolist() == pixels(found[1]).tolist() == pixels(found[2]).tolist()
+
+
+def test_pictures_that_cannot_be_repeated_are_all_told_before_any_is_drawn(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (good,) = draw(model, tmp_path / "a", "--prompt", "a cat --d 1")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    wrong = [str(tmp_path / "x.png"), str(tmp_path / "gone.png")]
+    assert not again(model, tmp_path / "b", "--from_image", str(good), *wrong, status=1)
+    said = capsys.readouterr().err
+    assert all(path in said for path in wrong)
+
+
+def test_ctrl_c_ends_repeating(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = draw(model, tmp_path / "a", "--prompt", "a cat", "--images_per_prompt", "3")
+    interrupt(monkeypatch)
+    assert len(again(model, tmp_path / "b", "--from_image", *map(str, found))) == 1
+
+
+def test_a_plan_of_pictures_is_refused_rather_than_drawn(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (good,) = draw(model, tmp_path / "a", "--prompt", "a cat --d 1")
+    assert not again(model, tmp_path / "b", "--from_image", str(good), "--dry_run", status=1)
+    assert "--dry_run" in capsys.readouterr().err
+
+
 # ---- told early
 
 # ---- the keyboard, files and modules
