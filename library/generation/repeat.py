@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from library.generation.early import check_before_loading
 from library.generation.inputs import InputFiles, find_again
 from library.generation.jobs import Job, overruled
 from library.generation.model import load_model
-from library.generation.output import read_recipe
+from library.generation.output import Writer, read_recipe
 from library.generation.session import Session, input_files
 from library.interrupt import StopRequest, stop_on_signals
 from library.log import UserError
-from library.options.generation import DrawOptions, GenModelOptions, PromptOptions
+from library.options.generation import DrawOptions, GenModelOptions, OutputOptions, PromptOptions
 from library.options.settings import Settings
 
 
@@ -42,14 +43,15 @@ def repeat_pictures(settings: Settings) -> int:
     for path in settings[PromptOptions].from_image or ():
         try:
             repeats.append(read_repeat(settings, path))
+            check_before_loading(repeats[-1].settings)
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise UserError.of(problems)
-    failed = 0
+    writer, failed = Writer(settings[OutputOptions]), 0
     with stop_on_signals("stopping after this picture") as stop:
         for repeat in repeats:
-            failed = max(failed, _draw(repeat, stop))
+            failed = max(failed, _draw(repeat, stop, writer))
             if stop.is_set:
                 break
     return failed
@@ -67,10 +69,10 @@ def read_repeat(settings: Settings, path: str) -> Repeat:
     return Repeat(job, Settings(settings.script, {**told, **given}, sources), given, place, count)
 
 
-def _draw(repeat: Repeat, stop: StopRequest) -> int:
+def _draw(repeat: Repeat, stop: StopRequest, writer: Writer) -> int:
     settings = repeat.settings
     model = load_model(settings[GenModelOptions], settings[DrawOptions])
-    session = Session(settings, model, stop, InputFiles())
+    session = Session(settings, model, stop, InputFiles(), writer)
     job = overruled(repeat.job, repeat.given, session.defaults)
     job = replace(job, shared=session.engine.with_rows(job.shared, job.prompt, job.negative_prompt))
     # in a batch of the same size: products of other shapes round differently

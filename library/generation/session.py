@@ -13,6 +13,7 @@ from torch import Tensor
 from library.checkpoint.privacy import without_folders
 from library.generation.control import attach_control, check_control
 from library.generation.deep_shrink import attach_deep_shrink
+from library.generation.early import check_before_loading
 from library.generation.embeddings import attach_embeddings
 from library.generation.engine import USUAL_ROWS, Engine, EngineSettings
 from library.generation.from_picture import attach_pictures
@@ -25,8 +26,8 @@ from library.generation.inputs import InputFiles, list_pictures
 from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle
 from library.generation.lines import parse_line
 from library.generation.model import LoadedModel, load_model
-from library.generation.networks import attach_networks, read_requests
-from library.generation.output import Place, Writer, now_text, read_recipe, text_entries, write_png
+from library.generation.networks import attach_networks
+from library.generation.output import Place, Writer, now_text, text_entries, write_png
 from library.generation.pictures import size_of_picture, to_picture
 from library.generation.samplers import check_sampler
 from library.generation.sources import (
@@ -70,14 +71,15 @@ def run_session(settings: Settings) -> int:
     """Draw what the options ask for. Returns the exit status: 1 if a line or a picture could not be drawn."""
     files = input_files(settings)
     source, failed = make_source(settings, files)
-    if settings[PromptOptions].dry_run:
-        return _print_plan(source, settings[PromptOptions]) or min(failed, 1)
+    check_before_loading(settings)
     if failed and isinstance(source, ListedLines) and not source.all:
         return 1
-    read_requests(settings[GenNetworkOptions])  # a mistyped file is told before the model is loaded
+    if settings[PromptOptions].dry_run:
+        return _print_plan(source, settings[PromptOptions]) or min(failed, 1)
+    writer = Writer(settings[OutputOptions])
     with stop_on_signals("stopping after this picture") as stop:
         model = load_model(settings[GenModelOptions], settings[DrawOptions])
-        session = Session(settings, model, stop, files)
+        session = Session(settings, model, stop, files, writer)
         if isinstance(source, ListedLines) and not source.all and settings[PromptOptions].from_module:
             source = session.module_lines()
         return session.run(source) or min(failed, 1)
@@ -167,6 +169,7 @@ class Session:
     model: LoadedModel
     stop: StopRequest
     files: InputFiles
+    writer: Writer
     failed: int = 0
     engine: Engine = field(init=False)
     seeds: Seeds = field(init=False)
@@ -199,7 +202,6 @@ class Session:
         multipliers = [network.multiplier for network in self.networks]
         self.defaults: Defaults = defaults_of(self.settings, usual, self.model.family.picture_step, multipliers)
         output = self.settings[OutputOptions]
-        self.writer = Writer(output)
         self.sheet = Sheet() if output.grid or self.network_grid else None
         self.window = Window() if options.interactive and not options.no_preview else None
         attach_pictures(self.engine, self.settings[PictureOptions])
@@ -207,7 +209,7 @@ class Session:
         attach_gradual_latent(self.engine)
         self.stages = make_stages(self.engine, self.settings[HighresOptions])
         if output.preview_every_n_steps:
-            self.engine.extensions.append(Preview(output.outdir, output.preview_every_n_steps, self.engine.decode))
+            self.engine.extensions.append(Preview(self.writer.folder, output.preview_every_n_steps, self.engine.decode))
         self._recipe, self._first_recipe = self._make_recipe(), self._make_recipe(TWO_STAGES)
 
     def module_lines(self) -> LineSource:

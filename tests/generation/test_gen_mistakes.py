@@ -152,6 +152,45 @@ def test_a_plan_of_pictures_is_refused_rather_than_drawn(
 
 # ---- told early
 
+GONE = "gone.safetensors: there is no such file"
+EARLY = [
+    (("--textual_inversion_embeddings", "gone.safetensors"), f"--textual_inversion_embeddings {GONE}"),
+    (("--XTI_embeddings", "gone.safetensors"), f"--XTI_embeddings {GONE}"),
+    (("--hypernetwork_weights", "gone.safetensors"), f"--hypernetwork_weights {GONE}"),
+    (("--network_weights", "gone.safetensors"), f"--network_weights {GONE}"),
+    (("--grid_networks", "gone*.safetensors"), "--grid_networks gone*.safetensors: there is no such file"),
+    (("--from_module", "gone.safetensors"), f"--from_module {GONE}"),
+    (("--gradual_latent_unsharp_params", "3,x"), "--gradual_latent_unsharp_params 3,x"),
+    (("--highres_fix_scale", "0.5", "--highres_fix_upscaler", "tools.gone"), "--highres_fix_upscaler tools.gone"),
+    (("--outdir", __file__), "--outdir"),
+]
+
+
+@pytest.mark.parametrize(("more", "said"), EARLY, ids=lambda value: value[0] if isinstance(value, tuple) else "")
+def test_mistakes_are_told_before_the_model_is_looked_for(
+    more: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--ckpt", "nowhere.safetensors", "--outdir", str(tmp_path), "--prompt", "x", *more]
+    assert run(GEN_IMG, [word for word in words if "--from_module" not in more or word not in ("--prompt", "x")]) == 1
+    err = capsys.readouterr().err
+    assert said in err
+    assert "nowhere" not in err
+
+
+def test_all_such_mistakes_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ("--textual_inversion_embeddings", "a.pt", "b.pt", "--network_weights", "c.pt")
+    assert run(GEN_IMG, ["--ckpt", "nowhere", "--outdir", str(tmp_path), "--prompt", "x", *wrong]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_a_folder_without_permission_is_told_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert run(GEN_IMG, ["--ckpt", "nowhere", "--outdir", str(tmp_path), "--prompt", "x"]) == 1
+    assert f"--outdir {tmp_path}: no permission" in capsys.readouterr().err
+
+
 # ---- the keyboard, files and modules
 
 
