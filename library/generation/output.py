@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +133,8 @@ class Writer:
         self._first_free = max(numbers, default=0)
 
     def write(self, picture: Image, job: Job, place: Place, entries: Mapping[str, str]) -> Path:
-        """Queue a picture; returns the name that it will have."""
+        """Queue a picture; returns the name that it will have. Raises what an earlier writing raised."""
+        self._written()
         path = self.free(self._name(job, place))
         self._taken.add(path)
         self._pending.append(self._pool.submit(write_png, picture, path, dict(entries)))
@@ -157,8 +158,15 @@ class Writer:
         return candidate
 
     def wait(self) -> list[Path]:
-        """All files are written when this returns. Raises what a writing raised."""
-        return [future.result() for future in self._pending]
+        """All files are written when this returns; those that are new. Raises what a writing raised."""
+        wait(self._pending)
+        return self._written()
+
+    def _written(self) -> list[Path]:
+        """The files that were finished meanwhile. Raises what the first failed writing raised."""
+        finished = [future for future in self._pending if future.done()]
+        self._pending = [future for future in self._pending if future not in finished]
+        return [future.result() for future in finished]
 
 
 def write_png(picture: Image, path: Path, entries: Mapping[str, str]) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from library.checkpoint.io import WriteError
 from library.checkpoint.privacy import without_folders
 from library.generation.control import attach_control, check_control
 from library.generation.deep_shrink import attach_deep_shrink
@@ -313,6 +314,8 @@ class Session:
         for batch in queue:
             try:
                 self._draw(batch, only)
+            except WriteError:  # the next picture could not be written either
+                raise
             except UserError as error:
                 logger.error("%s: %s", batch[0].raw, error)
                 self.failed += len(batch)

@@ -183,6 +183,26 @@ def test_all_such_mistakes_are_told_at_once(tmp_path: Path, capsys: pytest.Captu
     assert len(capsys.readouterr().err.splitlines()) == 3
 
 
+def test_a_folder_that_cannot_be_written_ends_the_run_at_its_first_picture(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[int] = []
+    original = Denoising.run
+
+    def count(self: Denoising, latents: Any) -> Any:
+        drawn.append(1)
+        return original(self, latents)
+
+    def refuse(*_: object) -> Path:
+        raise WriteError("the disk is full")
+
+    monkeypatch.setattr(Denoising, "run", count)
+    monkeypatch.setattr(output, "write_png", refuse)
+    assert not draw(model, tmp_path / "out", "--prompt", "x", "--images_per_prompt", "9", status=1)
+    assert len(drawn) <= 2  # the second may have begun while the first was written
+    assert "the disk is full" in capsys.readouterr().err
+
+
 def test_a_folder_without_permission_is_told_before_anything_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
