@@ -237,6 +237,8 @@ class Session:
             if options.interactive:  # a line is drawn when it was typed, not when a batch is full
                 for of_line in jobs:
                     self.draw(batches(of_line, size))
+                    if self.stop.is_set:  # before the next line is asked for
+                        break
             else:
                 self.draw(batches((job for of_line in jobs for job in of_line), size))
             if self.stop.is_set:

@@ -214,4 +214,14 @@ def test_a_folder_without_permission_is_told_before_anything_is_drawn(
 # ---- the keyboard, files and modules
 
 
+def test_ctrl_c_at_the_keyboard_asks_for_no_further_line(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "a cat")
+    interrupt(monkeypatch)
+    assert len(draw(model, tmp_path, "--interactive", "--no_preview")) == 1
+    assert len(asked) == 1
+
+
 # ---- lines and options
