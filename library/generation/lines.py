@@ -17,7 +17,8 @@ from library.log import UserError
 
 SWITCHED_OFF = "none"
 _CUT = " --"
-_PIECE = re.compile(r"(?P<letters>[A-Za-z]+\d?) (?P<value>\S.*)", re.DOTALL)
+_PIECE = re.compile(r"(?P<letters>[A-Za-z]+\d?) +(?P<value>\S.*)", re.DOTALL)
+_ESCAPED_BYTE = re.compile("[\ud800-\udfff]")  # Python's stand-ins for bytes of another encoding
 _UINT, _NUM, _UINTS, _NUMS = (
     re.compile(pattern) for pattern in (r"\d+", r"[\d.]+", r"[\d,]+", r"[-\d.]+(?:,[-\d.]+)*,?")
 )
@@ -39,6 +40,8 @@ class PromptLine:
 def parse_line(raw: str) -> PromptLine:
     """Read a line after its variants were chosen. Raises UserError for a value with which nothing can be drawn."""
     text = raw.strip()
+    if _ESCAPED_BYTE.search(text):
+        raise UserError("there are letters in it that are not UTF-8; set the terminal to UTF-8")
     prompt, *pieces = text.split(_CUT)
     options: dict[str, Any] = {}
     notes: list[str] = []

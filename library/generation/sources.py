@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import random
 import sys
@@ -53,6 +54,8 @@ class KeyboardLines:
 
     def lines(self, iteration: int) -> Iterator[RawLine]:
         """One line at a time, as they are typed; blank ones are asked for again."""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # the line is refused then, and not the whole program
         number = 0
         while True:
             try:

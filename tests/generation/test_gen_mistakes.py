@@ -224,4 +224,14 @@ def test_ctrl_c_at_the_keyboard_asks_for_no_further_line(
     assert len(asked) == 1
 
 
+def test_a_line_in_another_encoding_is_left_out(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9 --d 1\na dog --d 2\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    assert prompts(draw(model, tmp_path / "a", "--interactive", "--no_preview", status=1)) == ["a dog"]
+    assert "line 1: there are letters in it that are not UTF-8" in caplog.text
+    assert not draw(model, tmp_path / "b", "--prompt", os.fsdecode(b"caf\xe9"), status=1)
+
+
 # ---- lines and options
