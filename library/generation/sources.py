@@ -16,6 +16,7 @@ from library.log import UserError
 from library.options.generation import PromptOptions
 
 logger = logging.getLogger(__name__)
+_OTHER_FORMS = (".toml", ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,11 @@ class ModuleLines:
 
 def read_prompt_file(name: str) -> list[RawLine]:
     """The prompts of a file; blank lines and lines that begin with # are left out. Raises UserError."""
+    if Path(name).suffix.lower() in _OTHER_FORMS:
+        raise UserError(
+            f"--from_file {name}: must be plain text with one prompt in each line; {' and '.join(_OTHER_FORMS)} files "
+            "of prompts are for --sample_prompts of the trainers"
+        )
     try:
         text = Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

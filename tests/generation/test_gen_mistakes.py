@@ -234,4 +234,13 @@ def test_a_line_in_another_encoding_is_left_out(
     assert not draw(model, tmp_path / "b", "--prompt", os.fsdecode(b"caf\xe9"), status=1)
 
 
+@pytest.mark.parametrize("name", ["prompts.toml", "prompts.json"])
+def test_prompt_files_of_the_trainers_are_not_drawn_line_by_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text('[prompt]\nprompt = "a cat"\n')
+    assert run(GEN_IMG, ["--ckpt", "nowhere", "--outdir", str(tmp_path), "--from_file", str(tmp_path / name)]) == 1
+    assert "must be plain text" in capsys.readouterr().err
+
+
 # ---- lines and options
