@@ -219,10 +219,10 @@ class Session:
         args = SimpleNamespace(**self.settings.as_flat_dict())
         prompter = load_prompt_module(options, args, self.engine, [entry.network for entry in self.networks])
 
-        def call(index: int) -> str | None:
+        def call(index: int) -> Any:
             return prompter(args, self.engine, self.seeds.source, self._iteration_seed, index, self._queued)
 
-        return ModuleLines(call, prompter.shuffle if options.shuffle_prompts else None)
+        return ModuleLines(str(options.from_module), call, prompter.shuffle if options.shuffle_prompts else None)
 
     # ---- from lines to batches
 

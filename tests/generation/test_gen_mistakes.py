@@ -243,4 +243,22 @@ def test_prompt_files_of_the_trainers_are_not_drawn_line_by_line(
     assert "must be plain text" in capsys.readouterr().err
 
 
+MODULES = {
+    "raise KeyError('x')": "KeyError: 'x'",
+    "return 5": "gave 5; must be text",
+}
+
+
+@pytest.mark.parametrize("body", MODULES)
+def test_what_a_prompt_module_does_wrong_is_one_line(
+    body: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "words.py"
+    file.write_text(f"def get_prompter(args, pipe, networks):\n    def line(*_):\n        {body}\n    return line\n")
+    draw(model, tmp_path / "out", "--from_module", str(file), status=1)
+    assert MODULES[body] in capsys.readouterr().err
+    draw(model, tmp_path / "out", "--from_module", str(file), "--shuffle_prompts", status=1)
+    assert "shuffle" in capsys.readouterr().err
+
+
 # ---- lines and options
