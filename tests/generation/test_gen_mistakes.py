@@ -261,4 +261,18 @@ def test_what_a_prompt_module_does_wrong_is_one_line(
     assert "shuffle" in capsys.readouterr().err
 
 
+def test_what_is_too_long_to_be_read_is_told_once(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = "begin " + "word " * 80
+    more = ("--max_embeddings_multiples", "1", "--images_per_prompt", "2")
+    draw(model, tmp_path / "a", "--prompt", f"{long}--n {long}", *more)
+    told = [line for line in caplog.messages if "longer than 75 tokens" in line]
+    assert len(told) == 1  # prompt and negative prompt are the same text but for a blank
+    assert "--max_embeddings_multiples" in told[0]
+    caplog.clear()
+    draw(model, tmp_path / "b", "--prompt", long)
+    assert "longer than" not in caplog.text
+
+
 # ---- lines and options
