@@ -276,3 +276,15 @@ def test_what_is_too_long_to_be_read_is_told_once(
 
 
 # ---- lines and options
+
+
+def test_blanks_before_a_value_do_not_matter() -> None:
+    line = parse_line("a cat --n  blurry, grey --w   512")
+    assert line.options == {"negative_prompt": "blurry, grey", "width": 512}
+    assert not line.notes
+
+
+def test_growing_every_no_steps_is_refused() -> None:
+    line = parse_line("a cat --gle 0")
+    assert not line.options
+    assert "must be at least 1" in line.notes[0]
