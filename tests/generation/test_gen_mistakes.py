@@ -288,3 +288,24 @@ def test_growing_every_no_steps_is_refused() -> None:
     line = parse_line("a cat --gle 0")
     assert not line.options
     assert "must be at least 1" in line.notes[0]
+
+
+DOUBTED = {
+    "--prompt a --from_file b": "--prompt: no effect, --from_file says what is drawn",
+    "--from_image a --prompt b": "--prompt: no effect, --from_image says what is drawn",
+    "--from_image a --n_iter 2": "--n_iter: no effect",
+    "--prompt a --strength 0.5": "--strength has no effect without --image_path",
+    "--prompt a --guide_image_path b": "--guide_image_path has no effect without",
+    "--prompt a --grid_weights 1,2": "--grid_weights has no effect without",
+    "--prompt a --network_merge": "--network_merge has no effect without",
+}
+
+
+@pytest.mark.parametrize("words", DOUBTED)
+def test_options_without_effect_are_told(words: str) -> None:
+    assert DOUBTED[words] in "\n".join(parse(GEN_IMG, ["--ckpt", "x", *words.split()]).warnings)
+
+
+@pytest.mark.parametrize("words", ["--clip_skip 1", "--zero_terminal_snr"])
+def test_what_acts_in_drawing_is_not_called_without_effect(words: str) -> None:
+    assert not parse(SDXL_GEN_IMG, ["--ckpt", "x", "--prompt", "a", *words.split()]).warnings
