@@ -309,3 +309,24 @@ def test_options_without_effect_are_told(words: str) -> None:
 @pytest.mark.parametrize("words", ["--clip_skip 1", "--zero_terminal_snr"])
 def test_what_acts_in_drawing_is_not_called_without_effect(words: str) -> None:
     assert not parse(SDXL_GEN_IMG, ["--ckpt", "x", "--prompt", "a", *words.split()]).warnings
+
+
+def test_the_script_for_sdxl_names_the_script_for_others(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(SDXL_GEN_IMG, ["--ckpt", str(model), "--outdir", str(tmp_path), *SHORT, "--prompt", "x"]) == 1
+    assert "draw it with gen_img.py" in capsys.readouterr().err
+
+
+def test_a_hub_id_is_taken_for_sd1(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As there, where nothing is looked at; a wrong guess is told by the model itself."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with caplog.at_level(logging.INFO):
+        assert run(GEN_IMG, ["--ckpt", "owner/name", "--outdir", str(tmp_path), "--prompt", "x"]) == 1
+    assert "taken for a model of SD 1.x" in caplog.text
+    assert "--ckpt owner/name" in capsys.readouterr().err
