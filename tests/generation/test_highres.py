@@ -118,7 +118,7 @@ def test_latents_are_enlarged_bilinearly_and_pixels_by_lanczos() -> None:
     large = np.asarray(Image.fromarray(eight_bit).resize((128, 128), Image.Resampling.LANCZOS)).copy()
     mean_std = engine.posterior(torch.from_numpy(large).permute(2, 0, 1)[None].float() / 127.5 - 1)
     latents = engine.sample_posterior(*mean_std, [torch_stream(job().seed + 1, "picture")])
-    assert torch.allclose(last.pictures_BCHW, engine.decode(latents), atol=1e-5)
+    assert torch.allclose(last.pictures_BCHW, engine.decode(latents), atol=1e-4)  # strides decide how sums are rounded
 
 
 @pytest.mark.parametrize("latents", [False, True])
