@@ -12,6 +12,7 @@ from library.generation.networks import read_requests
 from library.log import UserError
 from library.options.generation import GenNetworkOptions, HighresOptions
 from library.options.settings import Settings
+from library.plugin import load_network_module
 
 _FILES = ("textual_inversion_embeddings", "XTI_embeddings", "hypernetwork_weights", "vgg16_weights", "from_module")
 
@@ -39,7 +40,8 @@ def _files(settings: Settings) -> None:
 
 def _networks(settings: Settings) -> None:
     with_grid, _ = with_grid_networks(settings)
-    read_requests(with_grid[GenNetworkOptions])
+    for request in read_requests(with_grid[GenNetworkOptions]):
+        load_network_module(request.module)
 
 
 def _unsharp(settings: Settings) -> None:

@@ -159,6 +159,7 @@ EARLY = [
     (("--hypernetwork_weights", "gone.safetensors"), f"--hypernetwork_weights {GONE}"),
     (("--network_weights", "gone.safetensors"), f"--network_weights {GONE}"),
     (("--grid_networks", "gone*.safetensors"), "--grid_networks gone*.safetensors: there is no such file"),
+    (("--network_weights", __file__, "--network_module", "networks.gone"), "there is no module networks.gone"),
     (("--from_module", "gone.safetensors"), f"--from_module {GONE}"),
     (("--gradual_latent_unsharp_params", "3,x"), "--gradual_latent_unsharp_params 3,x"),
     (("--highres_fix_scale", "0.5", "--highres_fix_upscaler", "tools.gone"), "--highres_fix_upscaler tools.gone"),
