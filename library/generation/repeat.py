@@ -47,7 +47,7 @@ def repeat_pictures(settings: Settings) -> int:
         except UserError as error:
             problems.append(str(error))
     if problems:
-        raise UserError.of(problems)
+        raise UserError.of(dict.fromkeys(problems))
     writer, failed = Writer(settings[OutputOptions]), 0
     with stop_on_signals("stopping after this picture") as stop:
         for repeat in repeats:
