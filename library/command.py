@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from library.log import UserError, process_index, setup_logging
+from library.log import UserError, first_line, process_index, setup_logging
 from library.options import ConsoleOptions
 from library.options.script import parse
 from library.options.settings import ScriptOptions, Settings
@@ -39,12 +39,25 @@ def run_command(
         return _fail(str(error))
     except MemoryError:
         return _fail(out_of_memory)
+    except RuntimeError as error:
+        if not _lacks_memory(error):
+            raise
+        return _fail(f"{out_of_memory} ({first_line(error)})")
     except BrokenPipeError:  # the reader of our output has enough (head): Python would complain once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("stopped at once; files under final names are whole", file=sys.stderr)
         return INTERRUPTED
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    """True for what torch raises where a device or the machine is full: no MemoryError, nor one class for all of them.
+
+    "CUDA out of memory", "MPS backend out of memory", "DefaultCPUAllocator: can't allocate memory".
+    """
+    text = str(error)
+    return "out of memory" in text or "DefaultCPUAllocator" in text
 
 
 def _fail(message: str) -> int:

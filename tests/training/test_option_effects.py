@@ -105,6 +105,23 @@ def test_messages_go_to_a_file_and_a_traceback_only_to_those_who_ask(
         assert said.err.endswith("error: this cannot be\n")
 
 
+def test_a_full_memory_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fill_machine(_: Settings) -> int:
+        return len(torch.empty(2**60, dtype=torch.uint8))
+
+    def fill_device(_: Settings) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    for fill, word in ((fill_machine, "allocate"), (fill_device, "2.00 GiB")):
+        assert run_command(CONSOLE, fill, [], "too little memory: use less") == 1
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert said.startswith("error: too little memory: use less (")
+        assert word in said
+    with pytest.raises(RuntimeError):
+        run_command(CONSOLE, lambda _: int(torch.ones(2) @ torch.ones(3)), [])
+
+
 # ---- what is written of a run
 
 
