@@ -18,6 +18,7 @@ from accelerate.utils import (
     KwargsHandler,
     broadcast_object_list,
     gather_object,
+    reduce,
 )
 from torch import nn
 
@@ -65,6 +66,12 @@ class Machine:
     def agree(self, value: Any) -> Any:
         """The main process's value, in all processes."""
         return broadcast_object_list([value])[0]
+
+    def any(self, value: bool) -> bool:
+        """True in all processes if it is true in one of them."""
+        if self.processes == 1:
+            return value
+        return bool(reduce(torch.tensor(int(value), device=self.device), "sum"))
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes in their order, in all processes."""

@@ -43,7 +43,7 @@ class Bench:
             plan=self._plan,
             batches=self._batches,
             effects=(self,),
-            stop=self.stop,
+            is_stopped=lambda: self.stop.is_set,
             seed=5,
             rank=rank,
         )
