@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     KwargsHandler,
     broadcast_object_list,
@@ -93,7 +94,10 @@ def open_machine(settings: Settings, trackers: Trackers) -> Machine:
             static_graph=loop.ddp_static_graph,
         ),
     ]
+    if precision.deterministic:  # without it CUDA's products of matrices are refused there
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     accelerator = Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the step divides; no variable may, too
         mixed_precision=precision.mixed_precision,
         kwargs_handlers=handlers,
         log_with=list(trackers.log_with) or None,
