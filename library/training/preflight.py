@@ -14,7 +14,7 @@ import torch
 
 from library.data.records import ResolvedDataset
 from library.families.base import ModelFamily
-from library.log import UserError
+from library.log import UserError, first_line
 from library.options import (
     ConditioningOptions,
     EmbeddingOptions,
@@ -162,9 +162,11 @@ def _try_step(optimizer: torch.optim.Optimizer, weight: torch.nn.Parameter) -> N
     weight.grad = torch.zeros_like(weight)
     try:
         optimizer.step()
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
         name = type(optimizer).__name__
-        raise UserError(f"--optimizer_type {name}: needs more than gradients for a step ({error})") from error
+        raise UserError(
+            f"--optimizer_type {name}: needs more than gradients for a step, or others ({first_line(error)})"
+        ) from error
 
 
 @contextmanager

@@ -131,6 +131,15 @@ def test_refusals_are_one_line_that_helps(options: dict, words: list[str]) -> No
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["SGD8bit", "LARS8bit"])
+def test_arguments_without_which_an_optimizer_cannot_be_are_heeded(name: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(UserError, match="momentum"):
+        make(name)
+    optimizer, _ = make(name, optimizer_args=["momentum=0.9"])
+    step(optimizer)
+
+
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lion_pytorch", None)
     with pytest.raises(UserError, match="pip install lion-pytorch"):
