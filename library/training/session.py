@@ -31,10 +31,12 @@ logger = logging.getLogger(__name__)
 
 def run_session(script: Script, settings: Settings) -> int:
     """Do what the options ask for: show the data, print the plan, or train. Returns the exit status."""
+    shows_data = settings[DataOptions].debug_dataset
+    if not shows_data:
+        check_places(settings)  # before the images: finding and measuring many takes long
     datasets, held_out = hold_out(load_datasets(settings), settings[ValidationOptions])
-    if settings[DataOptions].debug_dataset:
+    if shows_data:
         return _show_data(settings, datasets)
-    check_places(settings)
     if settings[LoopOptions].dry_run:
         from library.training.dry_run import print_plan
 

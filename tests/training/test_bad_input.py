@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from library.training import session
 from tests.training.bench import Bench, refused
 from tests.training.runs import tensors
 from tools import cache_latents
@@ -234,6 +235,12 @@ def test_numbers_out_of_range(bench: Bench, option: str):
 )
 def test_options(bench: Bench, options: tuple[str, ...], words: tuple[str, ...]):
     refused(bench, options, *words)
+
+
+def test_no_image_is_looked_for_before_all_names_are_found(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """Measuring a million images takes long."""
+    monkeypatch.setattr(session, "load_datasets", lambda settings: pytest.fail("the images came first"))
+    refused(bench, ("--network_module", "networks.nosuch"), "networks.nosuch")
 
 
 @pytest.mark.parametrize(
