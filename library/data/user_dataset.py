@@ -45,4 +45,6 @@ def load_user_dataset(name: str, *, resolution: Size | None, batch_size: int, se
     missing = [method for method in ("__len__", "load") if not callable(getattr(dataset, method, None))]
     if missing:
         raise UserError(f"--dataset_class {name}: the object lacks {' and '.join(missing)}")
+    if not len(dataset):
+        raise UserError(f"--dataset_class {name}: the object has no batch, its length is 0")
     return cast("UserDataset", dataset)

@@ -43,6 +43,7 @@ EXCLUDES = (
     ("use_lion_optimizer", "optimizer_type"),
     ("cache_text_encoder_outputs", "dataset_class"),
     ("validation_split", "dataset_class"),
+    ("debug_dataset", "dataset_class"),
     ("cache_text_encoder_outputs", "train_text_encoder"),
     ("ddp_static_graph", "stop_text_encoder_training"),
     ("crop_ratio", "resize_face_size"),
@@ -309,6 +310,13 @@ def _ignored_folders(settings: Settings) -> str | None:
     return f"{', '.join(ignored)} ignored: --dataset_config says where the images are" if ignored else None
 
 
+def _own_dataset(settings: Settings) -> str | None:
+    if not settings.value_of("dataset_class"):
+        return None
+    ignored = [f"--{name}" for name in (*_FOLDERS, "dataset_config", "cache_latents") if settings.value_of(name)]
+    return f"{', '.join(ignored)} ignored: --dataset_class makes its batches itself" if ignored else None
+
+
 def _metadata_latents(settings: Settings) -> str | None:
     if settings.value_of("in_json") and (settings.value_of("color_aug") or settings.value_of("random_crop")):
         return "--in_json with --color_aug or --random_crop: latents prepared ahead are not used"
@@ -345,6 +353,7 @@ DOUBTS: tuple[Rule, ...] = (
     _clip_skip,
     _zero_terminal_snr,
     _ignored_folders,
+    _own_dataset,
     _metadata_latents,
     _steps_and_epochs,
     _samples_twice,

@@ -19,6 +19,10 @@ class Good:
     def load(self, index, clock):
         return index
 
+class Empty(Good):
+    def __len__(self):
+        return 0
+
 class Bad:
     def __init__(self, **others):
         pass
@@ -49,6 +53,7 @@ def test_class_gets_keyword_arguments(module: str) -> None:
         ("no_such_module_of_a_test.Good", "cannot be imported"),
         ("{module}.Other", "has no Other"),
         ("{module}.Bad", "lacks __len__ and load"),
+        ("{module}.Empty", "has no batch"),
     ],
 )
 def test_names_that_lead_nowhere(name: str, message: str, module: str) -> None:
