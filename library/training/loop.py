@@ -71,9 +71,6 @@ def train(job: Job) -> None:
     clock = job.clock
     while not (clock.is_finished or job.is_stopped()):
         plan = job.plan(clock.epoch)
-        if clock.step_in_epoch >= len(plan):
-            clock.next_epoch()
-            continue
         job.trainable.on_epoch_start()
         left = plan[clock.step_in_epoch : clock.step_in_epoch + clock.max_train_steps - clock.step]
         batches = job.batches(left, clock)
@@ -84,9 +81,12 @@ def train(job: Job) -> None:
                 effect.after_step(clock, report)
             if job.is_stopped():
                 break
-        if clock.step_in_epoch >= len(plan) or clock.is_finished:
+        is_over = clock.step_in_epoch >= len(plan)
+        if is_over or clock.is_finished:
             for effect in job.effects:
                 effect.after_epoch(clock)
+        if is_over and not clock.is_finished:  # the last epoch stays the one under way
+            clock.next_epoch()
 
 
 def train_step(job: Job, step_plan: StepPlan, batches: Iterator[Batch]) -> StepReport:

@@ -114,6 +114,6 @@ def _train(
 def _save_stopped(run: Run) -> Path:
     """Model and state of a run that ends before its time."""
     path = run.output.saver.at_stop(run.clock)
-    state = path.with_name(path.stem + "-state")
+    state = run.output.saver.state_beside(path)
     logger.info("stopped at step %d; go on with --resume %s", run.clock.step, state)
     return path
