@@ -159,7 +159,7 @@ def _check_optimizer(settings: Settings) -> None:
 
 
 def _try_step(optimizer: torch.optim.Optimizer, weight: torch.nn.Parameter) -> None:
-    weight.grad = torch.zeros_like(weight)
+    weight.grad = torch.ones_like(weight)  # DAdaptSGD divides by its norm
     try:
         optimizer.step()
     except (TypeError, RuntimeError) as error:

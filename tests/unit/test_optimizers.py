@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from library.log import UserError
-from library.options import OptimizerOptions
+from library.options import LoopOptions, OptimizerOptions, ScheduleOptions
+from library.options.settings import ScriptOptions, Settings
+from library.training import preflight
 from library.training.optimizers import (
     OptimizerMode,
     create_optimizer,
@@ -86,6 +88,14 @@ def test_every_name_makes_its_class_and_moves_all_weights(name: str, recorded: s
         assert torch.isfinite(new).all()
         assert not torch.equal(old, new)
     assert [group["lr_name"] for group in optimizer.param_groups] == ["textencoder", "unet"]
+
+
+@pytest.mark.parametrize("name", [name for name, _ in NAMES])
+def test_every_name_passes_the_check_before_a_run(name: str) -> None:
+    for package in [recorded.split(".")[0] for other, recorded in NAMES if other == name]:
+        pytest.importorskip(package)
+    groups_of_options = (OptimizerOptions, ScheduleOptions, LoopOptions)
+    preflight._check_optimizer(Settings(ScriptOptions("test", groups_of_options), {"optimizer_type": name}, {}))
 
 
 def test_arguments_are_literals_split_at_the_first_equals_sign() -> None:
