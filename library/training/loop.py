@@ -51,7 +51,7 @@ class Update(Protocol):
 
 @dataclass
 class Job:
-    """Everything that the loop turns over. ``is_stopped``: a stop was asked for, in whichever process; all ask at once."""
+    """Everything that the loop turns over. ``is_stopped``: a stop was asked for in one process; all ask at once."""
 
     clock: Clock
     step: Callable[[Batch, int], Any]

@@ -288,7 +288,7 @@ def _find_recipe(name: str) -> _Recipe:
     known = {known_name.lower(): recipe for known_name, recipe in _RECIPES.items()}
     if name.lower() in known:
         return known[name.lower()]
-    if "." in name:
+    if "." in name.strip("."):
         return _Recipe(name, name.split(".")[0])
     own = {torch_name.lower(): torch_name for torch_name in _torch_optimizers()}
     if name.lower() in own:
@@ -357,7 +357,7 @@ def _construct(cls: type[torch.optim.Optimizer], recipe: _Recipe, request: _Requ
         raise UserError(f"--optimizer_args: {request.name} has no argument {', '.join(unknown)}; it has {allowed}")
     try:
         return make(request.groups, lr=request.learning_rate, **{**recipe.fixed, **request.arguments})
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, ArithmeticError) as error:
         raise UserError(f"--optimizer_type {request.name} refuses its arguments: {first_line(error)}") from error
 
 
