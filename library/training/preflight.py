@@ -112,14 +112,16 @@ def _check_words(settings: Settings) -> None:
 
 
 def _check_prompts(settings: Settings) -> None:
-    from library.generation.prompts import load_prompts
     from library.generation.samplers import check_sampler
+    from library.training.preview import first_prompts
 
     options = settings[SampleOptions]
     name = options.sample_prompts
     if not name or not os.path.isfile(name):
         return
-    prompts = load_prompts(name)
+    prompts = first_prompts(options)
+    if not prompts:
+        logger.warning("--sample_prompts %s: there is no prompt in it, so there are no previews", name)
     for prompt in prompts:
         try:
             check_sampler(prompt.sample_sampler or options.sample_sampler, prompt.sample_steps)

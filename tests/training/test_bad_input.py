@@ -283,6 +283,16 @@ def test_prompt_files(bench: Bench, name: str, text: bytes | str, words: tuple[s
     refused(bench, ("--sample_at_first", "--sample_prompts", bench.file(name, text)), *words)
 
 
+@pytest.mark.parametrize("more", [(), ("--dry_run",)])
+def test_an_empty_prompt_file_draws_nothing(bench: Bench, more: tuple[str, ...]):
+    """The reference's front end writes one into each configuration, unless prompts were entered."""
+    assert bench.run("--sample_prompts", bench.file("p.txt", ""), *more) == 0
+    said = bench.capsys.readouterr()
+    assert said.err.count("there is no prompt in it, so there are no previews") == 1
+    assert not more or "no previews" in said.out
+    assert not list(bench.out.glob("*previews.png"))
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
