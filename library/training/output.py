@@ -216,6 +216,7 @@ class Output:
             self._schedule,
             self._machine.accelerator.scaler,
             self._average,
+            step=resumed.step,
             keep_hyperparameters=self._settings[SaveOptions].allow_mismatch,
         )
         self._clock.seek({"epoch": resumed.epoch + 1, "step_in_epoch": resumed.steps_in_epoch, "step": resumed.step})
