@@ -22,6 +22,7 @@ from library.options.scripts import (
     GEN_IMG,
     SCRIPTS,
     TRAIN_CONTROLNET,
+    TRAIN_DB,
     TRAIN_NETWORK,
 )
 from library.options.settings import ScriptOptions
@@ -303,6 +304,14 @@ def test_combinations_refused(argv: str, part: str):
     found = problems_of(*argv.split())
     assert len(found) == 1
     assert part in found[0]
+
+
+def test_something_learns_to_the_end():
+    loose = ScriptOptions("train_db.py", TRAIN_DB.groups)
+    (found,) = problems_of("--learning_rate", "0", "--stop_text_encoder_training", "2", script=loose)
+    assert "nothing would learn" in found
+    for fine in (("--learning_rate", "1e-6", "--stop_text_encoder_training", "2"), ("--learning_rate", "0")):
+        parse(loose, fine)
 
 
 @pytest.mark.parametrize(
