@@ -41,7 +41,12 @@ def load_user_dataset(name: str, *, resolution: Size | None, batch_size: int, se
         raise UserError(f"--dataset_class {name}: cannot be imported ({error})") from error
     except AttributeError as error:
         raise UserError(f"--dataset_class {name}: module {module_name} has no {class_name}") from error
-    dataset = made(resolution=resolution, batch_size=batch_size, seed=seed)
+    try:
+        dataset = made(resolution=resolution, batch_size=batch_size, seed=seed)
+    except TypeError as error:
+        raise UserError(
+            f"--dataset_class {name}: cannot be made with resolution, batch_size and seed ({error})"
+        ) from error
     missing = [method for method in ("__len__", "load") if not callable(getattr(dataset, method, None))]
     if missing:
         raise UserError(f"--dataset_class {name}: the object lacks {' and '.join(missing)}")

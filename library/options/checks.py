@@ -228,8 +228,8 @@ def _full_training(settings: Settings) -> Iterator[str]:
     stop = settings.value_of("stop_text_encoder_training")
     if stop and stop > 0 and settings.value_of("learning_rate") == 0:
         yield (
-            f"--stop_text_encoder_training {stop} with --learning_rate 0: nothing would learn from that step on; leave it"
-            " out and give --max_train_steps"
+            f"--stop_text_encoder_training {stop} with --learning_rate 0: nothing would learn from that step on; leave"
+            " it out and give --max_train_steps"
         )
     if not settings.value_of("fused_backward_pass"):
         return

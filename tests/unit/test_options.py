@@ -310,8 +310,7 @@ def test_something_learns_to_the_end():
     loose = ScriptOptions("train_db.py", TRAIN_DB.groups)
     (found,) = problems_of("--learning_rate", "0", "--stop_text_encoder_training", "2", script=loose)
     assert "nothing would learn" in found
-    for fine in (("--learning_rate", "1e-6", "--stop_text_encoder_training", "2"), ("--learning_rate", "0")):
-        parse(loose, fine)
+    parse(loose, ("--learning_rate", "0"))
 
 
 @pytest.mark.parametrize(
