@@ -225,6 +225,12 @@ def _full_training(settings: Settings) -> Iterator[str]:
         yield "--fp8_base is for networks: float8 weights cannot learn; leave it out"
     if settings.value_of("block_lr") and settings.value_of("learning_rate") == 0:
         yield "--block_lr with --learning_rate 0, which freezes the U-Net: give a --learning_rate above 0"
+    stop = settings.value_of("stop_text_encoder_training")
+    if stop and stop > 0 and settings.value_of("learning_rate") == 0:
+        yield (
+            f"--stop_text_encoder_training {stop} with --learning_rate 0: nothing would learn from that step on; leave"
+            " it out and give --max_train_steps"
+        )
     if not settings.value_of("fused_backward_pass"):
         return
     if settings.value_of("mixed_precision") == "fp16":

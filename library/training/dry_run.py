@@ -37,6 +37,7 @@ from library.training.metadata import model_facts
 from library.training.optimizers import create_optimizer
 from library.training.output import full_fingerprint, refuse_another_run
 from library.training.preflight import check_bucket_steps, free_bytes
+from library.training.preview import first_prompts
 from library.training.rates import table, table_lines
 from library.training.saving import SavePlan
 from library.training.script import Script
@@ -144,7 +145,7 @@ def _file_lines(settings: Settings, clock: Clock) -> list[str]:
         f"at the end: the final model{last_state}",
         f"previews {'before the first step; ' if sample.sample_at_first else ''}"
         f"after epochs: {_counts(drawn_epochs)}; after steps: {_counts(drawn_steps)}; at the end"
-        if sample.sample_prompts
+        if first_prompts(sample)
         else "no previews",
     ]
 

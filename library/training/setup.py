@@ -124,7 +124,7 @@ def build_run(
         plan=arrangement.plan,
         batches=arrangement.batches,
         effects=tuple(effect for effect in (average, reporter, validator, output.saver, previewer) if effect),
-        stop=stop,
+        is_stopped=lambda: machine.any(stop.is_set),
         seed=seed,
         rank=machine.rank,
     )

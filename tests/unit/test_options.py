@@ -22,6 +22,7 @@ from library.options.scripts import (
     GEN_IMG,
     SCRIPTS,
     TRAIN_CONTROLNET,
+    TRAIN_DB,
     TRAIN_NETWORK,
 )
 from library.options.settings import ScriptOptions
@@ -293,6 +294,7 @@ def test_command_line_problems_are_one_line():
         ("--min_timestep 500 --max_timestep 500", "must be below"),
         ("--enable_bucket --min_bucket_reso 512 --max_bucket_reso 256", "must not be above"),
         ("--use_8bit_adam --use_lion_optimizer", "exclude each other"),
+        ("--debug_dataset --dataset_class a.B", "exclude each other"),
         ("--use_8bit_adam --optimizer_type Lion", "exclude each other"),
         ("--network_train_unet_only --network_train_text_encoder_only", "exclude each other"),
         ("--dim_from_weights", "needs --network_weights"),
@@ -310,6 +312,13 @@ def test_combinations_refused(argv: str, part: str):
     found = problems_of(*argv.split())
     assert len(found) == 1
     assert part in found[0]
+
+
+def test_something_learns_to_the_end():
+    loose = ScriptOptions("train_db.py", TRAIN_DB.groups)
+    (found,) = problems_of("--learning_rate", "0", "--stop_text_encoder_training", "2", script=loose)
+    assert "nothing would learn" in found
+    parse(loose, ("--learning_rate", "0"))
 
 
 @pytest.mark.parametrize(
