@@ -13,18 +13,16 @@ import pytest
 from PIL import Image
 
 from library.checkpoint.io import WriteError
-from library.command import run_command
 from library.generation import output
 from library.generation.app import run
 from library.generation.denoise import Denoising
 from library.generation.lines import parse_line
 from library.options.script import parse
-from library.options.scripts import GEN_IMG, SDXL_GEN_IMG, SHOW_METADATA
+from library.options.scripts import GEN_IMG, SDXL_GEN_IMG
 from tests.generation.test_gen_img import SHORT, draw, entries, lines, pixels
 from tests.toy import write_toy_checkpoint
 
 GPU_FULL = "CUDA out of memory. Tried to allocate 20.00 GiB"
-CPU_FULL = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: 9 bytes"
 
 
 @pytest.fixture(scope="module")
@@ -60,25 +58,6 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- memory
-
-
-@pytest.mark.parametrize("text", [GPU_FULL, CPU_FULL])
-def test_full_memory_of_a_device_is_one_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def work(_: object) -> int:
-        raise RuntimeError(text)
-
-    file = tmp_path / "x.safetensors"
-    file.touch()
-    assert run_command(SHOW_METADATA, work, ["--model", str(file)], "out of memory: use less") == 1
-    assert capsys.readouterr().err == "error: out of memory: use less\n"
-
-
-def test_other_errors_of_the_program_are_not_called_so(tmp_path: Path) -> None:
-    def work(_: object) -> int:
-        raise RuntimeError("shapes do not fit")
-
-    with pytest.raises(RuntimeError, match="shapes"):
-        run_command(SHOW_METADATA, work, ["--model", str(tmp_path)])
 
 
 def test_a_picture_too_large_for_the_memory_does_not_end_the_others(

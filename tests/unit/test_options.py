@@ -26,7 +26,7 @@ from library.options.scripts import (
     TRAIN_NETWORK,
 )
 from library.options.settings import ScriptOptions
-from library.options.values import split_pairs, steps_or_share, training_size
+from library.options.values import split_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOSE = ScriptOptions("train_network.py", TRAIN_NETWORK.groups)  # nothing required
@@ -98,31 +98,6 @@ def test_every_option_has_help_and_shows_in_the_help_text(script: ScriptOptions)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("raw", ["512", 512, [512], "512,512", [512, 512], "512, 512", 512.0])
-def test_resolution_forms(raw: object):
-    assert training_size(raw) == (512, 512)
-
-
-@pytest.mark.parametrize("raw", ["", "a", "512,768,1", [1, 2, 3], 0, "-512", [512, -1], True, "512x768", 1.5])
-def test_resolution_refused(raw: object):
-    with pytest.raises(ValueError, match="width,height"):
-        training_size(raw)
-
-
-@pytest.mark.parametrize(
-    ("raw", "steps"), [("100", 100), (100.0, 100), (0.1, 0.1), ("10%", 0.1), ("0.5", 0.5), (0, 0), ("0%", 0), (1, 1)]
-)
-def test_warmup_forms(raw: object, steps: float):
-    assert steps_or_share(raw) == steps
-    assert isinstance(steps_or_share(raw), float) == (0 < steps < 1)
-
-
-@pytest.mark.parametrize("raw", [-1, 1.5, "100%", "-5%", "x", True, "nan", "inf"])
-def test_warmup_refused(raw: object):
-    with pytest.raises(ValueError, match="number of steps"):
-        steps_or_share(raw)
 
 
 def test_pairs_are_cut_at_the_first_equals_sign():
@@ -303,7 +278,6 @@ def test_command_line_problems_are_one_line():
         ("--lr_warmup_steps 10 --lr_scheduler_type StepLR", "--lr_scheduler_type"),
         ("--cache_latents --color_aug", "latents cannot be cached"),
         ("--cache_latents_to_disk --dataset_class a.B", "exclude each other"),
-        ("--debug_dataset --dataset_class a.B", "exclude each other"),
         ("--cache_latents_to_disk --random_crop", "latents cannot be cached"),
         ("--face_crop_aug_range 3.0,1.0", "the lower one first"),
     ],
