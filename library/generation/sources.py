@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from library.interrupt import stop_at_once
 from library.log import UserError
 from library.options.generation import PromptOptions
 
@@ -52,7 +53,7 @@ class ListedLines:
 
 
 class KeyboardLines:
-    """Lines typed by the user until the end of input."""
+    """Lines typed by the user until the end of input, or Ctrl-C instead of a line."""
 
     def lines(self, iteration: int) -> Iterator[RawLine]:
         """One line at a time, as they are typed; blank ones are asked for again."""
@@ -61,8 +62,9 @@ class KeyboardLines:
         number = 0
         while True:
             try:
-                text = input("prompt (end with Ctrl-D): " if sys.stdin.isatty() else "")
-            except EOFError:
+                with stop_at_once():
+                    text = input("prompt (end with Ctrl-D): " if sys.stdin.isatty() else "")
+            except (EOFError, KeyboardInterrupt):
                 return
             number += 1
             if text.strip():

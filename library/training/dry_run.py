@@ -28,7 +28,7 @@ from library.options import (
 )
 from library.options.settings import Settings
 from library.text.tokens import count_tokens
-from library.training.arrange import count_steps, make_clock
+from library.training.arrange import count_steps, make_clock, warn_of_long_intervals
 from library.training.clock import Clock, due_counts
 from library.training.disk import megabytes, output_bytes
 from library.training.lr import create_schedule
@@ -59,6 +59,7 @@ def print_plan(
     if not datasets:
         raise UserError("--dry_run plans runs on images; a --dataset_class only knows its batches")
     clock = make_clock(count_steps(datasets, settings[LoopOptions], process_count()), settings[LoopOptions])
+    warn_of_long_intervals(settings, clock)
     family = family_for(settings[ModelOptions], settings.family)
     check_bucket_steps(family, datasets)
     # what would learn, on models without weights

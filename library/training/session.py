@@ -13,7 +13,7 @@ from library.data.records import CaptionClock, ResolvedDataset
 from library.data.sources import resolve
 from library.data.spec_checks import uncacheable_captions, uncacheable_subsets
 from library.data.user_dataset import find_class
-from library.interrupt import stop_on_signals
+from library.interrupt import stop_at_once, stop_on_signals
 from library.log import UserError
 from library.options import CacheOptions, DataOptions, EmbeddingOptions, LoopOptions, SaveOptions, ValidationOptions
 from library.options.settings import Settings
@@ -92,7 +92,8 @@ def _train(
     from library.training.setup import build_run
 
     with stop_on_signals() as stop:
-        run = build_run(script, settings, datasets, held_out, stop)
+        with stop_at_once():  # nothing is learned yet, and caches on the disk keep what they have
+            run = build_run(script, settings, datasets, held_out, stop)
         with run.bar:
             if run.validator:
                 run.validator.at_start(run.clock)

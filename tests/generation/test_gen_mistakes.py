@@ -204,6 +204,18 @@ def test_ctrl_c_at_the_keyboard_asks_for_no_further_line(
     assert len(asked) == 1
 
 
+def test_ctrl_c_instead_of_a_line_ends_like_the_end_of_input(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wait(text: str = "") -> str:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the first one is enough")
+
+    monkeypatch.setattr("builtins.input", wait)
+    assert not draw(model, tmp_path, "--interactive", "--no_preview")
+    assert "stopping" not in caplog.text
+
+
 def test_a_line_in_another_encoding_is_left_out(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

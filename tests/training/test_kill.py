@@ -195,14 +195,15 @@ def test_ctrl_c_twice_in_the_middle_of_a_save_leaves_no_half_file(model, photos,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_before_the_first_step_stops_too(model, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_before_the_first_step_stops_at_once(model, photos, tmp_path, monkeypatch, number):
+    """Nothing is learned yet that could be saved, and caching a large data set takes an hour."""
     from library.training import prepare
 
     original = prepare.make_latents
 
     def make_latents(*arguments):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         return original(*arguments)
 
     monkeypatch.setattr(prepare, "make_latents", make_latents)

@@ -142,6 +142,21 @@ def test_a_full_memory_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -
         run_command(CONSOLE, lambda _: int(torch.ones(2) @ torch.ones(3)), [])
 
 
+# ---- what never happens
+
+
+@pytest.mark.parametrize("more", [("--dry_run",), ()])
+def test_intervals_longer_than_the_run_are_told(
+    model: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, more: tuple[str, ...]
+) -> None:
+    short = ("--max_train_steps", "2", "--save_every_n_steps", "2", "--save_every_n_epochs", "1")
+    assert train(model, photos, tmp_path, *short, *more) == 0
+    assert "has no effect" not in caplog.text
+    assert train(model, photos, tmp_path, *short[:-3], "3", "--save_every_n_epochs", "2", *more) == 0
+    assert "--save_every_n_steps 3 has no effect: the run has 2 steps" in caplog.text
+    assert "--save_every_n_epochs 2 has no effect: the run has 1 epochs" in caplog.text
+
+
 # ---- what is written of a run
 
 
