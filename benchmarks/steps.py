@@ -21,7 +21,6 @@ from library.data.records import (
     SubsetSpec,
 )
 from library.diffusion.schedule import make_schedule
-from library.interrupt import StopRequest
 from library.options import LoopOptions
 from library.options.settings import Settings
 from library.training.clock import Clock
@@ -65,7 +64,7 @@ def optimizer_steps(
     guard = FiniteGuard(settings[LoopOptions].on_nan, has_scaler=False)
     forward: Forward = around(update.step) if around else update.step
     batches, trainable = arrangement.batches, models.trainable
-    job = Job(clock, forward, trainable, update, guard, arrangement.plan, batches, (), StopRequest("stopping"), seed=1)
+    job = Job(clock, forward, trainable, update, guard, arrangement.plan, batches, (), lambda: False, seed=1)
     trainable.on_epoch_start()
 
     def turns() -> Iterator[object]:

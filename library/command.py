@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from library.log import UserError, process_index, setup_logging
+from library.log import UserError, first_line, is_out_of_memory, process_index, setup_logging
 from library.options import ConsoleOptions
 from library.options.script import parse
 from library.options.settings import ScriptOptions, Settings
@@ -40,8 +40,10 @@ def run_command(
         return work(settings)
     except UserError as error:
         return _fail(str(error))
-    except MemoryError:
-        return _fail(out_of_memory)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail(f"{out_of_memory} ({first_line(error)})")
     except BrokenPipeError:  # the reader of our output has enough (head): Python would complain once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -26,20 +27,32 @@ class StopRequest:
 
 
 @contextmanager
+def stop_at_once() -> Generator[None]:
+    """Inside the block the first signal raises KeyboardInterrupt: nothing is under way that is worth finishing."""
+    with _handled_by(signal.default_int_handler):
+        yield
+
+
+@contextmanager
 def stop_on_signals(promise: str = "stopping after this step and saving") -> Generator[StopRequest]:
     """Listen for SIGINT and SIGTERM inside the block, and give the old handlers back after it.
 
     ``promise``: what the first signal makes the program say.
     """
     request = StopRequest(promise)
-    signals = [signal.SIGINT, signal.SIGTERM]
-    try:
-        previous = {number: signal.signal(number, request.handle) for number in signals}
-    except ValueError:  # not the main thread: signals cannot be handled here
+    with _handled_by(request.handle):
         yield request
+
+
+@contextmanager
+def _handled_by(handle: Callable[[int, FrameType | None], Any]) -> Generator[None]:
+    try:
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals cannot be handled here
+        yield
         return
     try:
-        yield request
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

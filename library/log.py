@@ -48,6 +48,13 @@ def first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for Python's own error and for those of PyTorch's devices, which are RuntimeErrors told by their text."""
+    text = str(error)
+    signs = ("out of memory", "DefaultCPUAllocator")  # the second: the processor's, in whose text the words vary
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in signs))
+
+
 def some_of(names: Sequence[str]) -> str:
     """The first five names, and how many more there are."""
     more = len(names) - NAMES_SHOWN

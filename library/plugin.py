@@ -126,6 +126,8 @@ def load_network_module(name: str) -> Any:
 
     Raises UserError with one line if it is missing, or lacks ``create_network``.
     """
+    if name.startswith("."):
+        raise UserError(f"--network_module {name}: must be the whole name, package.module")
     try:
         module = importlib.import_module(name)
     except ImportError as error:

@@ -45,7 +45,13 @@ def find_class(name: str) -> Any:
 
 def load_user_dataset(name: str, *, resolution: Size | None, batch_size: int, seed: int) -> UserDataset:
     """Make an object of the class. Raises UserError if the name leads nowhere or the object lacks what it must have."""
-    dataset = find_class(name)(resolution=resolution, batch_size=batch_size, seed=seed)
+    made = find_class(name)
+    try:
+        dataset = made(resolution=resolution, batch_size=batch_size, seed=seed)
+    except TypeError as error:
+        raise UserError(
+            f"--dataset_class {name}: cannot be made with resolution, batch_size and seed ({error})"
+        ) from error
     missing = [method for method in ("__len__", "load") if not callable(getattr(dataset, method, None))]
     if missing:
         raise UserError(f"--dataset_class {name}: the object lacks {' and '.join(missing)}")

@@ -146,7 +146,7 @@ class StableDiffusionFamily(ModelFamily):
         if found.spec.unet.in_channels != self.latent_channels:
             count = found.spec.unet.in_channels
             raise UserError(
-                f"{source.given} takes {count} input channels (inpainting or depth); only 4 can be trained here"
+                f"{source.given} takes {count} input channels (inpainting or depth); only those with 4 can be used here"
             )
         self._check_text(options, found.spec)
         return source, found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from library.command import run_command
+from library.options.generation import PromptOptions
 from library.options.settings import ScriptOptions, Settings
 
 _OUT_OF_MEMORY = "out of memory: use a smaller size or batch, --bf16 or --fp16, or --vae_tiling"
@@ -16,6 +17,10 @@ def run(script: ScriptOptions, argv: Sequence[str] | None = None) -> int:
 
 
 def _work(settings: Settings) -> int:
+    if settings[PromptOptions].from_image:
+        from library.generation.repeat import repeat_pictures
+
+        return repeat_pictures(settings)
     from library.generation.session import run_session
 
     return run_session(settings)

@@ -67,15 +67,33 @@ class Engine:
     before_batch: list[Callable[[Sequence[Job]], None]] = field(default_factory=list[Callable[[Sequence[Job]], None]])
     extensions: list[Extension] = field(default_factory=list[Extension])
     after_decode: list[AfterDecode] = field(default_factory=list[AfterDecode])
+    _cut: set[str] = field(default_factory=set[str], repr=False)
     _texts: dict[tuple[int, tuple[float, ...]], ConditionCache] = field(default_factory=dict, repr=False)
 
     # ---- text
 
     def with_rows(self, shared: Shared, prompt: str, negative_prompt: str) -> Shared:
-        """The same for these texts: with as many rows as the longest of them needs that is drawn after."""
+        """The same for these texts: with as many rows as the longest of them needs that is drawn after.
+
+        A text that needs more than there may be is told, once.
+        """
         texts = [*texts_of(prompt, shared), *([negative_prompt] if guidance_of(shared).copies > 1 else ())]
-        settings = replace(self._text_settings(self.settings.max_rows), shrink=True)
-        return replace(shared, rows=self.family.tokenize(texts, settings).rows[0].ids_BNT.shape[1])
+        needed = {text: self._rows_of(text) for text in texts}
+        limit = self.settings.max_rows
+        for text in (text for text, rows in needed.items() if rows > limit and text not in self._cut):
+            self._cut.add(text)
+            logger.warning(
+                "%.60s...: is longer than %d tokens, the rest is not read; shorten it, or let gen_img.py read more "
+                "with --max_embeddings_multiples",
+                text,
+                limit * CHUNK_TOKENS,
+            )
+        return replace(shared, rows=min(limit, max(needed.values())))
+
+    def _rows_of(self, text: str) -> int:
+        """Rows of 75 tokens that a text needs if nothing is cut off."""
+        settings = replace(self._text_settings(len(text) + 1), shrink=True)  # far more than it can need
+        return self.family.tokenize([text], settings).rows[0].ids_BNT.shape[1]
 
     def forget_texts(self) -> None:
         """Encode every text anew from now on: the text encoders have changed."""

@@ -6,9 +6,9 @@ Shapes: B pictures, C latent channels, H W latent height and width; of pixels wh
 from __future__ import annotations
 
 import importlib
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from library.generation.jobs import Job, first_stage
 from library.generation.pictures import resized, to_picture, to_tensor
 from library.log import UserError
 from library.options.generation import HighresOptions
+from library.options.values import argument_list
 from library.rng import seed_of, torch_stream
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ def make_stages(engine: Engine, options: HighresOptions) -> Stages:
     return Stages(engine, options, load_upscaler(options, engine.settings.device, engine.settings.dtype))
 
 
-def load_upscaler(options: HighresOptions, device: torch.device, dtype: torch.dtype) -> Upscaler | None:
-    """The upscaler that the options name. Raises UserError."""
+def find_upscaler(options: HighresOptions) -> Callable[[], Upscaler] | None:
+    """What makes the upscaler that the options name; its weights are not read yet. Raises UserError."""
     name = options.highres_fix_upscaler
     if name is None:
         return None
@@ -83,30 +84,21 @@ def load_upscaler(options: HighresOptions, device: torch.device, dtype: torch.dt
     create = getattr(module, "create_upscaler", None)
     if create is None:
         raise UserError(f"--highres_fix_upscaler {name}: the module has no function create_upscaler")
-    arguments = read_arguments(options.highres_fix_upscaler_args or "")
+    return partial(create, **argument_list(options.highres_fix_upscaler_args or "", "highres_fix_upscaler_args"))
+
+
+def load_upscaler(options: HighresOptions, device: torch.device, dtype: torch.dtype) -> Upscaler | None:
+    """The upscaler that the options name. Raises UserError."""
+    create = find_upscaler(options)
+    if create is None:
+        return None
     try:
-        upscaler = create(**arguments)
+        upscaler = create()
     except TypeError as error:
         raise UserError(f"--highres_fix_upscaler_args {options.highres_fix_upscaler_args}: {error}") from error
     upscaler.to(dtype)
     upscaler.to(device)
     return upscaler
-
-
-def read_arguments(text: str) -> dict[str, str]:
-    """``key=value;key=value``; quotes keep a semicolon in a value. Raises UserError."""
-    reader = shlex.shlex(text, posix=True)
-    reader.whitespace, reader.whitespace_split, reader.escape, reader.commenters = ";", True, "", ""
-    found: dict[str, str] = {}
-    try:
-        for piece in reader:
-            key, equals, value = piece.partition("=")
-            if not equals or not key.strip():
-                raise ValueError(f"{piece!r} is not of the form key=value")
-            found[key.strip()] = value.strip()
-    except ValueError as error:
-        raise UserError(f"--highres_fix_upscaler_args {text}: {error}; write key=value;key=value") from error
-    return found
 
 
 @dataclass

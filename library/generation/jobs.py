@@ -184,7 +184,24 @@ def settle(line: PromptLine, defaults: Defaults, picture: tuple[int, int] | None
     return shared, notes
 
 
+def overruled(job: Job, given: Mapping[str, Any], defaults: Defaults) -> Job:
+    """A job of earlier with what the command line says now. ``given``: its options, without those at their default."""
+    said = {name: value for name, value in given.items() if value is not None}
+    own = {_SHARED_NAMES.get(name, name): said[name] for name in (*_SHARED_NAMES, *_SHARED) if name in said}
+    own.update({name: _side(own[name], name, defaults, []) for name in ("width", "height") if name in own})
+    if said.keys() & set(_SHRINK):
+        own["deep_shrink"] = _deep_shrink({}, defaults.options)
+    if said.keys() & set(_GRADUAL):
+        own["gradual_latent"] = _gradual_latent({}, defaults.options)
+    if "network_mul" in said:
+        own["multipliers"] = defaults.network_multipliers
+    sizes = replace(job.shared.sizes, **{name: said[name] for name in _SIZES if name in said})
+    return replace(job, shared=replace(job.shared, sizes=sizes, **own), seed=said.get("seed", job.seed))
+
+
 _SIZES = tuple(SizeCondition.__dataclass_fields__)
+_SHARED = ("steps", "sampler", "scale", "negative_scale", "strength")
+_SHARED_NAMES = {"W": "width", "H": "height"}
 _SHRINK = ("ds_depth_1", "ds_timesteps_1", "ds_depth_2", "ds_timesteps_2", "ds_ratio")
 _GRADUAL = (
     "gradual_latent_timesteps",

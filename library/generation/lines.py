@@ -17,7 +17,8 @@ from library.log import UserError
 
 SWITCHED_OFF = "none"
 _CUT = " --"
-_PIECE = re.compile(r"(?P<letters>[A-Za-z]+\d?) (?P<value>\S.*)", re.DOTALL)
+_PIECE = re.compile(r"(?P<letters>[A-Za-z]+\d?) +(?P<value>\S.*)", re.DOTALL)
+_ESCAPED_BYTE = re.compile("[\ud800-\udfff]")  # Python's stand-ins for bytes of another encoding
 _UINT, _NUM, _UINTS, _NUMS = (
     re.compile(pattern) for pattern in (r"\d+", r"[\d.]+", r"[\d,]+", r"[-\d.]+(?:,[-\d.]+)*,?")
 )
@@ -39,6 +40,8 @@ class PromptLine:
 def parse_line(raw: str) -> PromptLine:
     """Read a line after its variants were chosen. Raises UserError for a value with which nothing can be drawn."""
     text = raw.strip()
+    if _ESCAPED_BYTE.search(text):
+        raise UserError("there are letters in it that are not UTF-8; set the terminal to UTF-8")
     prompt, *pieces = text.split(_CUT)
     options: dict[str, Any] = {}
     notes: list[str] = []
@@ -53,7 +56,7 @@ def _read_piece(piece: str, options: dict[str, Any], notes: list[str]) -> None:
     if match is None or letters not in _OPTIONS:
         word = piece.split(" ")[0]
         if word.lower() in _OPTIONS:
-            notes.append(f"--{word}: exactly one blank and a value must follow; it is left out")
+            notes.append(f"--{word}: a blank and a value must follow; it is left out")
         else:
             near = difflib.get_close_matches(word.lower(), _OPTIONS, 1)
             hint = f", did you mean --{near[0]}?" if near else ""
@@ -125,6 +128,13 @@ def _strength(value: str) -> float:
     return number
 
 
+def _count(value: str) -> int:
+    number = _whole(value)
+    if number < 1:
+        raise ValueError("must be at least 1")
+    return number
+
+
 def _share(value: str) -> float:
     number = _num(value)
     if not 0 < number <= 1:
@@ -182,7 +192,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "dsr": ("ds_ratio", _share),
     "glt": ("gradual_latent_timesteps", _or_off(_whole)),
     "glr": ("gradual_latent_ratio", _share),
-    "gle": ("gradual_latent_every_n_steps", _whole),
+    "gle": ("gradual_latent_every_n_steps", _count),
     "gls": ("gradual_latent_ratio_step", _share),
     "glsn": ("gradual_latent_s_noise", _num),
     "glus": ("gradual_latent_unsharp_params", _unsharp),

@@ -19,7 +19,7 @@ from library.families.stable import may_be_hub_id
 from library.log import UserError
 from library.models.load import Recognised, recognise
 from library.models.memory import set_attention
-from library.models.spec import FamilyName
+from library.models.spec import FAMILY_TITLES, FamilyName
 from library.options import ModelOptions
 from library.options.generation import DrawOptions, GenModelOptions
 
@@ -56,7 +56,10 @@ def load_model(options: GenModelOptions, draw: DrawOptions) -> LoadedModel:
         tokenizer_cache_dir=options.tokenizer_cache_dir,
     )
     vae_dtype = torch.float32 if options.no_half_vae else dtype
-    parts = family.load(model, dtype=dtype, device=device, part_dtypes={"vae": vae_dtype})
+    try:
+        parts = family.load(model, dtype=dtype, device=device, part_dtypes={"vae": vae_dtype})
+    except UserError as error:  # families know the option by the name that it has in training
+        raise UserError(str(error).replace("--pretrained_model_name_or_path", "--ckpt")) from error
     set_attention(parts.unet, "xformers" if options.xformers or options.diffusers_xformers else "sdpa")
     _arrange_memory(parts, options, draw)
     schedule = make_schedule(parts.prediction_type, options.zero_terminal_snr or parts.zero_terminal_snr)
@@ -88,11 +91,12 @@ def _kind(options: GenModelOptions, given: str, found: Recognised | None) -> Fam
         if not may_be_hub_id(given):
             raise UserError(f"--ckpt {given}: there is no such file or folder")
         if not asked:
-            raise UserError(f"--ckpt {given}: say with --v1, --v2 or --sdxl what kind of model it is")
-        return _FAMILIES_BY_OPTION[asked[0]]
+            logger.info("--ckpt %s: taken for a model of SD 1.x; say so with --v2 or --sdxl if it is another", given)
+        return _FAMILIES_BY_OPTION[asked[0]] if asked else "sd1"
     kind = found.spec.family
     if asked and _FAMILIES_BY_OPTION[asked[0]] != kind:
-        raise UserError(f"--{asked[0]}: {given} is another kind of model ({kind}); leave the option out")
+        advice = "draw it with gen_img.py, without --sdxl" if asked[0] == "sdxl" else "leave the option out"
+        raise UserError(f"--{asked[0]}: {given} is another kind of model, {FAMILY_TITLES[kind]}; {advice}")
     return kind
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from library.checkpoint.io import read_header
 from library.families.base import AdapterViews
 from library.generation.engine import Engine
 from library.generation.regions import Regions, attach_regions
-from library.log import UserError
+from library.log import UserError, is_out_of_memory
 from library.options.generation import GenNetworkOptions, PictureOptions
 from library.options.settings import Settings
 from library.options.values import argument_list
@@ -76,7 +77,8 @@ def attach_networks(engine: Engine, settings: Settings) -> tuple[LiveNetwork, ..
         network, weights = _create(engine, views, request)
         if index < to_merge and _can_be_merged(network, request):
             device = engine.settings.device
-            network.merge_to(views.text_encoder, views.unet, weights, engine.settings.dtype, device)
+            with _told_of_sizes(request.file):
+                network.merge_to(views.text_encoder, views.unet, weights, engine.settings.dtype, device)
             logger.info("%s is merged into the model at %g", request.file, request.multiplier)
             continue
         _put_beside(engine, views, network, weights, request, None if regions is None else (regions, len(live)))
@@ -188,12 +190,26 @@ def _put_beside(
         regions, index = region
         with regions.watch(index, request.file):
             network.apply_to(views.text_encoder, views.unet, True, True)
-    result = network.load_state_dict(dict(weights), strict=False)
+    with _told_of_sizes(request.file):
+        result = network.load_state_dict(dict(weights), strict=False)
     _require_match(weights, result.unexpected_keys, request.file)
     for parameter in network.parameters():
         parameter.data = parameter.data.to(engine.settings.device, engine.settings.dtype)
     network.to(engine.settings.device)  # buffers such as alpha keep their type: half precision would round them
     network.requires_grad_(False).eval()
+
+
+@contextmanager
+def _told_of_sizes(file: str) -> Generator[None]:
+    """Names of layers are the same in SD 1.x and 2.x: that a file is of the other one shows in the sizes only."""
+    try:
+        yield
+    except (RuntimeError, UserError) as error:  # torch's own error names every tensor on a line of its own
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{file}: its layers are of other sizes than this model's; it was made for another one"
+        ) from error
 
 
 def _require_match(weights: Mapping[str, Tensor], unexpected: Sequence[str], file: str) -> None:

@@ -7,10 +7,11 @@ to draw the picture again.
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,21 +113,28 @@ class Writer:
     """Writes pictures in the background, one after the other, under names that are free."""
 
     options: OutputOptions
+    folder: Path = field(init=False)
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="write"))
     _pending: list[Future[Path]] = field(default_factory=list)
     _taken: set[Path] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        folder = Path(self.options.outdir)
+        self.folder = folder = Path(self.options.outdir).expanduser()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            names = os.listdir(folder)
         except OSError as error:
-            raise UserError(f"--outdir {folder}: cannot be made ({error.strerror}); choose another") from error
-        numbers = [int(match[1]) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
+            raise UserError(
+                f"--outdir {folder}: cannot be used as a folder ({error.strerror}); choose another"
+            ) from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"--outdir {folder}: no permission to write in it; choose another folder")
+        numbers = [int(match[1]) for name in names if (match := _NUMBERED.fullmatch(name))]
         self._first_free = max(numbers, default=0)
 
     def write(self, picture: Image, job: Job, place: Place, entries: Mapping[str, str]) -> Path:
-        """Queue a picture; returns the name that it will have."""
+        """Queue a picture; returns the name that it will have. Raises what an earlier writing raised."""
+        self._written()
         path = self.free(self._name(job, place))
         self._taken.add(path)
         self._pending.append(self._pool.submit(write_png, picture, path, dict(entries)))
@@ -142,7 +150,7 @@ class Writer:
 
     def free(self, name: str) -> Path:
         """A file of this name in the folder, or the first of ``stem_2``, ``stem_3`` ... that is not taken."""
-        path = Path(self.options.outdir) / name
+        path = self.folder / name
         candidate, number = path, 1
         while candidate in self._taken or candidate.exists():
             number += 1
@@ -150,8 +158,15 @@ class Writer:
         return candidate
 
     def wait(self) -> list[Path]:
-        """All files are written when this returns. Raises what a writing raised."""
-        return [future.result() for future in self._pending]
+        """All files are written when this returns; those that are new. Raises what a writing raised."""
+        wait(self._pending)
+        return self._written()
+
+    def _written(self) -> list[Path]:
+        """The files that were finished meanwhile. Raises what the first failed writing raised."""
+        finished = [future for future in self._pending if future.done()]
+        self._pending = [future for future in self._pending if future not in finished]
+        return [future.result() for future in finished]
 
 
 def write_png(picture: Image, path: Path, entries: Mapping[str, str]) -> Path:

@@ -93,8 +93,14 @@ _LETTERS = {
 }
 
 
+class NoPrompt(UserError):
+    """A prompt file of the right form that holds no prompt."""
+
+
 def load_prompts(path: str | Path) -> tuple[PromptSpec, ...]:
-    """All prompts of a file, by its extension. Raises UserError with every problem of the file."""
+    """All prompts of a file, by its extension. Raises UserError with every problem of the file, `NoPrompt` if there is
+    nothing in it.
+    """
     path = Path(path)
     readers = {".txt": _from_text, ".toml": _from_toml, ".json": _from_json}
     reader = readers.get(path.suffix.lower())
@@ -107,7 +113,7 @@ def load_prompts(path: str | Path) -> tuple[PromptSpec, ...]:
     problems: list[str] = []
     prompts = reader(text, str(path), problems)
     if not problems and not prompts:
-        problems.append(f"{path}: there is no prompt in it")
+        raise NoPrompt(f"{path}: there is no prompt in it")
     if problems:
         raise UserError("\n".join(problems))
     return tuple(prompts)

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from library.checkpoint.io import WriteError
 from library.checkpoint.privacy import without_folders
 from library.generation.control import attach_control, check_control
 from library.generation.deep_shrink import attach_deep_shrink
+from library.generation.early import check_before_loading
 from library.generation.embeddings import attach_embeddings
 from library.generation.engine import USUAL_ROWS, Engine, EngineSettings
 from library.generation.from_picture import attach_pictures
@@ -21,12 +23,12 @@ from library.generation.grid import Sheet, with_grid_networks
 from library.generation.guidance import attach_guidance
 from library.generation.highres import TWO_STAGES, make_stages
 from library.generation.hypernetworks import attach_hypernetworks
-from library.generation.inputs import InputFiles, find_again, list_pictures
+from library.generation.inputs import InputFiles, list_pictures
 from library.generation.jobs import Defaults, Job, Seeds, batches, defaults_of, own_seed, settle
 from library.generation.lines import parse_line
 from library.generation.model import LoadedModel, load_model
-from library.generation.networks import attach_networks, read_requests
-from library.generation.output import Place, Writer, now_text, read_recipe, text_entries, write_png
+from library.generation.networks import attach_networks
+from library.generation.output import Place, Writer, now_text, text_entries, write_png
 from library.generation.pictures import size_of_picture, to_picture
 from library.generation.samplers import check_sampler
 from library.generation.sources import (
@@ -42,7 +44,7 @@ from library.generation.sources import (
 from library.generation.variants import expand
 from library.generation.watch import Preview, Window
 from library.interrupt import StopRequest, stop_on_signals
-from library.log import UserError, progress
+from library.log import UserError, is_out_of_memory, progress
 from library.options.generation import (
     ControlOptions,
     DrawOptions,
@@ -68,37 +70,20 @@ _NOT_OF_A_PICTURE = frozenset(vars(OutputOptions())) | {
 
 def run_session(settings: Settings) -> int:
     """Draw what the options ask for. Returns the exit status: 1 if a line or a picture could not be drawn."""
-    pictures = settings[PromptOptions].from_image
-    if pictures:
-        return max(_repeat(settings, path) for path in pictures)
     files = input_files(settings)
     source, failed = make_source(settings, files)
-    if settings[PromptOptions].dry_run:
-        return _print_plan(source, settings[PromptOptions]) or min(failed, 1)
+    check_before_loading(settings)
     if failed and isinstance(source, ListedLines) and not source.all:
         return 1
-    read_requests(settings[GenNetworkOptions])  # a mistyped file is told before the model is loaded
+    if settings[PromptOptions].dry_run:
+        return _print_plan(source, settings[PromptOptions]) or min(failed, 1)
+    writer = Writer(settings[OutputOptions])
     with stop_on_signals("stopping after this picture") as stop:
         model = load_model(settings[GenModelOptions], settings[DrawOptions])
-        session = Session(settings, model, stop, files)
+        session = Session(settings, model, stop, files, writer)
         if isinstance(source, ListedLines) and not source.all and settings[PromptOptions].from_module:
             source = session.module_lines()
         return session.run(source) or min(failed, 1)
-
-
-def _repeat(settings: Settings, path: str) -> int:
-    """Draw a picture once more from what stands in it. Options of the command line win."""
-    job, recipe = read_recipe(path)
-    job = find_again(job, input_files(settings, repeating=True))
-    told = {name: value for name, value in recipe["options"].items() if not settings.given(name)}
-    given = {name: value for name, value in settings.as_flat_dict().items() if settings.given(name)}
-    sources = {name: settings.source_of(name) for name in given}
-    again = Settings(settings.script, {**told, **given}, sources)
-    with stop_on_signals("stopping after this picture") as stop:
-        session = Session(again, load_model(again[GenModelOptions], again[DrawOptions]), stop, InputFiles())
-        # in a batch of the same size: products of other shapes round differently
-        index, count = recipe.get("place", (0, 1))
-        return session.draw([[job] * count], only=index)
 
 
 def make_source(settings: Settings, files: InputFiles) -> tuple[LineSource, int]:
@@ -185,6 +170,7 @@ class Session:
     model: LoadedModel
     stop: StopRequest
     files: InputFiles
+    writer: Writer
     failed: int = 0
     engine: Engine = field(init=False)
     seeds: Seeds = field(init=False)
@@ -217,7 +203,6 @@ class Session:
         multipliers = [network.multiplier for network in self.networks]
         self.defaults: Defaults = defaults_of(self.settings, usual, self.model.family.picture_step, multipliers)
         output = self.settings[OutputOptions]
-        self.writer = Writer(output)
         self.sheet = Sheet() if output.grid or self.network_grid else None
         self.window = Window() if options.interactive and not options.no_preview else None
         attach_pictures(self.engine, self.settings[PictureOptions])
@@ -225,7 +210,7 @@ class Session:
         attach_gradual_latent(self.engine)
         self.stages = make_stages(self.engine, self.settings[HighresOptions])
         if output.preview_every_n_steps:
-            self.engine.extensions.append(Preview(output.outdir, output.preview_every_n_steps, self.engine.decode))
+            self.engine.extensions.append(Preview(self.writer.folder, output.preview_every_n_steps, self.engine.decode))
         self._recipe, self._first_recipe = self._make_recipe(), self._make_recipe(TWO_STAGES)
 
     def module_lines(self) -> LineSource:
@@ -234,10 +219,10 @@ class Session:
         args = SimpleNamespace(**self.settings.as_flat_dict())
         prompter = load_prompt_module(options, args, self.engine, [entry.network for entry in self.networks])
 
-        def call(index: int) -> str | None:
+        def call(index: int) -> Any:
             return prompter(args, self.engine, self.seeds.source, self._iteration_seed, index, self._queued)
 
-        return ModuleLines(call, prompter.shuffle if options.shuffle_prompts else None)
+        return ModuleLines(str(options.from_module), call, prompter.shuffle if options.shuffle_prompts else None)
 
     # ---- from lines to batches
 
@@ -252,6 +237,8 @@ class Session:
             if options.interactive:  # a line is drawn when it was typed, not when a batch is full
                 for of_line in jobs:
                     self.draw(batches(of_line, size))
+                    if self.stop.is_set:  # before the next line is asked for
+                        break
             else:
                 self.draw(batches((job for of_line in jobs for job in of_line), size))
             if self.stop.is_set:
@@ -329,8 +316,16 @@ class Session:
         for batch in queue:
             try:
                 self._draw(batch, only)
+            except WriteError:  # the next picture could not be written either
+                raise
             except UserError as error:
                 logger.error("%s: %s", batch[0].raw, error)
+                self.failed += len(batch)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                shared = batch[0].shared
+                logger.error("%s: out of memory at %dx%d pixels", batch[0].raw, shared.width, shared.height)
                 self.failed += len(batch)
             if self.stop.is_set:
                 break

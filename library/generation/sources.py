@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from library.interrupt import stop_at_once
 from library.log import UserError
 from library.options.generation import PromptOptions
 
 logger = logging.getLogger(__name__)
+_OTHER_FORMS = (".toml", ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +53,18 @@ class ListedLines:
 
 
 class KeyboardLines:
-    """Lines typed by the user until the end of input."""
+    """Lines typed by the user until the end of input, or Ctrl-C instead of a line."""
 
     def lines(self, iteration: int) -> Iterator[RawLine]:
         """One line at a time, as they are typed; blank ones are asked for again."""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # the line is refused then, and not the whole program
         number = 0
         while True:
             try:
-                text = input("prompt (end with Ctrl-D): " if sys.stdin.isatty() else "")
-            except EOFError:
+                with stop_at_once():
+                    text = input("prompt (end with Ctrl-D): " if sys.stdin.isatty() else "")
+            except (EOFError, KeyboardInterrupt):
                 return
             number += 1
             if text.strip():
@@ -66,23 +73,45 @@ class KeyboardLines:
 
 @dataclass
 class ModuleLines:
-    """Lines from a Python file of the user's. ``call`` is asked (seed source, iteration's seed, index, step)."""
+    """Lines from a Python file of the user's, whose name is for messages. ``call`` gives the line of an index."""
 
-    call: Callable[[int], str | None]
+    name: str
+    call: Callable[[int], Any]
     shuffle: Callable[[], None] | None = None
 
     def lines(self, iteration: int) -> Iterator[RawLine]:
-        """Lines until the module gives None."""
-        if self.shuffle is not None:
-            self.shuffle()
+        """Lines until the module gives None. Raises UserError for whatever goes wrong in it."""
         index = 0
-        while (text := self.call(index)) is not None:
+        with _told(self.name):
+            if self.shuffle is not None:
+                self.shuffle()
+        while True:
+            with _told(self.name):
+                text = self.call(index)
+            if text is None:
+                return
+            if not isinstance(text, str):
+                raise UserError(f"--from_module {self.name}: gave {text!r}; must be text, or None at the end")
             index += 1
             yield RawLine(text, f"prompt {index} of the module")
 
 
+@contextmanager
+def _told(name: str) -> Generator[None]:
+    """Whatever the user's module does wrong becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"--from_module {name}: {type(error).__name__}: {error}") from error
+
+
 def read_prompt_file(name: str) -> list[RawLine]:
     """The prompts of a file; blank lines and lines that begin with # are left out. Raises UserError."""
+    if Path(name).suffix.lower() in _OTHER_FORMS:
+        raise UserError(
+            f"--from_file {name}: must be plain text with one prompt in each line; {' and '.join(_OTHER_FORMS)} files "
+            "of prompts are for --sample_prompts of the trainers"
+        )
     try:
         text = Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -127,8 +156,9 @@ def load_prompt_module(options: PromptOptions, args: Any, engine: Any, networks:
     if spec is None or spec.loader is None or not Path(name).is_file():
         raise UserError(f"--from_module {name}: there is no such Python file")
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _told(name):
         spec.loader.exec_module(module)
-        return module.get_prompter(args, engine, list(networks))
-    except Exception as error:  # whatever the user's module does wrong is told in one line
-        raise UserError(f"--from_module {name}: {type(error).__name__}: {error}") from error
+        prompter = module.get_prompter(args, engine, list(networks))
+        if options.shuffle_prompts:
+            _ = prompter.shuffle
+        return prompter

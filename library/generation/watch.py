@@ -33,8 +33,8 @@ class Preview:
     ``decode``: latents (1, C, h, w) -> picture (1, 3, height, width) in -1..1.
     """
 
-    def __init__(self, folder: str, every_n_steps: int, decode: Callable[[Tensor], Tensor]) -> None:
-        self._path = Path(folder) / PREVIEW_FILE
+    def __init__(self, folder: Path, every_n_steps: int, decode: Callable[[Tensor], Tensor]) -> None:
+        self._path = folder / PREVIEW_FILE
         self._every = every_n_steps
         self._decode = decode
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from library.options.control import ConditioningOptions
 from library.options.data import CacheToolOptions
+from library.options.generation import PromptOptions
+from library.options.generation_checks import DRAWING_DOUBTS, DRAWING_NO_EFFECT_WITHOUT
 from library.options.implied import SDXL_BUCKET_STEP
 from library.options.settings import Settings
 
@@ -69,15 +71,9 @@ NO_EFFECT_WITHOUT = (
     ("validation_seed", ("validation_split",)),
     ("max_validation_steps", ("validation_split",)),
     ("ema_device", ("ema_decay",)),
-    ("clip_vision_strength", ("image_path", "from_image")),
-    ("highres_fix_save_1st", ("highres_fix_scale",)),
-    ("highres_fix_latents_upscaling", ("highres_fix_scale",)),
-    ("highres_fix_upscaler", ("highres_fix_scale",)),
-    ("highres_fix_upscaler_args", ("highres_fix_upscaler",)),
-    ("highres_fix_strength", ("highres_fix_scale",)),
-    ("use_original_file_name", ("image_path", "from_image")),
     ("learning_rate_te1", ("train_text_encoder",)),
     ("learning_rate_te2", ("train_text_encoder",)),
+    *DRAWING_NO_EFFECT_WITHOUT,
 )
 
 _FOLDERS = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
@@ -229,6 +225,12 @@ def _full_training(settings: Settings) -> Iterator[str]:
         yield "--fp8_base is for networks: float8 weights cannot learn; leave it out"
     if settings.value_of("block_lr") and settings.value_of("learning_rate") == 0:
         yield "--block_lr with --learning_rate 0, which freezes the U-Net: give a --learning_rate above 0"
+    stop = settings.value_of("stop_text_encoder_training")
+    if stop and stop > 0 and settings.value_of("learning_rate") == 0:
+        yield (
+            f"--stop_text_encoder_training {stop} with --learning_rate 0: nothing would learn from that step on; leave"
+            " it out and give --max_train_steps"
+        )
     if not settings.value_of("fused_backward_pass"):
         return
     if settings.value_of("mixed_precision") == "fp16":
@@ -294,6 +296,8 @@ def _v_parameterization(settings: Settings) -> str | None:
 
 
 def _clip_skip(settings: Settings) -> str | None:
+    if PromptOptions in settings:  # drawing takes the layer that is asked for, of any model
+        return None
     if _is_sdxl(settings) and settings.value_of("clip_skip"):
         return "--clip_skip has no effect on SDXL: it always takes the last layer but one"
     if settings.value_of("v2") and settings.value_of("clip_skip"):
@@ -302,6 +306,8 @@ def _clip_skip(settings: Settings) -> str | None:
 
 
 def _zero_terminal_snr(settings: Settings) -> str | None:
+    if PromptOptions in settings:  # nothing is learned, and what the model predicts its file may say
+        return None
     if settings.value_of("zero_terminal_snr") and not settings.value_of("v_parameterization"):
         return "--zero_terminal_snr without --v_parameterization: at pure noise a noise prediction learns nothing"
     return None
@@ -363,6 +369,7 @@ DOUBTS: tuple[Rule, ...] = (
     _fused_clipping,
     _text_rate,
     _huber_options,
+    *DRAWING_DOUBTS,
 )
 
 

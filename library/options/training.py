@@ -158,7 +158,9 @@ class LossOptions(OptionGroup):
         " for ControlNets, whose pictures to draw after are there",
     )
     min_snr_gamma: float | None = option(None, ge=0, help="gamma of min-SNR weighting; 0 is off")
-    debiased_estimation_loss: bool = option(False, help="weight the loss by 1/sqrt(SNR)")
+    debiased_estimation_loss: bool = option(
+        False, help="weight the loss by 1/sqrt(SNR), that of velocity by sqrt(SNR)/(SNR+1)"
+    )
     scale_v_pred_loss_like_noise_pred: bool = option(
         False, help="weight v loss by SNR/(SNR+1), as noise loss is; needs v_parameterization"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -12,7 +13,10 @@ from library.data.plan import plan_epoch, steps_of_epochs
 from library.data.records import Batch, CaptionClock, MicroBatch, ResolvedDataset, Sample, StepPlan
 from library.data.user_dataset import UserDataset
 from library.options import LoopOptions
+from library.options.settings import Settings
 from library.training.clock import Clock
+
+logger = logging.getLogger(__name__)
 
 
 class StepCount(Protocol):
@@ -34,6 +38,16 @@ def make_clock(steps_of: StepCount, loop: LoopOptions) -> Clock:
     while steps_of(epochs) < loop.max_train_steps:
         epochs += 1
     return Clock(max_train_steps=loop.max_train_steps, num_epochs=epochs)
+
+
+def warn_of_long_intervals(settings: Settings, clock: Clock) -> None:
+    """Name the options that ask for something less often than the run is long: it would never happen."""
+    lengths = {"steps": clock.max_train_steps, "epochs": clock.num_epochs}
+    for what in ("save", "sample", "validate"):
+        for unit, length in lengths.items():
+            every = settings.value_of(f"{what}_every_n_{unit}")
+            if every is not None and every > length:
+                logger.warning("--%s_every_n_%s %d has no effect: the run has %d %s", what, unit, every, length, unit)
 
 
 class Arrangement(Protocol):

@@ -30,7 +30,7 @@ from library.options import (
 )
 from library.options.settings import Settings
 from library.text.tokens import count_tokens
-from library.training.arrange import count_steps, make_clock
+from library.training.arrange import count_steps, make_clock, warn_of_long_intervals
 from library.training.clock import Clock, due_counts
 from library.training.disk import megabytes, output_bytes
 from library.training.lr import create_schedule
@@ -39,6 +39,7 @@ from library.training.metadata import model_facts
 from library.training.optimizers import create_optimizer
 from library.training.output import full_fingerprint, refuse_another_run
 from library.training.preflight import check_bucket_steps, free_bytes
+from library.training.preview import first_prompts
 from library.training.rates import table, table_lines
 from library.training.saving import SavePlan
 from library.training.script import Script
@@ -61,6 +62,7 @@ def print_plan(
         raise UserError("--dry_run plans runs on images; a --dataset_class only knows its batches")
     _warn_of_this_machine(settings)
     clock = make_clock(count_steps(datasets, settings[LoopOptions], process_count()), settings[LoopOptions])
+    warn_of_long_intervals(settings, clock)
     family = family_for(settings[ModelOptions], settings.family)
     check_bucket_steps(family, datasets)
     # what would learn, on models without weights
@@ -157,7 +159,7 @@ def _file_lines(settings: Settings, clock: Clock) -> list[str]:
         f"at the end: the final model{last_state}",
         f"previews {'before the first step; ' if sample.sample_at_first else ''}"
         f"after epochs: {_counts(drawn_epochs)}; after steps: {_counts(drawn_steps)}; at the end"
-        if sample.sample_prompts
+        if first_prompts(sample)
         else "no previews",
     ]
 

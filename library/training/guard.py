@@ -38,7 +38,7 @@ class FiniteGuard:
         files = ", ".join(self._path_of(key) for key in dict.fromkeys(report.keys))
         if self._on_nan == "stop":
             raise UserError(
-                f"the {what} is not finite in the step of these images: {files}; no weights were changed by it. "
+                f"the {what} is not finite in the step of these images: {files}; no such number reached the weights. "
                 "Lower the learning rate, look at the images, or drop such steps with --on_nan skip"
             )
         self._in_a_row += 1

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 
 from library.data.records import Batch, StepPlan
-from library.interrupt import StopRequest
 from library.rng import seed_of
 from library.training.clock import Clock
 from library.training.guard import FiniteGuard
@@ -52,7 +51,7 @@ class Update(Protocol):
 
 @dataclass
 class Job:
-    """Everything that the loop turns over."""
+    """Everything that the loop turns over. ``is_stopped``: a stop was asked for in one process; all ask at once."""
 
     clock: Clock
     step: Callable[[Batch, int], Any]
@@ -62,7 +61,7 @@ class Job:
     plan: Callable[[int], Sequence[StepPlan]]
     batches: Callable[[Sequence[StepPlan], Clock], Iterator[Batch]]
     effects: tuple[Effect, ...]
-    stop: StopRequest
+    is_stopped: Callable[[], bool]
     seed: int
     rank: int = 0
 
@@ -70,11 +69,8 @@ class Job:
 def train(job: Job) -> None:
     """Run from where the clock stands to the end of the plan, or until a stop is asked for."""
     clock = job.clock
-    while not (clock.is_finished or job.stop.is_set):
+    while not (clock.is_finished or job.is_stopped()):
         plan = job.plan(clock.epoch)
-        if clock.step_in_epoch >= len(plan):
-            clock.next_epoch()
-            continue
         job.trainable.on_epoch_start()
         left = plan[clock.step_in_epoch : clock.step_in_epoch + clock.max_train_steps - clock.step]
         batches = job.batches(left, clock)
@@ -83,11 +79,14 @@ def train(job: Job) -> None:
             clock.advance()
             for effect in job.effects:
                 effect.after_step(clock, report)
-            if job.stop.is_set:
+            if job.is_stopped():
                 break
-        if clock.step_in_epoch >= len(plan) or clock.is_finished:
+        is_over = clock.step_in_epoch >= len(plan)
+        if is_over or clock.is_finished:
             for effect in job.effects:
                 effect.after_epoch(clock)
+        if is_over and not clock.is_finished:  # the last epoch stays the one under way
+            clock.next_epoch()
 
 
 def train_step(job: Job, step_plan: StepPlan, batches: Iterator[Batch]) -> StepReport:

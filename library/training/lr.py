@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
-from library.log import UserError, nearest
+from library.log import UserError, first_line, nearest
 from library.training.optimizers import is_schedule_free, parse_arguments, uses_relative_step
 
 if TYPE_CHECKING:
@@ -90,9 +90,11 @@ def built_in_multiplier(options: ScheduleOptions, max_train_steps: int, learning
         raise UserError(f"--lr_scheduler_args: {name} has no argument {', '.join(unknown)}; its arguments: {listed}")
     plan = _Plan(max_train_steps, warmup, learning_rate, options.lr_scheduler_num_cycles, options.lr_scheduler_power)
     try:
-        return build(plan, **arguments)
+        multiplier = build(plan, **arguments)
+        multiplier(warmup)  # what is no number shows only here
     except (TypeError, ValueError) as error:
         raise UserError(f"--lr_scheduler {name}: {error}") from error
+    return multiplier
 
 
 def warmup_steps(value: float | str | None, max_train_steps: int, option: str = "--lr_warmup_steps") -> int:
@@ -186,6 +188,8 @@ def _polynomial(plan: _Plan, lr_end: float = 1e-7, power: float | None = None) -
 
 def _inverse_sqrt(plan: _Plan, timescale: float | None = None) -> Multiplier:
     scale = timescale or plan.warmup or 10_000
+    if scale < 0:
+        raise ValueError(f"timescale={timescale} must be above 0")
     return _after_warmup(plan, lambda step: 1.0 / math.sqrt((step + scale - plan.warmup) / scale))
 
 
@@ -302,8 +306,9 @@ def class_schedule(options: ScheduleOptions, optimizer: torch.optim.Optimizer) -
     arguments = parse_arguments(options.lr_scheduler_args or [], "lr_scheduler_args")
     try:
         return cast("Callable[..., Schedule]", scheduler_class)(optimizer, **arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--lr_scheduler_type {name} refuses its arguments (--lr_scheduler_args): {error}") from error
+    except (TypeError, ValueError, NotImplementedError, ArithmeticError, LookupError) as error:
+        reason = first_line(error)
+        raise UserError(f"--lr_scheduler_type {name} refuses its arguments (--lr_scheduler_args): {reason}") from error
 
 
 # ---- small helpers

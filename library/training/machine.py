@@ -14,10 +14,12 @@ from accelerate import Accelerator
 from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     KwargsHandler,
     broadcast_object_list,
     gather_object,
+    reduce,
 )
 from torch import nn
 
@@ -66,6 +68,12 @@ class Machine:
         """The main process's value, in all processes."""
         return broadcast_object_list([value])[0]
 
+    def any(self, value: bool) -> bool:
+        """True in all processes if it is true in one of them."""
+        if self.processes == 1:
+            return value
+        return bool(reduce(torch.tensor(int(value), device=self.device), "sum"))
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes in their order, in all processes."""
         return gather_object([value])
@@ -86,7 +94,10 @@ def open_machine(settings: Settings, trackers: Trackers) -> Machine:
             static_graph=loop.ddp_static_graph,
         ),
     ]
+    if precision.deterministic:  # without it CUDA's products of matrices are refused there
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     accelerator = Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the step divides; no variable may, too
         mixed_precision=precision.mixed_precision,
         kwargs_handlers=handlers,
         log_with=list(trackers.log_with) or None,

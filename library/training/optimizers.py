@@ -73,9 +73,9 @@ def create_optimizer(
     if recipe.check:
         recipe.check(request)
     optimizer_class = _load_class(recipe, name)
-    if recipe.package == "bitsandbytes":
-        _try_on_device(optimizer_class, recipe, name, device)
     optimizer = _construct(optimizer_class, recipe, request)
+    if recipe.package == "bitsandbytes":
+        _try_on_device(optimizer_class, recipe, request)
     OptimizerMode(optimizer).train()
     return optimizer, _recorded_name(optimizer_class, request.arguments)
 
@@ -288,7 +288,7 @@ def _find_recipe(name: str) -> _Recipe:
     known = {known_name.lower(): recipe for known_name, recipe in _RECIPES.items()}
     if name.lower() in known:
         return known[name.lower()]
-    if "." in name:
+    if "." in name.strip("."):
         return _Recipe(name, name.split(".")[0])
     own = {torch_name.lower(): torch_name for torch_name in _torch_optimizers()}
     if name.lower() in own:
@@ -332,13 +332,14 @@ def _missing(recipe: _Recipe) -> str:
     return f"there is no module {recipe.path.rpartition('.')[0]}; install its package or fix the name"
 
 
-def _try_on_device(cls: type[torch.optim.Optimizer], recipe: _Recipe, name: str, device: torch.device) -> None:
+def _try_on_device(cls: type[torch.optim.Optimizer], recipe: _Recipe, request: _Request) -> None:
     """One step on a throw-away tensor: native kernels fail in many ways, and better now than after caching."""
+    name, device = request.name, request.device
     weight = torch.nn.Parameter(torch.zeros(4096, device=device))  # the smallest size that gets 8-bit states
     weight.grad = torch.ones_like(weight)
     try:
         make = cast("Callable[..., torch.optim.Optimizer]", cls)
-        make([weight], lr=1e-3, **recipe.fixed, **recipe.defaults).step()
+        make([weight], lr=1e-3, **{**recipe.fixed, **request.arguments}).step()
     except Exception as error:  # whatever it is, the optimizer does not work here
         raise UserError(
             f"--optimizer_type {name}: {recipe.package} does not work on this device, {device.type}"
@@ -356,7 +357,7 @@ def _construct(cls: type[torch.optim.Optimizer], recipe: _Recipe, request: _Requ
         raise UserError(f"--optimizer_args: {request.name} has no argument {', '.join(unknown)}; it has {allowed}")
     try:
         return make(request.groups, lr=request.learning_rate, **{**recipe.fixed, **request.arguments})
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, ArithmeticError) as error:
         raise UserError(f"--optimizer_type {request.name} refuses its arguments: {first_line(error)}") from error
 
 

@@ -216,11 +216,12 @@ class Output:
             self._schedule,
             self._machine.accelerator.scaler,
             self._average,
+            step=resumed.step,
             keep_hyperparameters=self._settings[SaveOptions].allow_mismatch,
         )
         self._clock.seek({"epoch": resumed.epoch + 1, "step_in_epoch": resumed.steps_in_epoch, "step": resumed.step})
         self._reporter.restore(list(resumed.loss_history), list(resumed.validation), resumed.step)
-        self.saver.saved = Saved.from_json(resumed.saved)
+        self.saver.go_on(Saved.from_json(resumed.saved), self._clock)
         logger.info("resumed %s at step %d of %d", folder, resumed.step, self._clock.max_train_steps)
 
     def finish(self, path: Path) -> None:

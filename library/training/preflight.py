@@ -14,7 +14,7 @@ import torch
 
 from library.data.records import ResolvedDataset
 from library.families.base import ModelFamily
-from library.log import UserError
+from library.log import UserError, first_line
 from library.options import (
     ConditioningOptions,
     EmbeddingOptions,
@@ -112,14 +112,16 @@ def _check_words(settings: Settings) -> None:
 
 
 def _check_prompts(settings: Settings) -> None:
-    from library.generation.prompts import load_prompts
     from library.generation.samplers import check_sampler
+    from library.training.preview import first_prompts
 
     options = settings[SampleOptions]
     name = options.sample_prompts
     if not name or not os.path.isfile(name):
         return
-    prompts = load_prompts(name)
+    prompts = first_prompts(options)
+    if not prompts:
+        logger.warning("--sample_prompts %s: there is no prompt in it, so there are no previews", name)
     for prompt in prompts:
         try:
             check_sampler(prompt.sample_sampler or options.sample_sampler, prompt.sample_steps)
@@ -159,12 +161,14 @@ def _check_optimizer(settings: Settings) -> None:
 
 
 def _try_step(optimizer: torch.optim.Optimizer, weight: torch.nn.Parameter) -> None:
-    weight.grad = torch.zeros_like(weight)
+    weight.grad = torch.ones_like(weight)  # DAdaptSGD divides by its norm
     try:
         optimizer.step()
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
         name = type(optimizer).__name__
-        raise UserError(f"--optimizer_type {name}: needs more than gradients for a step ({error})") from error
+        raise UserError(
+            f"--optimizer_type {name}: needs more than gradients for a step, or others ({first_line(error)})"
+        ) from error
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from library.generation.engine import Engine
-from library.generation.prompts import PromptSpec, load_prompts
+from library.generation.prompts import NoPrompt, PromptSpec, load_prompts
 from library.generation.sample import draw_sample
 from library.log import UserError
 from library.training.clock import Clock, is_due
@@ -73,7 +73,7 @@ class Previewer:
         self._trackers = trackers
         self._barrier = barrier
         self._in_use = in_use
-        self._prompts = load_prompts(options.sample_prompts) if options.sample_prompts else ()
+        self._prompts = first_prompts(options)
 
     def at_start(self, clock: Clock) -> None:
         """Before the first step; a resumed run had it already."""
@@ -148,6 +148,20 @@ class Previewer:
             for tracker in self._trackers:
                 extra = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({f"sample_{index}": pixels_1HWC}, step=step, **extra)
+
+
+def first_prompts(options: PreviewOptions) -> Sequence[PromptSpec]:
+    """The prompts of the file. None without a file, and none of one that holds none (graphical front ends always write
+    it) if no option asks for previews at some time. Raises UserError.
+    """
+    if not options.sample_prompts:
+        return ()
+    try:
+        return load_prompts(options.sample_prompts)
+    except NoPrompt:
+        if options.sample_at_first or options.sample_every_n_steps or options.sample_every_n_epochs:
+            raise
+        return ()
 
 
 @contextmanager

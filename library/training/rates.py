@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.log import UserError, first_line
 from library.training.lr import built_in_multiplier, class_schedule, warmup_steps
 from library.training.optimizers import uses_relative_step
 
@@ -87,7 +88,13 @@ def _simulated(options: ScheduleOptions, fulls: list[float], steps: tuple[int, .
         if step in steps:
             rates[step] = [float(group["lr"]) for group in stand_in.param_groups]
         stand_in.step()
-        schedule.step()
+        try:
+            schedule.step()
+        except (ArithmeticError, ValueError) as error:
+            raise UserError(
+                f"--lr_scheduler_type {options.lr_scheduler_type} fails after step {step + 1} of {steps[-1] + 1}:"
+                f" {first_line(error)}; look at --lr_scheduler_args"
+            ) from error
     return rates
 
 

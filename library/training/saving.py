@@ -10,7 +10,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from library.training.loop import StepReport
 
 logger = logging.getLogger(__name__)
 Kind = Literal["epoch", "step", "end"]
-AVERAGE = "-ema"
+AVERAGE, STATE = "-ema", "-state"
 _DEFAULT_STEM: dict[Kind, str] = {"epoch": "epoch", "step": "at", "end": "last"}
 
 
@@ -83,10 +83,11 @@ def outdated(counts: list[int], newest: int, kind: Kind, keep_n: int | None, eve
 
 
 def free_name(path: Path) -> Path:
-    """The first of ``stem.old1.ext``, ``stem.old2.ext`` ... that does not exist."""
+    """The first of ``stem.old1.ext``, ``stem.old2.ext`` ... that does not exist. A folder's name has no ending."""
+    base, ending = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
     number = 1
     while True:
-        candidate = path.with_name(f"{path.stem}.old{number}{path.suffix}")
+        candidate = path.with_name(f"{base}.old{number}{ending}")
         if not candidate.exists():
             return candidate
         number += 1
@@ -154,6 +155,19 @@ class Saver:
         """The final model, and its state if asked for."""
         return self._save("end", 0, clock, self._plan.state_at_end)
 
+    def go_on(self, saved: Saved, clock: Clock) -> None:
+        """Take up what the run wrote before it was resumed. The model of a run that had ended is not this one's: when
+        a longer run ends, it is kept.
+        """
+        self.saved = saved
+        if not clock.is_finished:
+            for items in (saved.models, saved.states):
+                items[:] = [item for item in items if item[0] != "end"]
+
+    def state_beside(self, model: Path) -> Path:
+        """The state folder that belongs to a model file or folder of this run."""
+        return model.with_name(model.name.removesuffix(self._suffix) + STATE)
+
     def at_stop(self, clock: Clock) -> Path:
         """A stopped run is saved whole, whatever the options say, so that nothing is lost."""
         return self._save("step", clock.step, clock, with_state=True)
@@ -184,10 +198,11 @@ class Saver:
         self._after_write(path, False, kind == "end")
 
     def _save_state(self, kind: Kind, count: int, name: str, clock: Clock) -> None:
-        folder = self._folder / f"{name}-state"
+        folder = self._folder / (name + STATE)
         self._keep_foreign(folder, self.saved.states)
         self._remember(self.saved.states, (kind, count, folder.name))
-        self._write_state(folder, clock)
+        # written in the midst of the epoch's end, which is over for whoever goes on from there
+        self._write_state(folder, replace(clock, epoch=count + 1, step_in_epoch=0) if kind == "epoch" else clock)
         logger.info("saved state %s", folder)
         self._after_write(folder, True, kind == "end")
 
@@ -236,7 +251,7 @@ def clear_leftovers(folder: Path, output_name: str | None) -> None:
     """
     base = re.escape(output_name or "")
     stems = rf"{base}(-\d{{6}}|-step\d{{8}})?" if output_name else r"epoch-\d{6}|at-step\d{8}|last"
-    names = rf"({stems})({AVERAGE}|-state)?"
+    names = rf"({stems})({AVERAGE}|{STATE})?"
     recover_all(folder, re.compile(names))
     pattern = re.compile(rf"\.+{names}((\.[0-9a-f]{{8}}\.tmp)+(\.\w+)?|\.gone)")
     for path in folder.iterdir() if folder.is_dir() else ():

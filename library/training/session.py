@@ -13,7 +13,7 @@ from library.data.records import CaptionClock, ResolvedDataset
 from library.data.sources import resolve
 from library.data.spec_checks import uncacheable_captions, uncacheable_subsets
 from library.data.user_dataset import find_class
-from library.interrupt import stop_on_signals
+from library.interrupt import stop_at_once, stop_on_signals
 from library.log import UserError
 from library.options import CacheOptions, DataOptions, EmbeddingOptions, LoopOptions, SaveOptions, ValidationOptions
 from library.options.settings import Settings
@@ -32,10 +32,12 @@ logger = logging.getLogger(__name__)
 
 def run_session(script: Script, settings: Settings) -> int:
     """Do what the options ask for: show the data, print the plan, or train. Returns the exit status."""
+    shows_data = settings[DataOptions].debug_dataset
+    if not shows_data:
+        check_places(settings)  # before the images: finding and measuring many takes long
     datasets, held_out = hold_out(load_datasets(settings), settings[ValidationOptions])
-    if settings[DataOptions].debug_dataset:
+    if shows_data:
         return _show_data(settings, datasets)
-    check_places(settings)
     if settings[LoopOptions].dry_run:
         from library.training.dry_run import print_plan
 
@@ -90,7 +92,8 @@ def _train(
     from library.training.setup import build_run
 
     with stop_on_signals() as stop:
-        run = build_run(script, settings, datasets, held_out, stop)
+        with stop_at_once():  # nothing is learned yet, and caches on the disk keep what they have
+            run = build_run(script, settings, datasets, held_out, stop)
         with run.bar:
             if run.validator:
                 run.validator.at_start(run.clock)
@@ -114,6 +117,6 @@ def _train(
 def _save_stopped(run: Run) -> Path:
     """Model and state of a run that ends before its time."""
     path = run.output.saver.at_stop(run.clock)
-    state = path.with_name(path.stem + "-state")
+    state = run.output.saver.state_beside(path)
     logger.info("stopped at step %d; go on with --resume %s", run.clock.step, state)
     return path

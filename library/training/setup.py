@@ -36,6 +36,7 @@ from library.training.arrange import (
     UserArrangement,
     count_steps,
     make_clock,
+    warn_of_long_intervals,
 )
 from library.training.average import WeightAverage, make_average
 from library.training.clock import Clock
@@ -97,6 +98,7 @@ def build_run(
     arrangement, steps_of = make_arrangement(settings, models, machine, seed)
     clock = make_clock(steps_of, settings[LoopOptions])
     _log_plan(clock, machine)
+    warn_of_long_intervals(settings, clock)
     warn_of_full_disk(settings, models.trainable, clock)
     schedule = make_schedule(models.parts.prediction_type, settings[NoiseOptions].zero_terminal_snr).to(machine.device)
     optimizer, facts = make_optimizer(settings, models, machine, clock)
@@ -124,7 +126,7 @@ def build_run(
         plan=arrangement.plan,
         batches=arrangement.batches,
         effects=tuple(effect for effect in (average, reporter, validator, output.saver, previewer) if effect),
-        stop=stop,
+        is_stopped=lambda: machine.any(stop.is_set),
         seed=seed,
         rank=machine.rank,
     )

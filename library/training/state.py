@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -63,6 +64,12 @@ class HasState(Protocol):
     def load_state_dict(self, state: dict[str, Any], /) -> None: ...
 
 
+class HasSteps(HasState, Protocol):
+    """A schedule, which also goes on step by step."""
+
+    def step(self) -> None: ...
+
+
 class HasAverage(Protocol):
     """An average of the weights, which can also begin anew."""
 
@@ -90,6 +97,7 @@ def save_state(
     tree = {
         "optimizer": {"class": _class_name(optimizer), **_pack_optimizer(writer, optimizer)},
         "schedule": writer.encode(schedule.state_dict(), "schedule", lenient=True),
+        "schedule class": type(schedule).__name__,
         "scaler": writer.encode(scaler.state_dict() if scaler else None, "scaler"),
         "average": writer.encode(average.state_dict() if average else None, "average"),
     }
@@ -147,15 +155,17 @@ def load_state(
     folder: str | os.PathLike[str],
     trainable: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
-    schedule: HasState,
+    schedule: HasSteps,
     scaler: HasState | None = None,
     average: HasAverage | None = None,
     *,
+    step: int = 0,
     keep_hyperparameters: bool = False,
 ) -> None:
     """Put a state back: into the tensors of ``trainable`` in place, the optimizer, the schedule, the scaler and the
     average (which is given None if the state has none).
 
+    ``step``: the steps done, to which a schedule of another class than the state's is brought.
     ``keep_hyperparameters``: this run's learning rates, weight decay and betas stay in force instead of the state's
     (for a run that is resumed with changed options on purpose). Raises UserError if the state does not fit; the
     optimizer must have been made from the same groups of parameters.
@@ -168,7 +178,7 @@ def load_state(
         with open_model_file(path / TENSOR_FILE) as file:
             reader = TreeReader(file.tensor)
             _restore_optimizer(reader, tree["optimizer"], optimizer, keep_hyperparameters)
-            schedule.load_state_dict(reader.decode(tree["schedule"]))
+            _restore_schedule(reader, tree, schedule, step)
             saved_scaler = reader.decode(tree["scaler"])
             if scaler is not None and saved_scaler is not None:
                 scaler.load_state_dict(saved_scaler)
@@ -177,6 +187,17 @@ def load_state(
     except (KeyError, TypeError, ValueError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"--resume {path}: the state is damaged ({reason}); use an earlier state") from error
+
+
+def _restore_schedule(reader: TreeReader, tree: dict[str, Json], schedule: HasSteps, step: int) -> None:
+    own = type(schedule).__name__
+    if tree.get("schedule class", own) == own:  # states of former versions do not tell
+        schedule.load_state_dict(reader.decode(tree["schedule"]))
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the optimizer's steps, which torch misses, were those of the earlier session
+        for _ in range(step):
+            schedule.step()
 
 
 # ---- the trained tensors

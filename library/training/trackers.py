@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoint.privacy import without_folders
-from library.log import UserError
+from library.log import UserError, first_line
 from library.options import LogOptions
 from library.options.toml_file import read_toml
 
@@ -44,12 +44,18 @@ class Trackers:
         self._accelerator: Accelerator | None = None
 
     def start(self, settings: Settings, accelerator: Accelerator) -> None:
-        """Open the trackers on the main process and hand them the run's options."""
+        """Open the trackers on the main process and hand them the run's options. Raises UserError."""
         if not self.log_with:
             return
         if "wandb" in self.log_with and accelerator.is_main_process:
             _log_in(self._options.wandb_api_key)
-        accelerator.init_trackers(self.name, config=config_of(settings.scrubbed_dict()), init_kwargs=self._init_kwargs)
+        config = config_of(settings.scrubbed_dict())
+        try:
+            accelerator.init_trackers(self.name, config=config, init_kwargs=self._init_kwargs)
+        except Exception as error:  # arguments that one does not know, a service that does not answer, a full disk
+            told = f"--log_tracker_config {given}: " if (given := self._options.log_tracker_config) else ""
+            names = " and ".join(self.log_with)
+            raise UserError(f"{told}{names} cannot be opened ({first_line(error)})") from error
         self._accelerator = accelerator
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:

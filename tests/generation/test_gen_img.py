@@ -293,7 +293,6 @@ REFUSED = [
     (("--prompt", "x", "--ckpt", "nowhere.safetensors"), "there is no such file"),
     (("--prompt", "x", "--ckpt", "./nowhere"), "there is no such file"),
     (("--prompt", "x", "--ckpt", "nowhere.safetensors", "--network_weights", "gone.pt"), "gone.pt: there is no such"),
-    (("--prompt", "x", "--ckpt", "owner/name"), "say with --v1, --v2 or --sdxl"),
     (("--prompt", "x", "--sdxl"), "is another kind of model"),
     (("--prompt", "x", "--v1", "--v2"), "exclude each other"),
     (("--prompt", "x", "--fp16"), "does not work on a CPU"),

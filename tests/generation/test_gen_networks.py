@@ -172,6 +172,15 @@ def test_a_file_says_what_reads_it(
     assert request.module == module
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_file_whose_layers_have_other_sizes_is_refused_in_one_line(folder: Path, merge: bool) -> None:
+    """Layers of SD 1.x and 2.x have the same names."""
+    other = write_network(folder / "of_sd2.safetensors", "sd2")
+    with pytest.raises(UserError) as caught:
+        attach_networks(make_engine(), options(network_weights=[other], network_merge=merge))
+    assert str(caught.value) == f"{other}: its layers are of other sizes than this model's; it was made for another one"
+
+
 def test_a_file_for_another_model_is_refused_and_a_partly_fitting_one_told(
     folder: Path, first: str, caplog: pytest.LogCaptureFixture
 ) -> None:

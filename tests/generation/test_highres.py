@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from library.generation.denoise import Setup
-from library.generation.highres import load_upscaler, make_stages, read_arguments
+from library.generation.highres import load_upscaler, make_stages
 from library.generation.jobs import SizeCondition
 from library.log import UserError
 from library.options.generation import HighresOptions
+from library.options.values import argument_list
 from library.rng import torch_stream
 from tests.generation.engines import CPU, job, pixels, toy_engine, write_picture
 from tests.generation.test_from_picture import draw
@@ -117,7 +118,7 @@ def test_latents_are_enlarged_bilinearly_and_pixels_by_lanczos() -> None:
     large = np.asarray(Image.fromarray(eight_bit).resize((128, 128), Image.Resampling.LANCZOS)).copy()
     mean_std = engine.posterior(torch.from_numpy(large).permute(2, 0, 1)[None].float() / 127.5 - 1)
     latents = engine.sample_posterior(*mean_std, [torch_stream(job().seed + 1, "picture")])
-    assert torch.allclose(last.pictures_BCHW, engine.decode(latents), atol=1e-5)
+    assert torch.allclose(last.pictures_BCHW, engine.decode(latents), atol=1e-4)  # strides decide how sums are rounded
 
 
 @pytest.mark.parametrize("latents", [False, True])
@@ -212,12 +213,13 @@ def test_wrong_upscalers_are_told(plug_in: Any, weights: str, tmp_path: Path) ->
 
 
 def test_arguments() -> None:
-    assert read_arguments("weights=/a b/c=d.pt; x = 1;") == {"weights": "/a b/c=d.pt", "x": "1"}
-    assert read_arguments(r'weights="C:\a;b.pt";y=#2') == {"weights": r"C:\a;b.pt", "y": "#2"}
-    assert read_arguments("") == {}
-    for text in ("weights", "=3", 'a="b'):
-        with pytest.raises(UserError, match="key=value"):
-            read_arguments(text)
+    read = lambda text: argument_list(text, "x")  # noqa: E731
+    assert read("weights=/a b/c=d.pt; x = 1;") == {"weights": "/a b/c=d.pt", "x": "1"}
+    assert read(r'weights="C:\a;b.pt";y=#2') == {"weights": r"C:\a;b.pt", "y": "#2"}
+    assert read("") == {}
+    for text, said in (("weights", "key=value"), ("=3", "key=value"), ('a="b', "not closed"), ("a=1;a=2", "twice")):
+        with pytest.raises(UserError, match=said):
+            read(text)
 
 
 def by_hand(state: dict[str, Tensor], x_BCHW: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from library.training import session
 from tests.training.bench import Bench, refused
 from tests.training.runs import tensors
 from tools import cache_latents
@@ -243,6 +244,12 @@ def test_numbers_out_of_range(bench: Bench, option: str):
         (("--optimizer_args", "betas"), ("--optimizer_args", "'betas'", "key=value")),
         (("--lr_scheduler", "cosinus"), ("--lr_scheduler cosinus", "did you mean cosine?")),
         (("--lr_scheduler_type", "nosuch.Thing"), ("--lr_scheduler_type nosuch.Thing",)),
+        (("--lr_scheduler_type", "LRScheduler"), ("--lr_scheduler_type LRScheduler refuses",)),
+        (("--lr_scheduler", "cosine", "--lr_scheduler_args", "num_cycles='a'"), ("--lr_scheduler cosine",)),
+        (("--lr_scheduler", "inverse_sqrt", "--lr_scheduler_args", "timescale=-5"), ("timescale=-5", "above 0")),
+        (("--optimizer_type", ".AdamW"), ("--optimizer_type .AdamW", "no such optimizer")),
+        (("--optimizer_args", "betas=(0.9,)"), ("AdamW refuses its arguments",)),
+        (("--network_module", ".lora"), ("--network_module .lora", "package.module")),
         (("--lr_scheduler_type", "CosineAnnealingLR"), ("--lr_scheduler_args", "T_max")),
         (("--network_module", "networks.nosuch"), ("--network_module", "networks.nosuch")),
         (("--network_module", "networks/lora.py"), ("--network_module", "networks/lora.py")),
@@ -258,6 +265,12 @@ def test_numbers_out_of_range(bench: Bench, option: str):
 )
 def test_options(bench: Bench, options: tuple[str, ...], words: tuple[str, ...]):
     refused(bench, options, *words)
+
+
+def test_no_image_is_looked_for_before_all_names_are_found(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """Measuring a million images takes long."""
+    monkeypatch.setattr(session, "load_datasets", lambda settings: pytest.fail("the images came first"))
+    refused(bench, ("--network_module", "networks.nosuch"), "networks.nosuch")
 
 
 @pytest.mark.parametrize(
@@ -292,6 +305,16 @@ def test_an_unfit_network_file(bench: Bench):
 )
 def test_prompt_files(bench: Bench, name: str, text: bytes | str, words: tuple[str, ...]):
     refused(bench, ("--sample_at_first", "--sample_prompts", bench.file(name, text)), *words)
+
+
+@pytest.mark.parametrize("more", [(), ("--dry_run",)])
+def test_an_empty_prompt_file_draws_nothing(bench: Bench, more: tuple[str, ...]):
+    """The reference's front end writes one into each configuration, unless prompts were entered."""
+    assert bench.run("--sample_prompts", bench.file("p.txt", ""), *more) == 0
+    said = bench.capsys.readouterr()
+    assert said.err.count("there is no prompt in it, so there are no previews") == 1
+    assert not more or "no previews" in said.out
+    assert not list(bench.out.glob("*previews.png"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from library.checkpoint import io
 from library.training import loop, setup
 from library.training.preview import Previewer
 from library.training.state import read_run
-from tests.training.runs import command, metadata, tensors, train
+from tests.training.runs import command, launch_two, metadata, tensors, train
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
@@ -195,14 +195,15 @@ def test_ctrl_c_twice_in_the_middle_of_a_save_leaves_no_half_file(model, photos,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_before_the_first_step_stops_too(model, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_before_the_first_step_stops_at_once(model, photos, tmp_path, monkeypatch, number):
+    """Nothing is learned yet that could be saved, and caching a large data set takes an hour."""
     from library.training import prepare
 
     original = prepare.make_latents
 
     def make_latents(*arguments):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         return original(*arguments)
 
     monkeypatch.setattr(prepare, "make_latents", make_latents)
@@ -231,3 +232,12 @@ def test_ctrl_c_while_the_last_preview_is_drawn_misses_nothing(model, photos, tm
     assert train(model, photos, tmp_path, "--max_train_steps", "1", *hub) == 130
     assert events == ["upload toy.safetensors", "upload toy-state", "close", "preview"]
     assert "average loss" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_one_of_two_processes_stops_both_after_the_same_step(model, photos, tmp_path):
+    """A launcher passes the signal on to one process after the other: the first may be a step behind or ahead."""
+    more = ("--network_module", "tests.training.stopping_network", "--max_train_steps", "50", "--ddp_timeout", "1")
+    done = launch_two("train_network.py", command(model, photos, tmp_path, *more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (state,) = states_of(tmp_path)
+    assert read_run(state).step == 2

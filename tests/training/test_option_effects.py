@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -48,6 +49,25 @@ def test_switches_of_distributed_training_reach_its_wrapper(fresh_state: None, n
 
 def test_the_time_that_processes_wait_is_in_minutes(fresh_state: None) -> None:
     assert accelerator_of(ddp_timeout=7).init_handler.timeout == timedelta(minutes=7)
+
+
+def test_no_variable_of_the_environment_divides_gradients(fresh_state: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    weight = torch.nn.Parameter(torch.ones(()))
+    accelerator_of().backward(weight * 2)
+    assert weight.grad == 2
+
+
+def test_a_deterministic_run_sets_what_cuda_asks_for(fresh_state: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "given")
+    accelerator_of(deterministic=True)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == "given"
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    for deterministic, wanted in ((False, None), (True, ":4096:8")):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator_of(deterministic=deterministic)
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == wanted
+    torch.use_deterministic_algorithms(False)
 
 
 def test_two_processes_with_these_switches_learn_the_same(model: Path, photos: Path, tmp_path: Path) -> None:
@@ -103,6 +123,38 @@ def test_messages_go_to_a_file_and_a_traceback_only_to_those_who_ask(
         assert "a word of" not in said.err + said.out
         assert ("Traceback" in said.err) == (level == "DEBUG")
         assert said.err.endswith("error: this cannot be\n")
+
+
+def test_a_full_memory_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fill_machine(_: Settings) -> int:
+        return len(torch.empty(2**60, dtype=torch.uint8))
+
+    def fill_device(_: Settings) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    for fill, word in ((fill_machine, "allocate"), (fill_device, "2.00 GiB")):
+        assert run_command(CONSOLE, fill, [], "too little memory: use less") == 1
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert said.startswith("error: too little memory: use less (")
+        assert word in said
+    with pytest.raises(RuntimeError):
+        run_command(CONSOLE, lambda _: int(torch.ones(2) @ torch.ones(3)), [])
+
+
+# ---- what never happens
+
+
+@pytest.mark.parametrize("more", [("--dry_run",), ()])
+def test_intervals_longer_than_the_run_are_told(
+    model: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, more: tuple[str, ...]
+) -> None:
+    short = ("--max_train_steps", "2", "--save_every_n_steps", "2", "--save_every_n_epochs", "1")
+    assert train(model, photos, tmp_path, *short, *more) == 0
+    assert "has no effect" not in caplog.text
+    assert train(model, photos, tmp_path, *short[:-3], "3", "--save_every_n_epochs", "2", *more) == 0
+    assert "--save_every_n_steps 3 has no effect: the run has 2 steps" in caplog.text
+    assert "--save_every_n_epochs 2 has no effect: the run has 1 epochs" in caplog.text
 
 
 # ---- what is written of a run

@@ -56,6 +56,27 @@ def test_a_finished_run_is_not_run_again(model, data, tmp_path):
     assert metadata(tmp_path / "toy.safetensors")["ss_steps"] == "3"
 
 
+def test_a_run_made_longer_leaves_all_files_of_the_long_one_and_keeps_its_own(model, data, tmp_path):
+    short, long = tmp_path / "short", tmp_path / "long"
+    options = ("--save_every_n_epochs", "1", "--save_state_on_train_end")
+    assert train(model, data, long, "--max_train_epochs", "2", *options) == 0
+    assert train(model, data, short, "--max_train_epochs", "1", *options) == 0
+    ended = (short / "toy.safetensors").read_bytes()
+    state_folder = str(short / "toy-state")
+    assert train(model, data, short, "--max_train_epochs", "2", *options, "--resume", state_folder) == 0
+    for name in ("toy-000001.safetensors", "toy.safetensors"):
+        a, b = tensors(long / name), tensors(short / name)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert (short / "toy.old1.safetensors").read_bytes() == ended
+
+
+def test_a_stop_at_the_end_of_an_epoch_counts_it(model, data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, len(SIZES))
+        assert train(model, data, tmp_path, "--max_train_epochs", "2") == 0
+    assert metadata(tmp_path / f"toy-step{len(SIZES):08d}.safetensors")["ss_epoch"] == "1"
+
+
 def test_another_learning_rate_is_refused_with_its_name(model, data, tmp_path, capsys):
     assert train(model, data, tmp_path, "--save_state", "--save_every_n_steps", "2") == 0
     folder = str(tmp_path / "toy-step00000002-state")

@@ -164,6 +164,22 @@ def test_changed_rates_win_when_asked(tmp_path: Path) -> None:
     assert ratio == pytest.approx(100)
 
 
+def test_another_kind_of_schedule_goes_on_from_the_same_step(tmp_path: Path) -> None:
+    halving = ScheduleOptions(lr_scheduler_type="StepLR", lr_scheduler_args=["step_size=1", "gamma=0.5"])
+    Run("AdamW").train(RUN.step).save(tmp_path / "cosine")
+    other = Run("AdamW")
+    for group in other.optimizer.param_groups:
+        group["lr"] = group.pop("initial_lr")  # as if it had never had the other schedule
+    other.schedule = create_schedule(halving, other.optimizer, T)
+    other.load(tmp_path / "cosine", step=RUN.step, keep_hyperparameters=True)
+    assert other.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**RUN.step)
+    other.train(1).save(tmp_path / "halving")
+    assert other.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5 ** (RUN.step + 1))
+    back, usual = Run("AdamW"), Run("AdamW").train(RUN.step)
+    back.load(tmp_path / "halving", step=RUN.step, keep_hyperparameters=True)
+    assert back.optimizer.param_groups[0]["lr"] == usual.optimizer.param_groups[0]["lr"]
+
+
 @pytest.mark.parametrize("file", ["trainable.safetensors", "training.safetensors", "training.json"])
 def test_cut_or_missing_files_are_named(file: str, tmp_path: Path) -> None:
     Run("AdamW").train(1).save(tmp_path / "s")

@@ -43,7 +43,7 @@ class Bench:
             plan=self._plan,
             batches=self._batches,
             effects=(self,),
-            stop=self.stop,
+            is_stopped=lambda: self.stop.is_set,
             seed=5,
             rank=rank,
         )
@@ -144,6 +144,12 @@ def test_a_resumed_run_goes_on_with_the_next_batch_and_the_same_draws() -> None:
 def test_a_run_stopped_within_an_epoch_does_not_end_the_epoch() -> None:
     assert only(Bench(Clock(6, 2), stop_at=2).run(), "after") == ["after step 1", "after step 2"]
     assert only(Bench(Clock(6, 2), stop_at=3).run(), "after")[-1] == "after epoch 1"
+
+
+def test_a_run_that_goes_on_from_the_last_step_of_an_epoch_ends_it_first() -> None:
+    clock = Clock(6, 2)
+    clock.seek({"epoch": 1, "step_in_epoch": STEPS, "step": STEPS})  # a state of that step, from before the epoch's end
+    assert only(Bench(clock).run(), "epoch 2", "after")[:2] == ["after epoch 1", "epoch 2"]
 
 
 def test_draws_of_steps_micro_batches_and_processes_are_different() -> None:

@@ -145,6 +145,19 @@ def test_refusals(options: dict, words: str) -> None:
         create_schedule(ScheduleOptions(**options), sgd(1e-3), T)
 
 
+@pytest.mark.parametrize(
+    ("name", "argument", "words"),
+    [
+        ("StepLR", "step_size=0", "after step 1 of 40"),
+        ("OneCycleLR", "max_lr=1e-3,total_steps=20", "after step 21 of 40"),
+    ],
+)
+def test_a_class_that_fails_on_its_way_is_told_before_the_run(name: str, argument: str, words: str) -> None:
+    options = ScheduleOptions(lr_scheduler_type=name, lr_scheduler_args=argument.split(","))
+    with pytest.raises(UserError, match=words):
+        table(options, sgd(1e-3), T)
+
+
 def test_a_torch_class_advances_once_per_optimizer_step() -> None:
     optimizer = sgd(1e-3)
     options = ScheduleOptions(lr_scheduler_type="CosineAnnealingLR", lr_scheduler_args=["T_max=10"])

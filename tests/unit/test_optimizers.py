@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from library.log import UserError
-from library.options import OptimizerOptions
+from library.options import LoopOptions, OptimizerOptions, ScheduleOptions
+from library.options.settings import ScriptOptions, Settings
+from library.training import preflight
 from library.training.optimizers import (
     OptimizerMode,
     create_optimizer,
@@ -88,6 +90,14 @@ def test_every_name_makes_its_class_and_moves_all_weights(name: str, recorded: s
     assert [group["lr_name"] for group in optimizer.param_groups] == ["textencoder", "unet"]
 
 
+@pytest.mark.parametrize("name", [name for name, _ in NAMES])
+def test_every_name_passes_the_check_before_a_run(name: str) -> None:
+    for package in [recorded.split(".")[0] for other, recorded in NAMES if other == name]:
+        pytest.importorskip(package)
+    groups_of_options = (OptimizerOptions, ScheduleOptions, LoopOptions)
+    preflight._check_optimizer(Settings(ScriptOptions("test", groups_of_options), {"optimizer_type": name}, {}))
+
+
 def test_arguments_are_literals_split_at_the_first_equals_sign() -> None:
     parsed = parse_arguments(["betas=.9,.999", "text='a=b'", "flag=True", "nothing=None"], "optimizer_args")
     assert parsed == {"betas": (0.9, 0.999), "text": "a=b", "flag": True, "nothing": None}
@@ -129,6 +139,15 @@ def test_refusals_are_one_line_that_helps(options: dict, words: list[str]) -> No
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["SGD8bit", "LARS8bit"])
+def test_arguments_without_which_an_optimizer_cannot_be_are_heeded(name: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(UserError, match="momentum"):
+        make(name)
+    optimizer, _ = make(name, optimizer_args=["momentum=0.9"])
+    step(optimizer)
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,11 @@ from library.options.scripts import (
     GEN_IMG,
     SCRIPTS,
     TRAIN_CONTROLNET,
+    TRAIN_DB,
     TRAIN_NETWORK,
 )
 from library.options.settings import ScriptOptions
-from library.options.values import split_pairs, steps_or_share, training_size
+from library.options.values import split_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOSE = ScriptOptions("train_network.py", TRAIN_NETWORK.groups)  # nothing required
@@ -97,31 +98,6 @@ def test_every_option_has_help_and_shows_in_the_help_text(script: ScriptOptions)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("raw", ["512", 512, [512], "512,512", [512, 512], "512, 512", 512.0])
-def test_resolution_forms(raw: object):
-    assert training_size(raw) == (512, 512)
-
-
-@pytest.mark.parametrize("raw", ["", "a", "512,768,1", [1, 2, 3], 0, "-512", [512, -1], True, "512x768", 1.5])
-def test_resolution_refused(raw: object):
-    with pytest.raises(ValueError, match="width,height"):
-        training_size(raw)
-
-
-@pytest.mark.parametrize(
-    ("raw", "steps"), [("100", 100), (100.0, 100), (0.1, 0.1), ("10%", 0.1), ("0.5", 0.5), (0, 0), ("0%", 0), (1, 1)]
-)
-def test_warmup_forms(raw: object, steps: float):
-    assert steps_or_share(raw) == steps
-    assert isinstance(steps_or_share(raw), float) == (0 < steps < 1)
-
-
-@pytest.mark.parametrize("raw", [-1, 1.5, "100%", "-5%", "x", True, "nan", "inf"])
-def test_warmup_refused(raw: object):
-    with pytest.raises(ValueError, match="number of steps"):
-        steps_or_share(raw)
 
 
 def test_pairs_are_cut_at_the_first_equals_sign():
@@ -293,6 +269,7 @@ def test_command_line_problems_are_one_line():
         ("--min_timestep 500 --max_timestep 500", "must be below"),
         ("--enable_bucket --min_bucket_reso 512 --max_bucket_reso 256", "must not be above"),
         ("--use_8bit_adam --use_lion_optimizer", "exclude each other"),
+        ("--debug_dataset --dataset_class a.B", "exclude each other"),
         ("--use_8bit_adam --optimizer_type Lion", "exclude each other"),
         ("--network_train_unet_only --network_train_text_encoder_only", "exclude each other"),
         ("--dim_from_weights", "needs --network_weights"),
@@ -301,7 +278,6 @@ def test_command_line_problems_are_one_line():
         ("--lr_warmup_steps 10 --lr_scheduler_type StepLR", "--lr_scheduler_type"),
         ("--cache_latents --color_aug", "latents cannot be cached"),
         ("--cache_latents_to_disk --dataset_class a.B", "exclude each other"),
-        ("--debug_dataset --dataset_class a.B", "exclude each other"),
         ("--cache_latents_to_disk --random_crop", "latents cannot be cached"),
         ("--face_crop_aug_range 3.0,1.0", "the lower one first"),
     ],
@@ -310,6 +286,13 @@ def test_combinations_refused(argv: str, part: str):
     found = problems_of(*argv.split())
     assert len(found) == 1
     assert part in found[0]
+
+
+def test_something_learns_to_the_end():
+    loose = ScriptOptions("train_db.py", TRAIN_DB.groups)
+    (found,) = problems_of("--learning_rate", "0", "--stop_text_encoder_training", "2", script=loose)
+    assert "nothing would learn" in found
+    parse(loose, ("--learning_rate", "0"))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 from library.options import SaveOptions
 from library.training.clock import Clock, due_counts, is_due
 from library.training.loop import StepReport
-from library.training.saving import SavePlan, Saver, clear_leftovers, outdated, stem
+from library.training.saving import Saved, SavePlan, Saver, clear_leftovers, free_name, outdated, stem
 
 REPORT = StepReport(loss=0.0, keys=(), sample_count=1, grad_norm=0.0)
 
@@ -14,7 +14,7 @@ def options(folder: Path, **values) -> SaveOptions:
     return SaveOptions(output_dir=str(folder), output_name="cat", **values)
 
 
-def saver(opts: SaveOptions, num_epochs: int = 9) -> Saver:
+def saver(opts: SaveOptions, num_epochs: int = 9, suffix: str = ".safetensors") -> Saver:
     def write_model(path: Path, clock: Clock, finished_epochs: int) -> None:
         path.write_text(f"step {clock.step}, {finished_epochs} epochs")
 
@@ -24,7 +24,7 @@ def saver(opts: SaveOptions, num_epochs: int = 9) -> Saver:
     return Saver(
         opts,
         SavePlan.of(opts, num_epochs),
-        ".safetensors",
+        suffix,
         is_main=True,
         wait=lambda: None,
         write_model=write_model,
@@ -125,6 +125,37 @@ def test_own_file_is_replaced_in_place(tmp_path):
     work.after_step(clock, REPORT)
     work.at_stop(clock)
     assert names(tmp_path) == ["cat-step00000003-state", "cat-step00000003.safetensors"]
+
+
+def test_a_state_of_an_epoch_goes_on_with_the_next(tmp_path):
+    places: list[tuple[int, int, int]] = []
+    work = saver(options(tmp_path, save_every_n_epochs=1, save_every_n_steps=4, save_state=True))
+    work._write_state = lambda folder, clock: places.append((clock.epoch, clock.step_in_epoch, clock.step))
+    clock = Clock(max_train_steps=12, num_epochs=3, epoch=2, step_in_epoch=4, step=8)
+    work.after_step(clock, REPORT)
+    work.after_epoch(clock)
+    assert places == [(2, 4, 8), (3, 0, 8)]
+
+
+def test_the_model_of_a_run_that_was_made_longer_is_kept(tmp_path):
+    first = saver(options(tmp_path, save_state_on_train_end=True))
+    first.at_end(Clock(max_train_steps=3, num_epochs=1, step=3))
+    longer = saver(options(tmp_path, save_state_on_train_end=True))
+    clock = Clock(max_train_steps=5, num_epochs=2, step=3)
+    longer.go_on(Saved.from_json(first.saved.as_json()), clock)
+    clock.step = 5
+    longer.at_end(clock)
+    assert (tmp_path / "cat.old1.safetensors").read_text() == "step 3, 1 epochs"
+    assert names(tmp_path) == ["cat-state", "cat-state.old1", "cat.old1.safetensors", "cat.safetensors"]
+
+
+def test_names_with_dots_are_whole(tmp_path):
+    work = saver(SaveOptions(output_dir=str(tmp_path), output_name="v1.5"))
+    assert work.state_beside(tmp_path / "v1.5.safetensors").name == "v1.5-state"
+    folders = saver(SaveOptions(output_dir=str(tmp_path), output_name="v1.5"), suffix="")
+    assert folders.state_beside(tmp_path / "v1.5-step00000002").name == "v1.5-step00000002-state"
+    (tmp_path / "v1.5").mkdir()
+    assert free_name(tmp_path / "v1.5").name == "v1.5.old1"
 
 
 def test_a_stop_always_leaves_a_state(tmp_path):

@@ -65,6 +65,21 @@ def test_tracker_config_replaces_the_arguments(tmp_path: Path) -> None:
         init_arguments(LogOptions(log_tracker_config=str(tmp_path / "none.toml")), "logs")
 
 
+def test_arguments_that_a_tracker_does_not_know_are_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    file = tmp_path / "t.toml"
+    file.write_text("[tensorboard]\nnosuch = 1\n")
+    chosen = settings(logging_dir=str(tmp_path), log_tracker_config=str(file))
+    trackers = Trackers(chosen, "test")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, log_with=list(trackers.log_with), project_dir=trackers.log_dir)
+    with pytest.raises(UserError, match=r"log_tracker_config .*t\.toml: tensorboard cannot be opened .*nosuch"):
+        trackers.start(chosen, accelerator)
+
+
 def test_config_holds_plain_values_without_secrets_and_folders() -> None:
     chosen = settings(wandb_api_key="key_secret", logging_dir="/srv/someone/logs", optimizer_args=["betas=.9,.99"])
     config = config_of(chosen.scrubbed_dict())

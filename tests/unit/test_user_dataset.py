@@ -23,6 +23,10 @@ class Empty(Good):
     def __len__(self):
         return 0
 
+class Strict:
+    def __init__(self):
+        pass
+
 class Bad:
     def __init__(self, **others):
         pass
@@ -54,6 +58,7 @@ def test_class_gets_keyword_arguments(module: str) -> None:
         ("{module}.Other", "has no Other"),
         ("{module}.Bad", "lacks __len__ and load"),
         ("{module}.Empty", "has no batches"),
+        ("{module}.Strict", "cannot be made with resolution, batch_size and seed"),
     ],
 )
 def test_names_that_lead_nowhere(name: str, message: str, module: str) -> None:
