@@ -67,7 +67,7 @@ OPTION_ROLES: Mapping[str, Role] = _roles(
         metadata_title metadata_author metadata_description metadata_license metadata_tags training_comment
         no_metadata log_prefix log_tracker_name wandb_run_name
     """,
-    command="allow_mismatch dry_run debug_dataset output_config skip_existing sdxl",
+    command="allow_mismatch dry_run debug_dataset output_config skip_existing sdxl on_nan",
 )
 
 _UNAFFECTED_BY_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", "piecewise_constant")

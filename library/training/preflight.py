@@ -164,10 +164,11 @@ def _try_step(optimizer: torch.optim.Optimizer, weight: torch.nn.Parameter) -> N
     weight.grad = torch.ones_like(weight)  # DAdaptSGD divides by its norm
     try:
         optimizer.step()
-    except (TypeError, RuntimeError) as error:
+    except Exception as error:  # arguments that the class takes, and then cannot work with, show here in many ways
         name = type(optimizer).__name__
         raise UserError(
-            f"--optimizer_type {name}: needs more than gradients for a step, or others ({first_line(error)})"
+            f"--optimizer_type {name}: no step can be made with gradients alone and its --optimizer_args"
+            f" ({first_line(error)})"
         ) from error
 
 

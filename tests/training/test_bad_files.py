@@ -243,6 +243,15 @@ def test_nan_stops_the_run_and_names_the_file(bench: Bench, monkeypatch):
         assert all(bool(tensor.isfinite().all()) for tensor in tensors(path).values())
 
 
+def test_a_run_that_stopped_at_nan_goes_on_with_the_advice_that_it_gave(bench: Bench, monkeypatch):
+    """Nothing that was learned before depends on --on_nan: the state was refused as that of another run."""
+    poisoned(monkeypatch, "photo2")
+    options = ("--max_train_steps", "4", "--save_every_n_steps", "1", "--save_state", "--seed", "5")
+    assert bench.run(*options) == 1
+    (*_, last) = sorted(bench.out.glob("*-state"))
+    assert bench.run(*options, "--resume", last, "--on_nan", "skip") == 0
+
+
 def test_nan_is_skipped_on_request_and_spoils_nothing(bench: Bench, monkeypatch):
     poisoned(monkeypatch, "photo2")
     assert bench.run("--max_train_steps", "4", "--on_nan", "skip") == 0

@@ -242,6 +242,7 @@ def test_numbers_out_of_range(bench: Bench, option: str):
         (("--optimizer_args", "betas=(1.9,0.99)"), ("AdamW refuses its arguments", "1.9")),
         (("--optimizer_args", "betas=foo"), ("--optimizer_args", "'betas=foo'", "no Python literal")),
         (("--optimizer_args", "betas"), ("--optimizer_args", "'betas'", "key=value")),
+        (("--optimizer_args", "capturable=True"), ("AdamW", "no step can be made", "--optimizer_args", "capturable")),
         (("--lr_scheduler", "cosinus"), ("--lr_scheduler cosinus", "did you mean cosine?")),
         (("--lr_scheduler_type", "nosuch.Thing"), ("--lr_scheduler_type nosuch.Thing",)),
         (("--lr_scheduler_type", "LRScheduler"), ("--lr_scheduler_type LRScheduler refuses",)),

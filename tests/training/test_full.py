@@ -247,7 +247,7 @@ REFUSED = [
     (("--fused_backward_pass", "--gradient_accumulation_steps", "2"), "larger --train_batch_size"),
     (("--fused_backward_pass", "--mixed_precision", "fp16"), "does not go with --mixed_precision fp16"),
     (("--fused_backward_pass", "--optimizer_type", "Prodigy"), "Prodigy looks at all weights together"),
-    (("--optimizer_type", "LBFGS"), "needs more than gradients for a step"),
+    (("--optimizer_type", "LBFGS"), "no step can be made with gradients alone"),
     (("--optimizer_type", "SparseAdam"), "SparseAdam does not support dense gradients"),
     (("--fp8_base", "--mixed_precision", "bf16"), "float8 weights cannot learn"),
     (("--full_bf16",), "--full_bf16 needs --mixed_precision bf16"),
