@@ -219,6 +219,8 @@ def _piecewise_constant(plan: _Plan, step_rules: str | None = None) -> Multiplie
         final = float(last)
     except ValueError:
         raise ValueError(f"step_rules {step_rules!r} is not of the form {example}") from None
+    if not all(0.0 <= factor < math.inf for factor in (final, *(factor for _, factor in bounds))):
+        raise ValueError(f"step_rules {step_rules!r} has factors that are no rates: they must be 0 or more")
     return lambda step: next((factor for until, factor in bounds if step < until), final)
 
 

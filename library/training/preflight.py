@@ -17,6 +17,7 @@ from library.families.base import ModelFamily
 from library.log import UserError, first_line
 from library.options import (
     ConditioningOptions,
+    EmaOptions,
     EmbeddingOptions,
     LogOptions,
     LoopOptions,
@@ -145,15 +146,20 @@ def _check_prompts(settings: Settings) -> None:
 def _check_optimizer(settings: Settings) -> None:
     """Optimizer and schedule can be made, shown on a weight of no importance: the model is not read for a typo."""
     from library.device import choose_device
+    from library.training.average import make_average
     from library.training.fused import refuse_joint_optimizer
     from library.training.lr import create_schedule
-    from library.training.optimizers import create_optimizer
+    from library.training.optimizers import create_optimizer, is_schedule_free
+    from library.training.rates import table
 
     device, options = choose_device(), settings[OptimizerOptions]
     with _silent():
         weight = torch.nn.Parameter(torch.zeros(2, 2, device=device))
         optimizer, _ = create_optimizer(options, [weight], device)
         _try_step(optimizer, weight)
+        make_average(settings[EmaOptions], [weight], optimizer_averages=is_schedule_free(optimizer))
+        if settings[LoopOptions].max_train_epochs is None:  # else the length is not known yet
+            table(settings[ScheduleOptions], optimizer, settings[LoopOptions].max_train_steps)
         create_schedule(settings[ScheduleOptions], optimizer, settings[LoopOptions].max_train_steps)
         if settings.value_of("fused_backward_pass"):
             name = type(optimizer).__name__

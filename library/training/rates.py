@@ -56,7 +56,7 @@ def group_names(optimizer: torch.optim.Optimizer) -> list[str]:
 
 def table(options: ScheduleOptions, optimizer: torch.optim.Optimizer, max_train_steps: int) -> tuple[RateRow, ...]:
     """For each group its number of parameters and its rate at step 0, at the end of the warm-up, in the middle and at
-    the last step.
+    the last step. Raises UserError for rates that cannot be.
 
     Call it with a fresh optimizer: the group's rates are taken as the full ones. The optimizer is not changed.
     """
@@ -73,10 +73,21 @@ def table(options: ScheduleOptions, optimizer: torch.optim.Optimizer, max_train_
     else:
         multiplier = built_in_multiplier(options, max_train_steps, optimizer.defaults.get("lr"))
         rates = {step: [full * multiplier(step) for full in fulls] for step in steps}
+    _require_rates(options, rates)
     return tuple(
         RateRow(name, count, steps, tuple(rates[step][index] for step in steps))
         for index, (name, count) in enumerate(zip(names, counts, strict=True))
     )
+
+
+def _require_rates(options: ScheduleOptions, rates: Mapping[int, list[float]]) -> None:
+    name = f"_type {options.lr_scheduler_type}" if options.lr_scheduler_type else f" {options.lr_scheduler}"
+    for step, group_rates in rates.items():
+        wrong = [rate for rate in group_rates if not math.isfinite(rate) or rate < 0]
+        if wrong:
+            raise UserError(
+                f"--lr_scheduler{name}: the learning rate is {wrong[0]:g} at step {step}; look at --lr_scheduler_args"
+            )
 
 
 def _simulated(options: ScheduleOptions, fulls: list[float], steps: tuple[int, ...]) -> dict[int, list[float]]:
@@ -90,7 +101,7 @@ def _simulated(options: ScheduleOptions, fulls: list[float], steps: tuple[int, .
         stand_in.step()
         try:
             schedule.step()
-        except (ArithmeticError, ValueError) as error:
+        except Exception as error:  # classes look at their arguments when they use them
             raise UserError(
                 f"--lr_scheduler_type {options.lr_scheduler_type} fails after step {step + 1} of {steps[-1] + 1}:"
                 f" {first_line(error)}; look at --lr_scheduler_args"

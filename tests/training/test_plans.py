@@ -29,6 +29,25 @@ def test_strengths_of_data_sets_where_nothing_has_one(
     assert said == "network_multiplier: is for networks, the model itself has no strength; leave it out"
 
 
+@pytest.mark.parametrize("more", [(), ("--dry_run",)], ids=["run", "plan"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--optimizer_type", "AdamWScheduleFree", "--ema_decay", "0.9"), "--ema_decay: schedule-free optimizers"),
+        (("--lr_scheduler_type", "StepLR", "--lr_scheduler_args", "step_size=0"), "StepLR fails after step 1 of 1"),
+        (("--lr_scheduler", "polynomial", "--lr_scheduler_args", "lr_end=-1"), "the learning rate is -"),
+    ],
+    ids=["average", "class", "rate"],
+)
+def test_what_rates_and_averages_cannot_be_is_told_before_a_weight_is_read(
+    bench: Bench, options: tuple[str, ...], words: str, more: tuple[str, ...]
+):
+    """The run told the first two after the latents, the plan not the average; rates below 0 were taken."""
+    steps = ("--max_train_steps", "4") if "polynomial" in options else ()
+    (line,) = bench.refusal(*options, *steps, *more)
+    assert words in line
+
+
 def test_what_only_this_machine_cannot_do_is_told_and_stops_no_plan(bench: Bench):
     """It was not told at all: the run refused what its plan had found good."""
     (line,) = bench.refusal("--mixed_precision", "fp16")

@@ -129,6 +129,8 @@ def test_bad_warmup_is_refused(value) -> None:
         ({"lr_scheduler": "adafactor"}, "relative_step"),
         ({"lr_scheduler": "piecewise_constant"}, "step_rules"),
         ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ["step_rules='1:x'"]}, "step_rules"),
+        ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ["step_rules='1:5,nan'"]}, "0 or more"),
+        ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ["step_rules='-1:5,1'"]}, "0 or more"),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ["cycles=2"]}, "num_cycles"),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ["cycles"]}, "key=value"),
         ({"lr_scheduler": "polynomial", "lr_scheduler_args": ["lr_end=1"]}, "learning_rate"),
@@ -149,6 +151,8 @@ def test_refusals(options: dict, words: str) -> None:
     ("name", "argument", "words"),
     [
         ("StepLR", "step_size=0", "after step 1 of 40"),
+        ("StepLR", "step_size='a'", "after step 1 of 40"),
+        ("ExponentialLR", "gamma=-2", "is -5.*at step 39"),
         ("OneCycleLR", "max_lr=1e-3,total_steps=20", "after step 21 of 40"),
     ],
 )
