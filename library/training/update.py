@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from library.log import UserError, first_line
+
 
 class WeightUpdate:
     """One optimizer step at a time, through accelerate.
@@ -52,8 +54,14 @@ class WeightUpdate:
         return float(norm)
 
     def apply(self) -> bool:
-        """Change the weights; False if the fp16 scaler dropped the step."""
-        self._optimizer.step()
+        """Change the weights; False if the fp16 scaler dropped the step. Raises UserError."""
+        try:
+            self._optimizer.step()
+        except ArithmeticError as error:
+            raise UserError(
+                f"the optimizer cannot make this step ({first_line(error)}): some (DAdaptSGD) divide by the size of the"
+                " gradients, which are 0 where no caption reaches what learns; take another --optimizer_type"
+            ) from error
         was_applied = not self._accelerator.optimizer_step_was_skipped
         if was_applied:
             self._schedule.step()

@@ -73,6 +73,17 @@ def test_only_the_new_vectors_move(fit: Trainer, kind: str) -> None:
     assert owned == sum(tensor.numel() for tensor in saved.values())
 
 
+def test_an_optimizer_that_divides_by_gradients_of_zero_is_one_line(
+    fit: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Empty captions reach no new vector."""
+    pytest.importorskip("dadaptation")
+    options = ("--optimizer_type", "DAdaptSGD", "--learning_rate", "1", "--caption_dropout_rate", "1")
+    assert fit.run("sd1", *TWO, *options)[0] == 1
+    (line,) = capsys.readouterr().err.partition("error: ")[2].strip().splitlines()
+    assert "the optimizer cannot make this step (float division by zero)" in line
+
+
 def test_the_loss_falls_by_what_the_vectors_learn(
     fit: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
