@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from library.generation.early import check_before_loading
@@ -50,8 +51,8 @@ def repeat_pictures(settings: Settings) -> int:
         raise UserError.of(dict.fromkeys(problems))
     writer, failed = Writer(settings[OutputOptions]), 0
     with stop_on_signals("stopping after this picture") as stop:
-        for repeat in repeats:
-            failed = max(failed, _draw(repeat, stop, writer))
+        for _, alike in groupby(repeats, lambda repeat: repeat.settings.as_flat_dict()):
+            failed = max(failed, _draw(list(alike), stop, writer))
             if stop.is_set:
                 break
     return failed
@@ -69,11 +70,16 @@ def read_repeat(settings: Settings, path: str) -> Repeat:
     return Repeat(job, Settings(settings.script, {**told, **given}, sources), given, place, count)
 
 
-def _draw(repeat: Repeat, stop: StopRequest, writer: Writer) -> int:
-    settings = repeat.settings
+def _draw(alike: Sequence[Repeat], stop: StopRequest, writer: Writer) -> int:
+    """Pictures with the same options, from a model that is loaded once."""
+    settings, failed = alike[0].settings, 0
     model = load_model(settings[GenModelOptions], settings[DrawOptions])
     session = Session(settings, model, stop, InputFiles(), writer)
-    job = overruled(repeat.job, repeat.given, session.defaults)
-    job = replace(job, shared=session.engine.with_rows(job.shared, job.prompt, job.negative_prompt))
-    # in a batch of the same size: products of other shapes round differently
-    return session.draw([[job] * repeat.count], only=repeat.place)
+    for repeat in alike:
+        job = overruled(repeat.job, repeat.given, session.defaults)
+        job = replace(job, shared=session.engine.with_rows(job.shared, job.prompt, job.negative_prompt))
+        # in a batch of the same size: products of other shapes round differently
+        failed = session.draw([[job] * repeat.count], only=repeat.place)
+        if stop.is_set:
+            break
+    return failed

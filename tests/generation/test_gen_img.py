@@ -16,6 +16,7 @@ from library.generation.app import run
 from library.generation.denoise import Denoising
 from library.generation.jobs import DeepShrink, GradualLatent, defaults_of, settle
 from library.generation.lines import parse_line
+from library.generation.model import load_model
 from library.generation.watch import Window
 from library.options.script import parse
 from library.options.scripts import GEN_IMG, SDXL_GEN_IMG
@@ -81,7 +82,9 @@ def test_a_picture_depends_on_its_own_seed_only(model: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_picture_is_repeated_bit_for_bit(model: Path, tmp_path: Path, count: int) -> None:
+def test_a_picture_is_repeated_bit_for_bit(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
     more = (
         "--prompt",
         "a {red|blue} (cat:1.3) --n dull",
@@ -91,7 +94,12 @@ def test_a_picture_is_repeated_bit_for_bit(model: Path, tmp_path: Path, count: i
         str(count),
     )
     first = draw(model, tmp_path / "a", *more, "--emb_normalize_mode", "abs", "--clip_skip", "2", "--scale", "4")
+    loaded: list[object] = []
+    monkeypatch.setattr(
+        "library.generation.repeat.load_model", lambda *given: loaded.append(given) or load_model(*given)
+    )
     again = draw(model, tmp_path / "b", "--from_image", *map(str, first))
+    assert len(loaded) == 1
     assert [pixels(path).tolist() for path in again] == [pixels(path).tolist() for path in first]
     assert entries(again[0])["seed"] == entries(first[0])["seed"]
 
