@@ -156,13 +156,14 @@ class Saver:
         return self._save("end", 0, clock, self._plan.state_at_end)
 
     def go_on(self, saved: Saved, clock: Clock) -> None:
-        """Take up what the run wrote before it was resumed. The model of a run that had ended is not this one's: when
-        a longer run ends, it is kept.
+        """Take up what the run wrote before it was resumed.
+
+        The model of a run that had ended is not this one's: it is kept when a longer run ends. Its state is replaced,
+        whole by whole, as that of any run that goes on.
         """
         self.saved = saved
         if not clock.is_finished:
-            for items in (saved.models, saved.states):
-                items[:] = [item for item in items if item[0] != "end"]
+            saved.models[:] = [item for item in saved.models if item[0] != "end"]
 
     def state_beside(self, model: Path) -> Path:
         """The state folder that belongs to a model file or folder of this run."""

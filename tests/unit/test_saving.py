@@ -146,7 +146,7 @@ def test_the_model_of_a_run_that_was_made_longer_is_kept(tmp_path):
     clock.step = 5
     longer.at_end(clock)
     assert (tmp_path / "cat.old1.safetensors").read_text() == "step 3, 1 epochs"
-    assert names(tmp_path) == ["cat-state", "cat-state.old1", "cat.old1.safetensors", "cat.safetensors"]
+    assert names(tmp_path) == ["cat-state", "cat.old1.safetensors", "cat.safetensors"]
 
 
 def test_names_with_dots_are_whole(tmp_path):
