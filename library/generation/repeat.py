@@ -62,6 +62,8 @@ def read_repeat(settings: Settings, path: str) -> Repeat:
     job, recipe = read_recipe(path)
     job = find_again(job, input_files(settings, repeating=True))
     told = {name: value for name, value in recipe["options"].items() if not settings.given(name)}
+    if job.mask is not None:  # regions are only made where masks are spoken of, however the mask was found
+        told["mask_path"] = job.mask
     given = {name: value for name, value in settings.as_flat_dict().items() if settings.given(name)}
     # what was told is no default: the new picture has to tell it as well
     sources = {**dict.fromkeys(told, path), **{name: settings.source_of(name) for name in given}}
