@@ -134,7 +134,8 @@ def _stamp(entry: os.DirEntry[str]) -> _Stamp | None:
     """What tells that a file was changed; None if the entry is none. A link that leads nowhere is a file that cannot be
     read.
     """
-    if entry.is_file():
+    # is_file() raises for links that lead in a circle
+    if os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
         stat = entry.stat()
         return stat.st_size, stat.st_mtime_ns
     return _NOWHERE if entry.is_symlink() and not os.path.exists(entry.path) else None

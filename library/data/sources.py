@@ -360,7 +360,7 @@ def _warn_about_equal_stems(content: FolderContent) -> None:
 def _what_else_is_there(folder: str) -> str:
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if not entry.name.startswith(".")]
-    folders = sorted(entry.name for entry in visible if entry.is_dir())
+    folders = sorted(entry.name for entry in visible if os.path.isdir(entry.path))
     if folders:
         return f" (its subfolders are not searched: {some_of(folders)})"
     endings = sorted({os.path.splitext(entry.name)[1].lower() for entry in visible} - {""})

@@ -180,7 +180,8 @@ def _numbered_folders(root: str) -> tuple[list[tuple[str, int, str]], list[str]]
     found: list[tuple[str, int, str]] = []
     others: list[str] = []
     with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    names = sorted(entry.name for entry in visible if os.path.isdir(entry.path))  # a circle of links is no folder
     for name in names:
         number, _, class_tokens = name.partition("_")
         try:

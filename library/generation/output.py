@@ -12,13 +12,14 @@ import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
 from library.checkpoint.io import atomic_path
 from library.checkpoint.privacy import without_folders
 from library.generation.jobs import DeepShrink, GradualLatent, Job, Shared, SizeCondition
+from library.generation.samplers import MAX_STEPS, SAMPLER_NAMES
 from library.log import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from library.options.generation import OutputOptions
 
 RECIPE = "sd-trainer"
+_TOO_LARGE = 2**63
+MAX_SIDE = 16384
 _NUMBERED = re.compile(r"im_[01]?(\d{6})\.png")
 
 
@@ -81,7 +84,7 @@ def read_recipe(path: str | Path) -> tuple[Job, dict[str, Any]]:
 
 
 def job_from_json(values: dict[str, Any]) -> Job:
-    """The way back from ``asdict``. Raises KeyError or TypeError for anything else."""
+    """The way back from ``asdict``. Raises KeyError, TypeError or ValueError for anything else."""
     shared = dict(values["shared"])
     shared["sizes"] = SizeCondition(**shared["sizes"])
     shared["multipliers"] = tuple(shared["multipliers"])
@@ -92,7 +95,37 @@ def job_from_json(values: dict[str, Any]) -> Job:
         gradual["unsharp"] = tuple(gradual["unsharp"]) if gradual["unsharp"] else None
         shared["gradual_latent"] = GradualLatent(**gradual)
     own: dict[str, Any] = {**values, "shared": Shared(**shared), "guides": tuple(values["guides"])}
-    return Job(**own)
+    job = Job(**own)
+    _require_types(job)
+    drawn = job.shared
+    if not (8 <= min(drawn.width, drawn.height) and max(drawn.width, drawn.height) <= MAX_SIDE):
+        raise ValueError(f"a size of {drawn.width}x{drawn.height} pixels")
+    if drawn.sampler not in SAMPLER_NAMES or not 1 <= drawn.steps <= MAX_STEPS:
+        raise ValueError(f"{drawn.steps} steps of {drawn.sampler!r}")
+    return job
+
+
+def _require_types(made: Any) -> None:
+    """Raise TypeError if a field of a dataclass, or of one in it, is not what it is declared as."""
+    for name, kind in get_type_hints(type(made)).items():
+        value = getattr(made, name)
+        if not _is_of(value, kind):
+            raise TypeError(f"{name} is {value!r}")
+        if is_dataclass(value):
+            _require_types(value)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """``kind``: a class, a union, or a tuple of one kind. Whole numbers are of a size that pictures have use for."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_of(item, get_args(kind)[0]) for item in cast(tuple[Any], value))
+    if get_args(kind):
+        return any(_is_of(value, one) for one in get_args(kind))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TOO_LARGE
+    if kind is int:
+        return type(value) is int and 0 <= value < _TOO_LARGE
+    return type(value) is kind
 
 
 # ---- names

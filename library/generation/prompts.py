@@ -188,7 +188,7 @@ def _from_toml(text: str, path: str, problems: list[str]) -> list[PromptSpec]:
 def _from_json(text: str, path: str, problems: list[str]) -> list[PromptSpec]:
     try:
         items: Any = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         problems.append(f"{path}: no valid JSON: {error}")
         return []
     if not isinstance(items, list):

@@ -18,6 +18,8 @@ from library.log import UserError
 from library.options.generation import DrawOptions, GenModelOptions, OutputOptions, PromptOptions
 from library.options.settings import Settings
 
+LARGEST_BATCH = 4096  # a damaged number must not fill the memory
+
 
 @dataclass(frozen=True)
 class Repeat:
@@ -62,12 +64,19 @@ def read_repeat(settings: Settings, path: str) -> Repeat:
     """What a picture tells, and the options given now in place of those that it tells. Raises UserError."""
     job, recipe = read_recipe(path)
     job = find_again(job, input_files(settings, repeating=True))
-    told = {name: value for name, value in recipe["options"].items() if not settings.given(name)}
     given = {name: value for name, value in settings.as_flat_dict().items() if settings.given(name)}
-    # what was told is no default: the new picture has to tell it as well
-    sources = {**dict.fromkeys(told, path), **{name: settings.source_of(name) for name in given}}
-    place, count = recipe.get("place", (0, 1))
-    return Repeat(job, Settings(settings.script, {**told, **given}, sources), given, place, count)
+    try:
+        told = {name: value for name, value in recipe["options"].items() if not settings.given(name)}
+        if job.mask is not None:  # regions are only made where masks are spoken of, however the mask was found
+            told["mask_path"] = job.mask
+        # what was told is no default: the new picture has to tell it as well
+        sources = {**dict.fromkeys(told, path), **{name: settings.source_of(name) for name in given}}
+        place, count = recipe.get("place", (0, 1))
+        if not (type(place) is type(count) is int and 0 <= place < count <= LARGEST_BATCH):
+            raise ValueError(f"place is {[place, count]}")
+        return Repeat(job, Settings(settings.script, {**told, **given}, sources), given, place, count)
+    except (AttributeError, KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(f"--from_image {path}: what it tells of its making is damaged ({error})") from error
 
 
 def _draw(alike: Sequence[Repeat], stop: StopRequest, writer: Writer) -> int:

@@ -105,7 +105,16 @@ class Saved:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Saved:
-        return Saved([(k, int(c), n) for k, c, n in value["models"]], [(k, int(c), n) for k, c, n in value["states"]])
+        """The way back. Raises KeyError, TypeError or ValueError for what cannot have been written by us."""
+        return Saved(*([_written(item) for item in value[name]] for name in ("models", "states")))
+
+
+def _written(item: Any) -> tuple[Kind, int, str]:
+    kind, count, name = item
+    # outdated files are removed by these names: none of them may lead out of the output folder
+    if kind not in _DEFAULT_STEM or type(count) is not int or Path(name).name != name or name in ("", ".."):
+        raise ValueError(f"{item!r} was not saved")
+    return kind, count, name
 
 
 class Saver:

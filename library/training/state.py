@@ -23,6 +23,7 @@ from torch import Tensor
 from library.checkpoint.folders import atomic_folder, recover
 from library.checkpoint.io import atomic_write_json, open_model_file, save_safetensors
 from library.log import UserError
+from library.training.saving import Saved
 from library.training.state_tree import Json, TreeReader, TreeWriter
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ def _run_of(saved: dict[str, Any]) -> RunState:
     for name in ("fingerprint", "saved"):
         if not isinstance(values[name], dict):
             raise TypeError(f"{name} is no table")
+    Saved.from_json(values["saved"])
     values["loss_history"] = tuple(float(loss) for loss in values["loss_history"])
     values["validation"] = tuple((int(step), float(loss)) for step, loss in values["validation"])
     return RunState(**values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import signal
@@ -17,9 +18,12 @@ from library.generation import output
 from library.generation.app import run
 from library.generation.denoise import Denoising
 from library.generation.lines import parse_line
+from library.generation.repeat import read_repeat
+from library.log import UserError
 from library.options.script import parse
 from library.options.scripts import GEN_IMG, SDXL_GEN_IMG
 from tests.generation.test_gen_img import SHORT, draw, entries, lines, pixels
+from tests.generation_fixtures import make_job
 from tests.toy import write_toy_checkpoint
 
 GPU_FULL = "CUDA out of memory. Tried to allocate 20.00 GiB"
@@ -55,6 +59,42 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, latents)
 
     monkeypatch.setattr(Denoising, "run", drawing)
+
+
+# ---- pictures that tell nonsense of themselves
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("job", "source"), 1.5),
+        (("job", "clip_prompt"), True),
+        (("job", "seed"), "x"),
+        (("job", "guides"), [None]),
+        (("job", "shared", "width"), 10**30),
+        (("job", "shared", "steps"), 10**9),
+        (("job", "shared", "scale"), "5"),
+        (("job", "shared", "sampler"), "magic"),
+        (("job", "shared", "sizes", "crop_top"), []),
+        (("options", "scale"), "x"),
+        (("options",), []),
+        (("place",), [0, 10**12]),
+    ],
+)
+def test_pictures_that_tell_nonsense_of_themselves(place: tuple[str, ...], value: object, tmp_path: Path) -> None:
+    """Anyone can write into a picture: what is no recipe is one line that names the file, before a model is loaded."""
+    recipe: Any = json.loads(output.text_entries(make_job("a cat"), "euler", {"options": {}}, False)[output.RECIPE])
+    path = tmp_path / "a.png"
+    settings = parse(GEN_IMG, ["--from_image", str(path)])
+    output.write_png(Image.new("RGB", (8, 8)), path, {output.RECIPE: json.dumps(recipe)})
+    assert read_repeat(settings, str(path)).job.prompt == "a cat"
+    table = recipe
+    for key in place[:-1]:
+        table = table[key]
+    table[place[-1]] = value
+    output.write_png(Image.new("RGB", (8, 8)), path, {output.RECIPE: json.dumps(recipe)})
+    with pytest.raises(UserError, match=r"a\.png: what it tells of its making is damaged"):
+        read_repeat(settings, str(path))
 
 
 # ---- memory

@@ -82,6 +82,19 @@ def test_a_picture_with_networks_and_regions_is_repeated(model: Path, networks: 
     assert np.array_equal(np.asarray(Image.open(repeated)), first)
 
 
+def test_regions_whose_mask_is_still_there_are_repeated_without_naming_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative names stand in the picture, so the mask is found; its regions must act."""
+    monkeypatch.chdir(tmp_path)
+    write_mask(Path("mask.png"), [[RED, GREEN]])
+    (first,) = draw(model, Path("a"), "a cat AND a dog --d 1", "--mask_path", "mask.png")
+    (picture,) = Path("a/out").glob("*.png")
+    assert run(GEN_IMG, ["--from_image", str(picture), "--outdir", "again", "--ckpt", str(model)]) == 0
+    (repeated,) = Path("again").glob("*.png")
+    assert np.array_equal(np.asarray(Image.open(repeated)), first)
+
+
 def test_and_without_a_mask_is_told(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert len(draw(model, tmp_path / "and", "a cat AND a dog --d 1")) == 1
     assert "AND does nothing without --mask_path" in caplog.text

@@ -108,6 +108,13 @@ def changed_json(**changes: object) -> Callable[[bytes], bytes]:
         ("state.json", changed_json(files=[]), ("state.json is damaged",), False),
         ("state.json", changed_json(step="x"), ("state.json is damaged", "step is 'x'"), False),
         ("state.json", changed_json(step=-1), ("state.json is damaged", "step is -1"), False),
+        ("state.json", changed_json(saved={"models": [], "states": ["x"]}), ("state.json is damaged",), False),
+        (
+            "state.json",
+            changed_json(saved={"models": [["step", 1, "../kept.safetensors"]], "states": []}),
+            ("state.json is damaged", "../kept.safetensors"),
+            False,
+        ),
         ("trainable.safetensors", lambda content: content[:-9], ("trainable.safetensors has", "bytes"), False),
         ("training.safetensors", lambda _: None, ("training.safetensors is missing", "earlier state"), False),
         ("training.json", lambda content: b"{}".ljust(len(content)), ("the state is damaged", "earlier state"), True),

@@ -30,7 +30,9 @@ from library.data.records import (
 )
 from library.data.report import describe
 from library.data.sources import resolve
+from library.data.spec import load_dataset_specs
 from library.log import UserError
+from library.options.data import DataOptions
 
 
 def picture(path: Path, size: tuple[int, int] = (64, 48), orientation: int = 1) -> Path:
@@ -118,6 +120,18 @@ def test_links_that_lead_nowhere_are_told(tmp_path: Path) -> None:
         f"{place / name}: cannot be read (No such file or directory)" for name in ("b.png", "a.txt")
     ]
     assert image_names(str(place)) == ["a.png", "b.png"]
+
+
+def test_links_that_lead_in_a_circle_are_told(tmp_path: Path) -> None:
+    """They spoil one file, not the folder that they lie in."""
+    place = tmp_path / "1_x"
+    picture(place / "a.png")
+    for link in (place / "b.png", tmp_path / "2_y"):
+        link.symlink_to(link)
+    assert problems(folder(place)) == [f"{place / 'b.png'}: cannot be read (Too many levels of symbolic links)"]
+    assert image_names(str(place)) == ["a.png", "b.png"]
+    (whole,) = load_dataset_specs(DataOptions(train_data_dir=str(tmp_path), resolution=(64, 64)))
+    assert [subset.image_dir for subset in whole.subsets] == [str(place)]
 
 
 def test_data_behind_the_end_of_an_image_do_no_harm(tmp_path: Path) -> None:
