@@ -98,7 +98,7 @@ def job_from_json(values: dict[str, Any]) -> Job:
     job = Job(**own)
     _require_types(job)
     drawn = job.shared
-    if not (8 <= min(drawn.width, drawn.height) and max(drawn.width, drawn.height) <= MAX_SIDE):
+    if not (min(drawn.width, drawn.height) >= 8 and max(drawn.width, drawn.height) <= MAX_SIDE):
         raise ValueError(f"a size of {drawn.width}x{drawn.height} pixels")
     if drawn.sampler not in SAMPLER_NAMES or not 1 <= drawn.steps <= MAX_STEPS:
         raise ValueError(f"{drawn.steps} steps of {drawn.sampler!r}")
