@@ -191,10 +191,10 @@ class LokrAdapter(Adapter):
         shape = cast(Tensor, self.layer.weight).shape
         if small[1].shape[0] * large[1].shape[0] >= min(shape[0], shape[1:].numel()):
             return None
-        return torch.kron(small[0], large[0]) * self.scale, torch.kron(small[1], large[1])
+        return _kron(small[0], large[0]) * self.scale, _kron(small[1], large[1])
 
     def delta_weight(self) -> Tensor:
-        product = torch.kron(_product(self._small()) * self.scale, _product(self._large()))
+        product = _kron(_product(self._small()) * self.scale, _product(self._large()))
         return product.reshape(cast(Tensor, self.layer.weight).shape)
 
     def delta_norm(self) -> Tensor:
@@ -246,6 +246,12 @@ def _large_sides(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
 
 def _product(matrices: list[Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else matrices[0] @ matrices[1]
+
+
+def _kron(first_MN: Tensor, second_PQ: Tensor) -> Tensor:
+    """The Kronecker product. torch.kron refuses some strides, as rows of one number have them."""
+    product_MPNQ = first_MN[:, None, :, None] * second_PQ[None, :, None, :]
+    return product_MPNQ.reshape(first_MN.shape[0] * second_PQ.shape[0], first_MN.shape[1] * second_PQ.shape[1])
 
 
 def _as_pair(matrices: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -40,11 +40,13 @@ TYPES = _PLAIN | {form: _PLAIN[form.split()[0]] for form in FORMS}
 matrix = pytest.mark.parametrize(("kind", "shape"), [(kind, shape) for kind in TYPES for shape in LAYERS])
 
 
-def make(kind: str, shape: str, dtype: torch.dtype = torch.float32, **options: object) -> tuple[nn.Module, Adapter]:
+def make(
+    kind: str, shape: str, dtype: torch.dtype = torch.float32, rank: int = 4, **options: object
+) -> tuple[nn.Module, Adapter]:
     torch.manual_seed(0)
     layer = LAYERS[shape]().to(dtype).requires_grad_(False)
     options = {**FORMS.get(kind, {}), **options}
-    adapter = TYPES[kind]("lora_unet_x", layer, AdapterSize(4, 2.0), **options)  # type: ignore[arg-type]
+    adapter = TYPES[kind]("lora_unet_x", layer, AdapterSize(rank, 2.0), **options)  # type: ignore[arg-type]
     adapter.start()
     adapter.attach()
     return layer, adapter
@@ -163,8 +165,9 @@ def test_norm_and_scaling(kind: str, shape: str) -> None:
 
 
 @matrix
-def test_thin_factors_are_the_difference(kind: str, shape: str) -> None:
-    _, adapter = make(kind, shape)
+@pytest.mark.parametrize("rank", [1, 4])
+def test_thin_factors_are_the_difference(kind: str, shape: str, rank: int) -> None:
+    _, adapter = make(kind, shape, rank=rank)
     randomise(adapter)
     factors = adapter.factors()
     if factors is not None:
