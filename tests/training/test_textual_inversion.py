@@ -228,7 +228,7 @@ REFUSED = [
     (("--token_string", "cat", "--use_object_template"), "cat is a word that the model knows; choose another word"),
     (("--token_string", "sksx", "sksx1", *TWO, "--use_object_template"), "the word sksx1 is that of"),
     (("--token_string", "sksy"), "no caption holds the word sksy"),
-    (("--token_string", "sks"), "no caption holds the word sks;"),  # it stands only within another word
+    (("--token_string", "ksx"), "no caption holds the word ksx;"),  # it stands only within another word
     (("--token_string", "(sksx)"), "must be words without brackets"),
     (("--token_string", "sksx sksx"), "must not have a word twice"),
     (("--learning_rate", "0"), "nothing to train"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from library.log import UserError
-from library.options import LoopOptions, OptimizerOptions, ScheduleOptions
+from library.options import EmaOptions, LoopOptions, OptimizerOptions, ScheduleOptions
 from library.options.settings import ScriptOptions, Settings
 from library.training import preflight
 from library.training.optimizers import (
@@ -94,7 +94,7 @@ def test_every_name_makes_its_class_and_moves_all_weights(name: str, recorded: s
 def test_every_name_passes_the_check_before_a_run(name: str) -> None:
     for package in [recorded.split(".")[0] for other, recorded in NAMES if other == name]:
         pytest.importorskip(package)
-    groups_of_options = (OptimizerOptions, ScheduleOptions, LoopOptions)
+    groups_of_options = (OptimizerOptions, ScheduleOptions, LoopOptions, EmaOptions)
     preflight._check_optimizer(Settings(ScriptOptions("test", groups_of_options), {"optimizer_type": name}, {}))
 
 
